@@ -1,0 +1,43 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: install demo demo-pretrained test test-slow lint benchmark gpu-check clean
+
+install: $(STAMP)
+
+# torch is installed first and by its exact pin, so that no other requirement can choose another build of it.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/openmm-regflow demo --output demo --overwrite
+
+demo-pretrained: $(STAMP)
+	$(BIN)/openmm-regflow demo --pretrained --output demo-pretrained --overwrite
+
+test: $(STAMP)
+	$(BIN)/python -m ruff check openmm_regflow tests examples
+	$(BIN)/python -m mypy
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/python -m ruff check openmm_regflow tests examples
+	$(BIN)/python -m mypy
+
+benchmark: $(STAMP)
+	$(BIN)/python -m pytest tests/benchmarks -o addopts="" --benchmark-only
+
+gpu-check: $(STAMP)
+	$(BIN)/python -m pytest -m gpu -o addopts=""
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info

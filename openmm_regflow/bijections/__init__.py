@@ -1,0 +1,16 @@
+"""Invertible maps with exact log-determinants: couplings with affine, spline and circular-spline transforms."""
+
+from openmm_regflow.bijections.base import Bijection, Composition, Linear
+from openmm_regflow.bijections.couplings import AffineCoupling, Coupling, SplineCoupling, wrap
+from openmm_regflow.bijections.splines import rational_quadratic
+
+__all__ = [
+    "AffineCoupling",
+    "Bijection",
+    "Composition",
+    "Coupling",
+    "Linear",
+    "SplineCoupling",
+    "rational_quadratic",
+    "wrap",
+]

@@ -1,0 +1,149 @@
+"""openmmtools chains run for a number of iterations or for a wall-clock time, with what one looks at afterwards."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from openmm import Platform, app, unit
+
+from openmm_regflow.errors import InputError
+from openmm_regflow.systems import MolecularSystem
+
+
+@dataclass
+class ChainTrace:
+    """Record of one chain.
+
+    Attributes:
+        positions: `(n, n_atoms, 3)` [nm] float32, after every iteration.
+        seconds: `(n,)` wall-clock at which each iteration ended [s].
+        md_steps: Langevin steps in all.
+        statistics: of the flow move, empty for plain dynamics.
+    """
+
+    positions: np.ndarray
+    seconds: np.ndarray
+    md_steps: int
+    statistics: dict[str, float] = field(default_factory=dict)
+
+
+def run_chain(
+    molecule: MolecularSystem,
+    flow_move: Any | None = None,
+    *,
+    n_iterations: int | None = None,
+    seconds: float | None = None,
+    n_md_steps: int = 250,
+    timestep: float = 0.001,
+    collision_rate: float = 1.0,
+    platform: str = "Reference",
+    seed: int = 0,
+    positions: np.ndarray | None = None,
+    progress: Callable[[int, int, dict[str, float]], None] | None = None,
+) -> ChainTrace:
+    """Langevin dynamics, alternating with a flow move if one is given, in an openmmtools ``MCMCSampler``.
+
+    The random numbers of openmmtools are NumPy's global ones; they are seeded here.
+
+    Args:
+        molecule: its System and temperature define the target.
+        flow_move: a ``FlowMove``; None for dynamics alone.
+        n_iterations: stop after so many.
+        seconds: or after so much wall-clock [s].
+        n_md_steps: Langevin steps per iteration.
+        timestep: [ps].
+        collision_rate: [1/ps].
+        platform: OpenMM platform; Reference is the fastest CPU platform for small molecules with native GB.
+        seed: of NumPy's global generator.
+        positions: start `(n_atoms, 3)` [nm]; default the molecule's own.
+        progress: called with (iterations or whole seconds done, in total, figures).
+
+    Raises:
+        InputError: neither or both limits given.
+    """
+    if (n_iterations is None) == (seconds is None):
+        raise InputError("give either n_iterations or seconds")
+    from openmmtools import mcmc, states
+
+    np.random.seed(seed % 2**32)
+    langevin = mcmc.LangevinDynamicsMove(
+        timestep=timestep * unit.picoseconds, collision_rate=collision_rate / unit.picoseconds, n_steps=n_md_steps
+    )
+    move = mcmc.SequenceMove([langevin, flow_move]) if flow_move is not None else langevin
+    thermodynamic_state = states.ThermodynamicState(molecule.system, molecule.temperature * unit.kelvin)
+    start = molecule.positions if positions is None else positions
+    sampler_state = states.SamplerState(np.asarray(start, dtype=np.float64) * unit.nanometers)
+    with context_platform(platform):
+        sampler = mcmc.MCMCSampler(thermodynamic_state, sampler_state, move)
+        sampler.run(1)  # makes the Contexts: set-up is not sampling
+        frames, stamps = _loop(sampler, n_iterations, seconds, progress)
+    statistics = dict(getattr(flow_move, "statistics", {})) if flow_move is not None else {}
+    return ChainTrace(np.asarray(frames, dtype=np.float32), np.asarray(stamps), n_md_steps * len(frames), statistics)
+
+
+def _loop(
+    sampler: Any,
+    n_iterations: int | None,
+    seconds: float | None,
+    progress: Callable[[int, int, dict[str, float]], None] | None,
+) -> tuple[list[np.ndarray], list[float]]:
+    frames: list[np.ndarray] = []
+    stamps: list[float] = []
+    began = time.monotonic()
+    while True:
+        sampler.run(1)
+        frames.append(sampler.sampler_state.positions.value_in_unit(unit.nanometers))
+        stamps.append(time.monotonic() - began)
+        done, total = (len(frames), n_iterations) if n_iterations else (int(stamps[-1]), int(seconds or 0))
+        if progress:
+            progress(min(done, total), total, {})
+        if len(frames) == n_iterations or (seconds is not None and stamps[-1] >= seconds):
+            return frames, stamps
+
+
+@contextmanager
+def context_platform(name: str) -> Iterator[None]:
+    """openmmtools' global Context cache on one platform, restored and emptied afterwards.
+
+    Raises:
+        InputError: a platform that is not there.
+    """
+    from openmmtools import cache
+
+    known = [Platform.getPlatform(i).getName() for i in range(Platform.getNumPlatforms())]
+    if name not in known:
+        raise InputError(f"no platform {name!r}; this OpenMM has {', '.join(known)}")
+    before = cache.global_context_cache.platform
+    cache.global_context_cache.empty()
+    cache.global_context_cache.platform = Platform.getPlatformByName(name)
+    try:
+        yield
+    finally:
+        cache.global_context_cache.empty()
+        cache.global_context_cache.platform = before
+
+
+def write_trajectory(path: str | Path, positions: np.ndarray, topology: app.Topology) -> int:
+    """Write finite frames as a DCD, with a PDB of the topology beside it; mdtraj and VMD open both.
+
+    Args:
+        path: of the DCD; the PDB has the same stem.
+        positions: `(n, n_atoms, 3)` [nm].
+        topology: of the molecule.
+
+    Returns:
+        number of frames written.
+    """
+    import mdtraj
+
+    frames = np.asarray(positions, dtype=np.float32)
+    frames = frames[np.isfinite(frames).all(axis=(1, 2))]
+    trajectory = mdtraj.Trajectory(frames, mdtraj.Topology.from_openmm(topology))
+    trajectory.save_dcd(str(path))
+    if len(frames):
+        trajectory[0].save_pdb(str(Path(path).with_suffix(".pdb")))
+    return len(frames)

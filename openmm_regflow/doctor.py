@@ -1,0 +1,99 @@
+"""What this machine offers and whether its parts agree: versions, platforms, devices, transfer of positions."""
+
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import openmm
+import torch
+
+from openmm_regflow._version import __version__
+from openmm_regflow.device import read_positions, write_positions
+from openmm_regflow.potentials import TorchPotential
+from openmm_regflow.systems import load_system
+
+Rows = list[tuple[str, ...]]
+PACKAGES = ("openmm", "openmmtools", "torch", "numpy", "mdtraj", "pymbar", "POT", "torchdiffeq", "safetensors")
+#: Largest differences [kJ/mol] between two ways to an energy that count as agreement, by precision: rounding of the
+#: sum of absolute energies of alanine dipeptide, about 2e3 kJ/mol, with a margin of ten.
+AGREEMENT = {"double": 2e3 * 1e-14, "mixed": 2e3 * 1e-5, "single": 2e3 * 1e-5}
+
+
+def seconds_per_call(call: Callable[[], Any], budget: float = 0.1) -> float:
+    """Shortest wall-clock time of a call [s] among as many as fit into ``budget`` [s], after one to warm up."""
+    call()
+    best, began = float("inf"), time.perf_counter()
+    while time.perf_counter() - began < budget:
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def version_rows() -> Rows:
+    """(package, version), with what else decides how fast things run."""
+    rows: Rows = [("openmm_regflow", __version__), ("Python", f"{platform.python_version()}, {platform.platform()}")]
+    for name in PACKAGES:
+        try:
+            rows.append((name, version(name)))
+        except PackageNotFoundError:
+            rows.append((name, "missing"))
+    rows.append(("OpenMM library", openmm.Platform.getOpenMMVersion()))
+    failures = openmm.Platform.getPluginLoadFailures()
+    rows.append(("OpenMM plugins that failed to load", "; ".join(" ".join(f.split()) for f in failures) or "none"))
+    compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
+    rows.append(("C++ compiler for compile=True", "found" if compiler else "missing; everything runs eagerly"))
+    rows.append(("torch threads", str(torch.get_num_threads())))
+    if torch.cuda.is_available():
+        names = (torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        rows.append(("CUDA devices seen by torch", ", ".join(names)))
+    else:
+        build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build for CPUs"
+        rows.append(("CUDA devices seen by torch", f"none (torch is {build})"))
+    return rows
+
+
+def platform_rows() -> tuple[Rows, bool]:
+    """Each OpenMM platform beside the batched potential on alanine dipeptide; False if two of them disagree.
+
+    A row is (platform, precision, energies per second, difference from `TorchPotential` in float64 [kJ/mol], time
+    for positions to torch and back [µs], verdict).
+    """
+    molecule = load_system("alanine-dipeptide")
+    expected = float(TorchPotential(molecule.system)(torch.as_tensor(molecule.positions)[None]))
+    rows: Rows = [
+        ("platform", "precision", "energies per second", "difference [kJ/mol]", "positions [µs]", "verdict")
+    ]
+    fine = True
+    for index in range(openmm.Platform.getNumPlatforms()):
+        engine = openmm.Platform.getPlatform(index)
+        try:
+            context = openmm.Context(molecule.system, openmm.VerletIntegrator(0.001), engine)
+        except openmm.OpenMMException as error:
+            rows.append((engine.getName(), "", "", "", "", f"cannot run: {' '.join(str(error).split())}"))
+            continue
+        write_positions(context, torch.as_tensor(molecule.positions))
+        difference = abs(_energy(context) - expected)
+        rate = 1.0 / seconds_per_call(lambda: _energy(context))  # noqa: B023
+        there_and_back = seconds_per_call(lambda: write_positions(context, read_positions(context)))  # noqa: B023
+        back = (read_positions(context) - torch.as_tensor(molecule.positions)).abs().max()
+        precision = _precision(engine, context)
+        agrees = difference <= AGREEMENT[precision] and float(back) < 1e-6
+        fine &= agrees
+        verdict = "agrees" if agrees else "DISAGREES: do not use it"
+        row = (engine.getName(), precision, f"{rate:,.0f}", f"{difference:.1e}", f"{1e6 * there_and_back:.0f}", verdict)
+        rows.append(row)
+    return rows, fine
+
+
+def _energy(context: openmm.Context) -> float:
+    return context.getState(energy=True).getPotentialEnergy()._value
+
+
+def _precision(engine: openmm.Platform, context: openmm.Context) -> str:
+    if "Precision" in engine.getPropertyNames():
+        return engine.getPropertyValue(context, "Precision")
+    return "double" if engine.getName() == "Reference" else "single"

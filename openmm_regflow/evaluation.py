@@ -1,0 +1,361 @@
+"""One call from samples of a flow to every figure that is reported about it.
+
+:func:`evaluate` works on arrays; :func:`evaluate_flow` draws them. Both give an :class:`Evaluation`, whose
+``to_dict`` is what goes into ``metrics.json``. A plain figure describes the flow's own samples, a reweighted one the
+same samples after importance sampling, which is what a user of the flow gets.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from openmm_regflow import metrics, reweighting
+from openmm_regflow.errors import InputError, InsufficientDataError
+from openmm_regflow.reweighting import Estimate, Seed, as_generator, to_numpy
+from openmm_regflow.units import positions_nm, thermal_energy
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of merit of a flow on one molecule; None where a figure is not defined or has too few data.
+
+    Attributes:
+        n: number of samples.
+        n_finite: samples with a finite energy.
+        ess: Kish fraction of the weights.
+        ess_error: its bootstrap standard error.
+        ess_truncated: Kish fraction without the largest 0.2 % of the weights (biased; for comparison).
+        ess_truncated_error: its bootstrap standard error.
+        k_hat: Pareto shape of the weights' tail.
+        e_w1: Wasserstein-1 distance of energies from the reference [kT], of samples with a finite energy; the others
+            are counted by ``n_finite``.
+        e_w1_reweighted: the same after importance sampling.
+        e_w2: Wasserstein-2 distance of energies [kT].
+        e_w2_reweighted: the same after importance sampling.
+        t_w2: Wasserstein-2 distance of backbone torsions [rad].
+        t_w2_reweighted: the same after importance sampling.
+        t_w2_floor: the same between two halves of the reference: what a perfect sampler would score.
+        t_w2_points: points on either side of those three.
+        wrong_chirality: fraction of samples with a D residue.
+        wrong_chirality_reweighted: its share of the weight.
+        delta_f_phi: (value, standard error) [kT] of phi > 0 above phi < 0, plain.
+        delta_f_phi_reweighted: after importance sampling.
+        delta_f_phi_reference: in the reference samples, taken as one chain in order of time (block bootstrap).
+        verdict: on the weights, in words.
+    """
+
+    n: int
+    n_finite: int
+    ess: float
+    ess_error: float
+    ess_truncated: float
+    ess_truncated_error: float
+    k_hat: float | None
+    e_w1: float
+    e_w1_reweighted: float
+    e_w2: float
+    e_w2_reweighted: float
+    t_w2: float | None
+    t_w2_reweighted: float | None
+    t_w2_floor: float | None
+    t_w2_points: int | None
+    wrong_chirality: float | None
+    wrong_chirality_reweighted: float | None
+    delta_f_phi: tuple[float, float] | None
+    delta_f_phi_reweighted: tuple[float, float] | None
+    delta_f_phi_reference: tuple[float, float] | None
+    verdict: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; infinite ones become None."""
+        return {k: _jsonable(v) for k, v in asdict(self).items()}
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(name, value with error and unit) pairs for a printed table; undefined figures are left out."""
+        rows = [
+            ("samples (finite energy)", f"{self.n} ({self.n_finite})"),
+            ("ESS", f"{100 * self.ess:.3g} ± {100 * self.ess_error:.2g} %"),
+            ("ESS, top 0.2 % dropped", f"{100 * self.ess_truncated:.3g} ± {100 * self.ess_truncated_error:.2g} %"),
+            ("Pareto k-hat", _number(self.k_hat)),
+            ("E-W1 plain (finite only) / reweighted [kT]", f"{_number(self.e_w1)} / {_number(self.e_w1_reweighted)}"),
+            ("E-W2 plain (finite only) / reweighted [kT]", f"{_number(self.e_w2)} / {_number(self.e_w2_reweighted)}"),
+        ]
+        if self.t_w2 is not None:
+            figures = f"{_number(self.t_w2)} / {_number(self.t_w2_reweighted)} / {_number(self.t_w2_floor)}"
+            rows.append((f"T-W2 plain / reweighted / floor [rad, {self.t_w2_points} points]", figures))
+        if self.wrong_chirality is not None:
+            rows.append(("wrong chirality", f"{100 * self.wrong_chirality:.3g} %"))
+        for name in ("delta_f_phi", "delta_f_phi_reweighted", "delta_f_phi_reference"):
+            value = getattr(self, name)
+            if value is not None:
+                words = {"delta_f_phi": "plain", "delta_f_phi_reweighted": "reweighted"}.get(name, "reference")
+                rows.append((f"ΔF(φ>0) − ΔF(φ<0), {words} [kT]", f"{value[0]:.2f} ± {value[1]:.2f}"))
+        return [*rows, ("verdict", self.verdict)]
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return [_jsonable(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def log_weights(u: Any, log_q: Any, frame_log_density: Any | None = None) -> np.ndarray:
+    """Log-weights ``-u + log f - log q`` `(n,)`; -inf where the energy is infinite or no number.
+
+    Args:
+        u: `(n,)` reduced energies [kT].
+        log_q: `(n,)` log-density of the flow.
+        frame_log_density: `(n,)` log f, the density of rigid-body coordinates that log q carries and exp(-u) does
+            not (zero for internal coordinates), or None.
+
+    Raises:
+        InputError: lengths differ, or log_q is not a number where the energy is finite.
+    """
+    u_n, q_n = (to_numpy(v).astype(np.float64).ravel() for v in (u, log_q))
+    f_n = np.zeros_like(u_n) if frame_log_density is None else to_numpy(frame_log_density).astype(np.float64).ravel()
+    if not u_n.shape == q_n.shape == f_n.shape:
+        raise InputError(f"u {u_n.shape}, log_q {q_n.shape} and frame_log_density {f_n.shape} differ in length")
+    usable = np.isfinite(u_n)
+    if not np.isfinite((f_n - q_n)[usable]).all():
+        raise InputError("log_q is NaN or infinite for samples of finite energy; check the flow's weights")
+    result = np.full(u_n.shape, -np.inf)
+    result[usable] = (f_n - q_n - u_n)[usable]
+    return result
+
+
+def evaluate(
+    positions: Any,
+    log_q: Any,
+    u: Any,
+    reference_positions: Any,
+    reference_u: Any,
+    *,
+    phi: Any = (),
+    psi: Any = (),
+    centres: Any = (),
+    frame_log_density: Any | None = None,
+    n_torsion_points: int = metrics.MAX_POINTS,
+    n_energy_points: int = metrics.MAX_POINTS,
+    n_resamples: int = 200,
+    generator: Seed = None,
+) -> Evaluation:
+    """All figures from arrays.
+
+    Args:
+        positions: `(n, n_atoms, 3)` [nm or Quantity] samples of the flow; NaN rows count as failures.
+        log_q: `(n,)` their log-density.
+        u: `(n,)` their reduced energy [kT]; +inf is legal.
+        reference_positions: `(m, n_atoms, 3)` equilibrium samples that did not train the flow.
+        reference_u: `(m,)` their reduced energy [kT].
+        phi: `(k, 4)` atom indices of backbone phi torsions; none for a molecule without a backbone.
+        psi: `(k', 4)` likewise.
+        centres: `(c, 4)` indices of CA, N, C, CB of chiral residues.
+        frame_log_density: see :func:`log_weights`.
+        n_torsion_points: points on either side of T-W2 (memory grows with its square; see
+            :func:`openmm_regflow.metrics.torus_wasserstein`).
+        n_energy_points: points on either side of E-W1 and E-W2.
+        n_resamples: bootstrap replicas of the ESS.
+        generator: NumPy generator or seed of bootstrap and thinning.
+
+    Raises:
+        InputError: shapes that do not fit, non-finite reference.
+        InsufficientDataError: no sample of finite energy.
+    """
+    rng = as_generator(generator)
+    x, x_ref = positions_nm(to_numpy_if_tensor(positions)), positions_nm(to_numpy_if_tensor(reference_positions))
+    u_n, u_ref = (to_numpy(v).astype(np.float64).ravel() for v in (u, reference_u))
+    log_w_n = log_weights(u_n, log_q, frame_log_density)
+    if len(x) != log_w_n.size or len(x_ref) != u_ref.size:
+        raise InputError(f"{len(x)} positions for {log_w_n.size} energies, {len(x_ref)} for {u_ref.size} in reference")
+    reweighting.check_log_weights(log_w_n)
+    figures = {
+        **_weight_figures(log_w_n, n_resamples, rng),
+        **_energy_figures(u_n, u_ref, log_w_n, n_energy_points, rng),
+        **_torsion_figures(x, x_ref, log_w_n, phi, psi, n_torsion_points, rng),
+        **_chirality_figures(x, log_w_n, centres),
+        **_basin_figures(x, x_ref, log_w_n, phi),
+    }
+    return Evaluation(n=len(x), n_finite=int(np.isfinite(u_n).sum()), verdict=reweighting.verdict(log_w_n), **figures)
+
+
+def to_numpy_if_tensor(positions: Any) -> Any:
+    """Tensors as arrays; everything else, Quantities included, unchanged."""
+    return to_numpy(positions) if hasattr(positions, "detach") else positions
+
+
+def _weight_figures(log_w_n: np.ndarray, n_resamples: int, rng: np.random.Generator) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for name, statistic in (
+        ("ess", reweighting.effective_sample_size),
+        ("ess_truncated", reweighting.truncated_effective_sample_size),
+    ):
+        figures[name] = statistic(log_w_n)
+        try:
+            error = reweighting.bootstrap_error(statistic, log_w_n, n_resamples=n_resamples, generator=rng)
+        except InsufficientDataError:
+            error = math.inf
+        figures[f"{name}_error"] = error
+    return {**figures, "k_hat": _or_none(lambda: reweighting.pareto_k(log_w_n))}
+
+
+def _or_none(figure: Callable[[], Any]) -> Any:
+    """The figure, or None where there are too few data for it."""
+    try:
+        return figure()
+    except InsufficientDataError:
+        return None
+
+
+def _energy_figures(
+    u_n: np.ndarray, u_ref: np.ndarray, log_w_n: np.ndarray, n_max: int, rng: np.random.Generator
+) -> dict[str, float]:
+    # One atom on another makes any distance infinite: such samples are counted, and the rest is measured.
+    finite = np.isfinite(u_n)
+    if not finite.any():
+        return dict.fromkeys(("e_w1", "e_w1_reweighted", "e_w2", "e_w2_reweighted"), math.inf)
+    u_n, log_w_n = u_n[finite], log_w_n[finite]
+    return {
+        f"e_w{order}{suffix}": metrics.energy_wasserstein(
+            u_n, u_ref, order=order, log_weights=weights, n_max=n_max, generator=rng
+        )
+        for order in (1, 2)
+        for suffix, weights in (("", None), ("_reweighted", log_w_n))
+    }
+
+
+def _torsion_figures(
+    x: np.ndarray, x_ref: np.ndarray, log_w_n: np.ndarray, phi: Any, psi: Any, n_max: int, rng: np.random.Generator
+) -> dict[str, Any]:
+    rows = _torsion_rows(phi, psi)
+    if not len(rows):
+        return dict.fromkeys(("t_w2", "t_w2_reweighted", "t_w2_floor", "t_w2_points"))
+    there = np.isfinite(x).all(axis=(1, 2))
+    angles, reference = metrics.dihedrals(x[there], rows), metrics.dihedrals(x_ref, rows)
+    points = min(n_max, len(angles), len(reference) // 2)
+    if points < 1:
+        return dict.fromkeys(("t_w2", "t_w2_reweighted", "t_w2_floor", "t_w2_points"))
+    # Two interleaved halves, each covering the whole reference trajectory.
+    keywords: dict[str, Any] = {"n_max": points, "generator": rng}
+    return {
+        "t_w2": metrics.torus_wasserstein(angles, reference, **keywords),
+        "t_w2_reweighted": _reweighted_torsions(angles, reference, log_w_n[there], points, rng),
+        "t_w2_floor": metrics.torus_wasserstein(reference[::2], reference[1::2], **keywords),
+        "t_w2_points": points,
+    }
+
+
+def _reweighted_torsions(
+    angles: np.ndarray, reference: np.ndarray, log_w_n: np.ndarray, points: int, rng: np.random.Generator
+) -> float:
+    """T-W2 of ``points`` samples drawn in proportion to their weights, so that both sides have equal points."""
+    drawn = reweighting.resample(log_w_n, points, rng)
+    return metrics.torus_wasserstein(angles[drawn], reference, n_max=points, generator=rng)
+
+
+def _torsion_rows(phi: Any, psi: Any) -> np.ndarray:
+    return np.concatenate([np.asarray(a, dtype=np.int64).reshape(-1, 4) for a in (phi, psi)])
+
+
+def _chirality_figures(x: np.ndarray, log_w_n: np.ndarray, centres: Any) -> dict[str, float | None]:
+    rows = np.asarray(centres, dtype=np.int64).reshape(-1, 4)
+    if not len(rows):
+        return {"wrong_chirality": None, "wrong_chirality_reweighted": None}
+    return {
+        "wrong_chirality": metrics.wrong_chirality_fraction(x, rows),
+        "wrong_chirality_reweighted": metrics.wrong_chirality_fraction(x, rows, log_w_n),
+    }
+
+
+def _basin_figures(x: np.ndarray, x_ref: np.ndarray, log_w_n: np.ndarray, phi: Any) -> dict[str, Any]:
+    """delta_f of the first phi torsion."""
+    names = ("delta_f_phi", "delta_f_phi_reweighted", "delta_f_phi_reference")
+    rows = np.asarray(phi, dtype=np.int64).reshape(-1, 4)[:1]
+    if not len(rows):
+        return dict.fromkeys(names)
+    there = np.isfinite(x).all(axis=(1, 2))
+    angle, reference = metrics.dihedrals(x[there], rows)[:, 0], metrics.dihedrals(x_ref, rows)[:, 0]
+    calls = (
+        lambda: metrics.basin_delta_f(angle),
+        lambda: metrics.basin_delta_f(angle, log_weights=log_w_n[there]),
+        lambda: metrics.basin_delta_f(reference, block=metrics.block_length(np.where(reference > 0, 1.0, 0.0))),
+    )
+    return {name: _pair(_or_none(call)) for name, call in zip(names, calls)}
+
+
+def _pair(estimate: Estimate | None) -> tuple[float, float] | None:
+    return None if estimate is None else (float(estimate.value), float(estimate.error))
+
+
+@dataclass(frozen=True)
+class FlowSamples:
+    """Samples of a flow with everything that evaluation and plots need, as float64 arrays.
+
+    Attributes:
+        positions: `(n, n_atoms, 3)` [nm].
+        log_q: `(n,)`.
+        u: `(n,)` reduced energies [kT].
+        log_weights: `(n,)`.
+    """
+
+    positions: np.ndarray
+    log_q: np.ndarray
+    u: np.ndarray
+    log_weights: np.ndarray
+
+
+def draw(
+    flow: Any, potential: Callable[[Any], Any], temperature: Any, n: int, generator: Any | None = None
+) -> FlowSamples:
+    """Sample a flow and weigh the samples.
+
+    Args:
+        flow: with ``sample`` and ``frame_log_density``.
+        potential: `(n, n_atoms, 3)` [nm] -> `(n,)` [kJ/mol].
+        temperature: [K or Quantity].
+        n: number of samples.
+        generator: torch generator of the samples.
+    """
+    x, log_q = flow.sample(n, generator=generator)
+    u = to_numpy(potential(x)).astype(np.float64) / thermal_energy(temperature)
+    weights = log_weights(u, log_q, flow.frame_log_density(x))
+    return FlowSamples(to_numpy(x).astype(np.float64), to_numpy(log_q).astype(np.float64), u, weights)
+
+
+def evaluate_flow(
+    flow: Any,
+    potential: Callable[[Any], Any],
+    temperature: Any,
+    reference_positions: Any,
+    *,
+    n: int = 10_000,
+    sample_generator: Any | None = None,
+    **keywords: Any,
+) -> Evaluation:
+    """Draw ``n`` samples from a flow and evaluate them; other arguments as in :func:`evaluate`.
+
+    Args:
+        flow: with ``sample`` and ``frame_log_density``.
+        potential: `(n, n_atoms, 3)` [nm] -> `(n,)` [kJ/mol].
+        temperature: [K or Quantity].
+        reference_positions: `(m, n_atoms, 3)` [nm] held-out equilibrium samples.
+        n: number of samples.
+        sample_generator: torch generator of the samples.
+        **keywords: passed to :func:`evaluate`.
+    """
+    import torch
+
+    samples = draw(flow, potential, temperature, n, sample_generator)
+    x_ref = torch.as_tensor(positions_nm(to_numpy_if_tensor(reference_positions)))
+    u_ref = to_numpy(potential(x_ref)).astype(np.float64) / thermal_energy(temperature)
+    frame = samples.log_weights + samples.u + samples.log_q
+    frame = np.where(np.isfinite(frame), frame, 0.0)
+    return evaluate(samples.positions, samples.log_q, samples.u, x_ref, u_ref, frame_log_density=frame, **keywords)

@@ -1,0 +1,508 @@
+"""Normalizing flows: a prior, a bijection and a coordinate map behind one type; named architectures; one file.
+
+A flow file is safetensors: weights as tensors, everything else as JSON in the header. Loading runs no code.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from openmm_regflow._version import __version__
+from openmm_regflow.bijections import AffineCoupling, Bijection, Composition, SplineCoupling
+from openmm_regflow.coordinates import CartesianMap, CoordinateMap, InternalMap, build_zmatrix, topology_tables
+from openmm_regflow.errors import CorruptFileError, InputError
+from openmm_regflow.networks import MLP, ResidualMLP, TokenTransformer
+
+FORMAT_VERSION = 1
+#: Samples per pass inside `Flow.sample` and `Flow.log_prob`; bounds memory at any n.
+CHUNK = 16384
+
+
+@dataclass(frozen=True)
+class FlowMetadata:
+    """What a flow was made for; travels in the flow file.
+
+    Attributes:
+        system: name of the molecule.
+        fingerprint: of the System (see ``systems.fingerprint``); None if trained without one.
+        temperature: [K]; None if unknown.
+        training: provenance: data, configuration, seeds, figures.
+    """
+
+    system: str | None = None
+    fingerprint: dict[str, Any] | None = None
+    temperature: float | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+class Prior(nn.Module):
+    """Standard normal on lines, uniform on circles; or a harmonic chain of atoms, normal with their covariance.
+
+    Args:
+        circular: `(dim,)` bool.
+        factor: `(n_atoms, n_atoms)` lower triangle L of a harmonic prior on Cartesian features: each of the three
+            components is N(0, L L^T) over the atoms (as in Stärk et al. 2024, arXiv 2310.05764, section 3.2); None
+            for independent features.
+    """
+
+    circular: Tensor
+    factor: Tensor | None
+
+    def __init__(self, circular: Tensor, factor: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("circular", circular, persistent=False)
+        self.register_buffer("factor", factor)
+        n_circular = int(circular.sum())
+        n_linear = circular.numel() - n_circular
+        self.log_norm = -0.5 * n_linear * math.log(2 * math.pi) - n_circular * math.log(2 * math.pi)
+
+    @property
+    def kind(self) -> str:
+        """ "normal" or "harmonic"."""
+        return "normal" if self.factor is None else "harmonic"
+
+    def sample(self, n: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Draw `(n, dim)` with the generator's device, delivered on the prior's own."""
+        device = generator.device if generator is not None else self.circular.device
+        shape = (n, self.circular.numel())
+        z = torch.randn(shape, generator=generator, dtype=dtype, device=device)
+        angle = (2 * torch.rand(shape, generator=generator, dtype=dtype, device=device) - 1) * math.pi
+        z = torch.where(self.circular, angle.to(self.circular.device), z.to(self.circular.device))
+        return z if self.factor is None else (self.factor.to(dtype) @ z.view(n, -1, 3)).flatten(1)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-density `(n,)` of `(n, dim)`."""
+        if self.factor is None:
+            return torch.where(self.circular, 0.0, -0.5 * z * z).sum(-1) + self.log_norm
+        factor = self.factor.to(z.dtype)
+        white = torch.linalg.solve_triangular(factor, z.reshape(z.shape[0], -1, 3), upper=False)
+        return -0.5 * white.square().sum((1, 2)) - 3 * factor.diagonal().log().sum() + self.log_norm
+
+    def entropy(self) -> float:
+        """Differential entropy, ``-E log p(z)``."""
+        spread = 0.0 if self.factor is None else 3 * float(self.factor.diagonal().log().sum())
+        return 0.5 * int((~self.circular).sum()) - self.log_norm + spread
+
+
+def harmonic_factor(coordinates: CartesianMap, x: Tensor) -> Tensor:
+    """Factor `(n_atoms, n_atoms)`, float64, of the harmonic prior with the covariance of a molecule's features.
+
+    Over all orientations the features of data are isotropic: ``C = <x_i . x_j> / 3`` about the centre, plus the
+    variance of the centre. Such a prior has the mean square distance of every pair of atoms right.
+
+    Args:
+        coordinates: the map that makes the features.
+        x: `(n, n_atoms, 3)` [nm].
+    """
+    centred = (x - x.mean(1, keepdim=True)).double()
+    inner = torch.einsum("nia,nja->ij", centred, centred) / (3 * len(x))
+    covariance = inner + coordinates.com_std**2
+    # A hundredth of a picometre keeps rigid arrangements of atoms (fewer frames than atoms) positive definite.
+    ridge = 1e-10 * torch.eye(len(covariance), dtype=torch.float64, device=x.device)
+    return torch.linalg.cholesky(covariance + ridge) / coordinates.scale
+
+
+class Flow(nn.Module):
+    """A normalizing flow over molecular conformations.
+
+    ``log_prob`` is the density of the coordinate map's measure: on R^{3N} for Cartesian features, on the
+    3N - 6 internal coordinates (less the bonds of fixed length) with their volume element for internal ones. Either
+    way the log-weight is
+    ``-u(x) + frame_log_density(x) - log_prob(x)``.
+
+    Args:
+        coordinates: positions <-> features.
+        bijection: latent <-> features.
+        architecture: JSON-ready description from which `load` rebuilds the bijection.
+        metadata: what the flow was made for.
+        factor: of a harmonic prior, see `Prior`.
+    """
+
+    def __init__(
+        self,
+        coordinates: CoordinateMap,
+        bijection: Bijection,
+        architecture: Mapping[str, Any],
+        metadata: FlowMetadata | None = None,
+        factor: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.coordinates = coordinates
+        self.bijection = bijection
+        self.prior = Prior(coordinates.circular.clone(), factor)
+        self.architecture = dict(architecture)
+        self.metadata = metadata or FlowMetadata()
+
+    @property
+    def n_atoms(self) -> int:
+        """Number of atoms."""
+        return self.coordinates.n_atoms
+
+    @property
+    def dim(self) -> int:
+        """Number of latent dimensions."""
+        return self.coordinates.dim
+
+    @property
+    def rotation_invariant(self) -> bool:
+        """True if the density does not change under rotation and translation."""
+        return self.coordinates.rotation_invariant
+
+    @property
+    def com_std(self) -> float:
+        """Standard deviation of the centre of geometry [nm]; 0 for internal coordinates."""
+        return self.coordinates.com_std
+
+    @property
+    def fixed_bonds(self) -> tuple[tuple[int, int, float], ...]:
+        """Bonds of constrained length that every sample has: ``(i, j, length [nm])``."""
+        return tuple(getattr(self.coordinates, "fixed_bonds", ()))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the weights."""
+        return next(self.bijection.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.bijection.parameters()).device
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Latent `(n, dim)` -> positions `(n, n_atoms, 3)` [nm], log|det dx/dz| `(n,)`."""
+        y, log_det = self.bijection(z)
+        x, log_volume = self.coordinates.to_positions(y)
+        return x, log_det + log_volume
+
+    def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions `(n, n_atoms, 3)` [nm] -> latent `(n, dim)`, log|det dz/dx| `(n,)`.
+
+        Raises:
+            InputError: positions of another shape.
+        """
+        if x.ndim != 3 or tuple(x.shape[1:]) != (self.n_atoms, 3):
+            raise InputError(f"positions have shape {tuple(x.shape)}; this flow needs (n, {self.n_atoms}, 3) in nm")
+        y, log_volume = self.coordinates.to_features(x)
+        z, log_det = self.bijection.inverse(y.to(self.dtype))
+        return z, log_det + log_volume.to(self.dtype)
+
+    def _log_prob(self, x: Tensor) -> Tensor:
+        # Features in float64: the map is cheap, and a float32 bond is a tenth of its thermal width off.
+        z, log_det = self.inverse(x.to(self.device, torch.float64))
+        return self.prior.log_prob(z) + log_det
+
+    @torch.no_grad()
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-density `(n,)` of positions `(n, n_atoms, 3)` [nm]; no gradient (train through `bijection`)."""
+        return torch.cat([self._log_prob(part) for part in torch.as_tensor(x).split(CHUNK)])
+
+    @torch.no_grad()
+    def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Draw positions `(n, n_atoms, 3)` [nm] with their log-density `(n,)`.
+
+        Rows that fall outside the coordinates' domain are NaN; they count as samples of zero weight.
+        """
+        if n < 1:
+            raise InputError(f"n is {n}; at least one sample is needed")
+        parts = [self._sample(min(CHUNK, n - i), generator) for i in range(0, n, CHUNK)]
+        return torch.cat([x for x, _ in parts]), torch.cat([q for _, q in parts])
+
+    def _sample(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        z = self.prior.sample(n, generator, self.dtype)
+        y, log_det = self.bijection(z)
+        x, log_volume = self.coordinates.to_positions(y.double())
+        log_q = self.prior.log_prob(z).double() - log_det.double() - log_volume
+        return self.coordinates.relabel(x, generator), log_q
+
+    def frame_log_density(self, x: Tensor) -> Tensor:
+        """Log-density `(n,)` of the rigid-body coordinates that `log_prob` carries and ``exp(-u)`` does not."""
+        return self.coordinates.frame_log_density(x)
+
+    def save(self, path: str | Path) -> None:
+        """Write the flow file (safetensors with a JSON header), atomically.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        header = {
+            "format": "openmm_regflow.flow",
+            "format_version": FORMAT_VERSION,
+            "package_version": __version__,
+            "architecture": self.architecture,
+            "coordinates": dict(self.coordinates.config()),
+            "metadata": asdict(self.metadata),
+        }
+        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items()}
+        write_safetensors(Path(path), tensors, header)
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Flow":
+        """Read a flow file; no code in it is run.
+
+        Raises:
+            InputError: no such file, or an unknown device.
+            CorruptFileError: truncated, damaged, or not a flow file of this package.
+        """
+        header, tensors = read_safetensors(Path(path), "openmm_regflow.flow", FORMAT_VERSION)
+        try:
+            coordinates = coordinates_from_config(header["coordinates"])
+            factor = tensors.get("prior.factor")
+            flow = build(coordinates, header["architecture"], FlowMetadata(**header["metadata"]), factor)
+            weight = next(v for k, v in tensors.items() if k.startswith("bijection."))
+            flow.bijection.to(weight.dtype)
+            flow.load_state_dict(tensors)
+        except (KeyError, TypeError, RuntimeError, StopIteration) as error:
+            raise CorruptFileError(f"{path} does not describe a flow of this package: {error}") from error
+        coordinates.refresh()
+        return flow.to(device).eval()
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        sha.update(name.encode())
+        sha.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write tensors and a JSON header to a temporary file beside `path`, fsync it and rename it into place.
+
+    Raises:
+        InputError: the folder cannot be written or the disk is full.
+    """
+    temporary = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(dict(tensors), temporary, metadata={"regflow": json.dumps(header), "sha256": _digest(tensors)})
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
+        # safetensors makes private files; the umask is the user's word on that.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error}; choose a writable folder with free space") from error
+
+
+def read_safetensors(path: Path, kind: str, version: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a file written by this package, checked against its own digest.
+
+    Raises:
+        InputError: no such file.
+        CorruptFileError: truncated, damaged, of another kind, or of a newer format.
+    """
+    if not path.is_file():
+        raise InputError(f"no file {path}; give the path of an existing file")
+    try:
+        with safe_open(path, framework="pt") as handle:
+            metadata = handle.metadata() or {}
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        header = json.loads(metadata["regflow"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise CorruptFileError(
+            f"{path} is damaged or no file of this package ({error}); copy or make it again"
+        ) from error
+    if header.get("format") != kind:
+        raise CorruptFileError(f"{path} holds {header.get('format')!r}, {kind!r} is needed")
+    if header.get("format_version", 0) > version:
+        raise CorruptFileError(
+            f"{path} has format {header['format_version']}, newer than {version}; update the package"
+        )
+    if metadata.get("sha256") != _digest(tensors):
+        raise CorruptFileError(f"{path} is damaged: its contents do not match their checksum; copy or make it again")
+    return header, tensors
+
+
+def coordinates_from_config(config: Mapping[str, Any]) -> CoordinateMap:
+    """A coordinate map from what its ``config()`` returned (fitted tensors come with the state dict)."""
+    if config["kind"] == "cartesian":
+        return CartesianMap(config["n_atoms"], config["scale"], config["com_std"])
+    if config["kind"] == "internal":
+        return InternalMap.from_config(config)
+    raise InputError(f"unknown coordinates {config['kind']!r}; known: cartesian, internal")
+
+
+def coordinates_for(
+    topology: Any, data: Tensor, kind: str = "internal", fixed: Sequence[tuple[int, int, float]] = ()
+) -> CoordinateMap:
+    """Coordinates for a molecule, fitted to data.
+
+    Args:
+        topology: an ``openmm.app.Topology``, or anything with its atoms() and bonds().
+        data: positions `(n, n_atoms, 3)` [nm].
+        kind: "internal" or "cartesian".
+        fixed: ``(i, j, length [nm])`` of bonds of constrained length, see ``constraints.fixed_bonds``; internal only.
+
+    Raises:
+        InputError: unknown coordinates, data that do not fit, or fixed bonds that the coordinates cannot hold.
+    """
+    if kind == "cartesian" and fixed:
+        raise InputError(f"Cartesian coordinates cannot hold {len(fixed)} bonds at fixed length; use kind='internal'")
+    if kind == "cartesian":
+        return CartesianMap.fit(data)
+    if kind == "internal":
+        return InternalMap.fit(build_zmatrix(*topology_tables(topology)), data, fixed=fixed)
+    raise InputError(f"unknown coordinates {kind!r}; known: cartesian, internal")
+
+
+def alternating_masks(circular: Tensor, n_layers: int, seed: int) -> list[Tensor]:
+    """Coupling masks in complementary pairs, lines and circles each split into random halves.
+
+    Raises:
+        InputError: fewer than two elements.
+    """
+    dim = circular.numel()
+    if dim < 2:
+        raise InputError(f"{dim}-dimensional data cannot be split by a coupling; at least 2 dimensions are needed")
+    generator = torch.Generator().manual_seed(seed)
+    masks: list[Tensor] = []
+    for layer in range(n_layers):
+        if layer % 2:
+            masks.append(~masks[-1])
+            continue
+        mask = torch.zeros(dim, dtype=torch.bool)
+        for k, kind in enumerate((~circular, circular)):
+            members = kind.nonzero().flatten()
+            members = members[torch.randperm(members.numel(), generator=generator)]
+            # An odd kind gives its extra element to alternating sides, so that neither half is ever empty.
+            mask[members[: (members.numel() + (k + layer // 2) % 2) // 2]] = True
+        if not bool(mask.any()) or bool(mask.all()):
+            mask = torch.arange(dim) % 2 == 0
+        masks.append(mask)
+    return masks
+
+
+def build(
+    coordinates: CoordinateMap,
+    architecture: Mapping[str, Any],
+    metadata: FlowMetadata | None = None,
+    factor: Tensor | None = None,
+) -> Flow:
+    """A flow from its architecture description; the named factories below are the usual way in.
+
+    Args:
+        coordinates: from `coordinates_for`.
+        architecture: name and sizes, see the factories.
+        metadata: goes into the flow.
+        factor: of a harmonic prior, from `harmonic_factor`; None for independent features.
+
+    Raises:
+        InputError: an unknown architecture or a size that is not positive.
+    """
+    a = dict(architecture)
+    for key in ("n_layers", "hidden", "depth"):
+        if a[key] < 1:
+            raise InputError(f"{key} is {a[key]}; it must be at least 1")
+    networks: dict[str, Callable[[int, int], nn.Module]] = {
+        "real_nvp": partial(MLP, hidden=a["hidden"], depth=a["depth"]),
+        "res_nvp": partial(ResidualMLP, hidden=a["hidden"], depth=a["depth"]),
+        "spline": partial(ResidualMLP, hidden=a["hidden"], depth=a["depth"]),
+        "jet": partial(TokenTransformer, token_size=3, hidden=a["hidden"], depth=a["depth"]),
+    }
+    if a["name"] not in networks:
+        raise InputError(f"unknown architecture {a['name']!r}; known: {', '.join(networks)}")
+    circular = coordinates.circular
+    layers: list[Bijection] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(a["seed"])
+        for mask in _masks(coordinates, a):
+            if a["name"] == "spline":
+                layers.append(SplineCoupling(mask, circular, networks["spline"], a["n_bins"], a["bound"]))
+            else:
+                layers.append(AffineCoupling(mask, circular, networks[a["name"]]))
+    return Flow(coordinates, Composition(layers), a, metadata, factor)
+
+
+def _masks(coordinates: CoordinateMap, a: Mapping[str, Any]) -> list[Tensor]:
+    if a["name"] == "jet" and isinstance(coordinates, CartesianMap):
+        # Whole atoms are the tokens.
+        per_atom = alternating_masks(torch.zeros(coordinates.n_atoms, dtype=torch.bool), a["n_layers"], a["seed"])
+        return [m.repeat_interleave(3) for m in per_atom]
+    return alternating_masks(coordinates.circular, a["n_layers"], a["seed"])
+
+
+def real_nvp(
+    coordinates: CoordinateMap, *, n_layers: int = 8, hidden: int = 128, depth: int = 2, seed: int = 0
+) -> Flow:
+    """Affine couplings with MLP conditioners (Dinh et al. 2017, arXiv 1605.08803).
+
+    Args:
+        coordinates: from `coordinates_for`.
+        n_layers: number of couplings.
+        hidden: width of the conditioners.
+        depth: hidden layers of each.
+        seed: of masks and initial weights.
+    """
+    return build(
+        coordinates, {"name": "real_nvp", "n_layers": n_layers, "hidden": hidden, "depth": depth, "seed": seed}
+    )
+
+
+def res_nvp(coordinates: CoordinateMap, *, n_layers: int = 8, hidden: int = 128, depth: int = 2, seed: int = 0) -> Flow:
+    """Affine couplings with residual conditioners (Res-NVP of Rehman et al. 2025, arXiv 2506.01158).
+
+    Args:
+        coordinates: from `coordinates_for`.
+        n_layers: number of couplings.
+        hidden: width of the residual stream.
+        depth: residual blocks of each conditioner.
+        seed: of masks and initial weights.
+    """
+    return build(coordinates, {"name": "res_nvp", "n_layers": n_layers, "hidden": hidden, "depth": depth, "seed": seed})
+
+
+def spline(
+    coordinates: CoordinateMap,
+    *,
+    n_layers: int = 8,
+    hidden: int = 128,
+    depth: int = 2,
+    n_bins: int = 8,
+    bound: float = 5.0,
+    seed: int = 0,
+) -> Flow:
+    """Rational-quadratic spline couplings, circular on torsions (NSF; arXiv 1906.04032 and 2002.02428).
+
+    Args:
+        coordinates: from `coordinates_for`.
+        n_layers: number of couplings.
+        hidden: width of the residual conditioners.
+        depth: residual blocks of each.
+        n_bins: spline bins.
+        bound: half-width of the spline's domain in units of the feature's standard deviation.
+        seed: of masks and initial weights.
+    """
+    architecture = {
+        "name": "spline", "n_layers": n_layers, "hidden": hidden, "depth": depth, "n_bins": n_bins, "bound": bound,
+        "seed": seed,
+    }  # fmt: skip
+    return build(coordinates, architecture)
+
+
+def jet(coordinates: CoordinateMap, *, n_layers: int = 8, hidden: int = 64, depth: int = 2, seed: int = 0) -> Flow:
+    """Affine couplings over atom tokens with transformer conditioners (Kolesnikov et al. 2024, arXiv 2412.15129).
+
+    Args:
+        coordinates: from `coordinates_for`.
+        n_layers: number of couplings.
+        hidden: token width, a multiple of 4.
+        depth: transformer blocks of each conditioner.
+        seed: of masks and initial weights.
+    """
+    return build(coordinates, {"name": "jet", "n_layers": n_layers, "hidden": hidden, "depth": depth, "seed": seed})

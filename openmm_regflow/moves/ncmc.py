@@ -1,0 +1,214 @@
+"""``NCMCFlowMove``: a flow proposal in solvent, with the solvent given time to make room.
+
+Nonequilibrium candidate Monte Carlo (Nilmeier, Crooks, Minh and Chodera, PNAS 108, E1009 (2011)): the interactions
+between the subset and its surroundings are switched off over half of a protocol, the flow proposes the subset's
+internal coordinates while it does not feel the surroundings, and the interactions are switched on again. Dynamics run
+all the time; the total work decides.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openmm
+import torch
+from openmm import unit
+
+from openmm_regflow.errors import InputError
+from openmm_regflow.moves.flow_move import FlowMove
+from openmm_regflow.proposals import ProposalBatch, SubsetProposal
+from openmm_regflow.sampling import KernelInfo, context_potential, redrawn, system_masses
+from openmm_regflow.units import thermal_energy, to_float
+
+#: Coupling c = |2 lambda - 1| falls from 1 to 0 and rises again; charges go first and return last.
+SCHEDULE = {
+    "lambda_electrostatics": "max(0, 2*abs(2*lambda-1)-1)",
+    "lambda_sterics": "min(1, 2*abs(2*lambda-1))",
+}
+
+
+class NCMCFlowMove(FlowMove):
+    """A flow move of an atom subset with nonequilibrium switching, for openmmtools samplers.
+
+    Exactness. Fresh velocities are drawn, so that the state is in equilibrium with respect to them. The protocol is
+    its own time reverse (palindromic splitting ``O V R H R V O``, a schedule symmetric about its middle, and the jump
+    in the middle), so the ratio of path probabilities is ``exp(-W/kT)`` with the protocol and shadow work of the
+    dynamics, and the jump from x to y at zero coupling adds ``u_0(y) - u_0(x) + log q(y) - log q(x)`` to ``W/kT``.
+    Switching from the state's System to the alchemical one at full coupling, and back, counts as work too, so
+    approximations in the alchemical System (reciprocal space, dispersion) cost acceptance and nothing else. After a
+    rejection the old positions and velocities stay.
+
+    Args:
+        proposal: of the subset that is switched. Its potential is not used.
+        n_steps: dynamics steps of a whole protocol, an even number.
+        timestep: [ps or Quantity].
+        collision_rate: [1/ps or Quantity].
+        pool_size: see :class:`FlowMove`.
+        flow_path: see :class:`FlowMove`.
+        seed: see :class:`FlowMove`.
+
+    Raises:
+        InputError: not a subset proposal, one with bonds of fixed length, or an odd or too small number of steps.
+    """
+
+    __module__ = "openmm_regflow.moves"
+
+    def __init__(
+        self,
+        proposal: SubsetProposal,
+        n_steps: int = 1000,
+        timestep: Any = 0.001,
+        collision_rate: Any = 1.0,
+        pool_size: int = 256,
+        *,
+        flow_path: str | Path | None = None,
+        seed: int | None = None,
+    ) -> None:
+        if proposal.atom_subset is None:
+            raise InputError("NCMCFlowMove switches a part of a System; give it a SubsetProposal")
+        if proposal.constraints is not None:
+            raise InputError(
+                "NCMCFlowMove jumps in the middle of dynamics, which bonds of fixed length in the subset do not "
+                "survive; use a flow and a System without constraints in the subset"
+            )
+        if n_steps < 2 or n_steps % 2:
+            raise InputError(f"n_steps is {n_steps}; an even number is needed, as the flow jumps in the middle")
+        super().__init__(proposal, 1, pool_size, flow_path=flow_path, energy="context", seed=seed)
+        self.n_steps = n_steps
+        self.timestep, self.collision_rate = to_float(timestep, "time"), to_float(collision_rate, "rate")
+        self._switched: Any = None
+
+    def apply(self, thermodynamic_state: Any, sampler_state: Any, context_cache: Any = None) -> None:
+        """One switching protocol at a thermodynamic state of constant volume.
+
+        Raises:
+            UnsupportedForceError: constraints or virtual sites in the subset.
+            InputError: constant pressure (the protocol would need its own barostat), or a flow file that is gone.
+        """
+        if thermodynamic_state.pressure is not None:
+            raise InputError("NCMCFlowMove needs constant volume; use it in a ThermodynamicState without pressure")
+        step = self._loaded(thermodynamic_state)
+        energy, _ = self._energy(thermodynamic_state, sampler_state, context_cache)
+        positions = sampler_state.positions.value_in_unit(unit.nanometer)
+        if thermodynamic_state.is_periodic and sampler_state.box_vectors is not None:
+            positions = step.proposal.make_whole(
+                positions, np.asarray(sampler_state.box_vectors.value_in_unit(unit.nanometer))
+            )
+        context = self._context(thermodynamic_state, context_cache)
+        new, velocities, log_ratio = self._protocol(context, sampler_state, positions, energy, thermodynamic_state)
+        accepted = self._decide(log_ratio)
+        if accepted:
+            sampler_state.positions = unit.Quantity(new, unit.nanometer)
+            sampler_state.velocities = unit.Quantity(velocities, unit.nanometer / unit.picosecond)
+
+    def __getstate__(self, **kwargs: Any) -> dict[str, Any]:
+        settings = {"n_steps": self.n_steps, "timestep": self.timestep, "collision_rate": self.collision_rate}
+        return super().__getstate__(**kwargs) | {"ncmc": settings}
+
+    def __setstate__(self, serialization: dict[str, Any]) -> None:
+        super().__setstate__(serialization)
+        for name in ("n_steps", "timestep", "collision_rate"):
+            setattr(self, name, serialization["ncmc"][name])
+        self._switched = None
+
+    def _decide(self, log_ratio: float) -> bool:
+        """Metropolis decision; anything that is not a number is a counted rejection."""
+        step = self._step
+        draw = float(torch.rand(1, generator=step.generator, dtype=torch.float64))  # type: ignore[union-attr]
+        possible = math.isfinite(log_ratio)
+        accepted = possible and (log_ratio >= 0 or draw < math.exp(log_ratio))
+        log_weight = torch.tensor([[log_ratio if possible else -math.inf]], dtype=torch.float64)
+        flags = torch.tensor([accepted]), torch.tensor([0 if accepted else -1])
+        outside = torch.tensor([False])
+        self._statistics.update(KernelInfo(*flags, log_weight.squeeze(0).exp().clamp(max=1), log_weight, outside))
+        return accepted
+
+    def _protocol(
+        self, context: openmm.Context, sampler_state: Any, positions: np.ndarray, energy: Any, state: Any
+    ) -> tuple[np.ndarray, np.ndarray, float]:
+        """Switch off, jump, switch on: final positions, velocities and the log acceptance ratio."""
+        kT, integrator = thermal_energy(state.temperature), context.getIntegrator()
+        try:
+            if sampler_state.box_vectors is not None:
+                context.setPeriodicBoxVectors(*sampler_state.box_vectors)
+            context.setPositions(positions)
+            integrator.reset()
+            self._redraw_velocities(context, state)
+            log_ratio = float(energy(torch.as_tensor(np.array(positions))[None])) - _energy_of(context) / kT
+            integrator.step(self.n_steps // 2)
+            log_ratio += self._jump(context, kT)
+            integrator.step(self.n_steps // 2)
+            log_ratio -= integrator.get_total_work(dimensionless=True)
+            final = context.getState(getPositions=True, getVelocities=True)
+            new = final.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
+            speeds = final.getVelocities(asNumpy=True).value_in_unit(unit.nanometer / unit.picosecond)
+            log_ratio += _energy_of(context) / kT - float(energy(torch.as_tensor(np.array(new))[None]))
+        except openmm.OpenMMException:  # a protocol that blew up: NaN coordinates
+            return positions, np.zeros_like(positions), math.nan
+        return new, speeds, log_ratio
+
+    def _redraw_velocities(self, context: openmm.Context, state: Any) -> None:
+        """Maxwell-Boltzmann velocities, without components along constraints."""
+        temperature = state.temperature.value_in_unit(unit.kelvin)
+        masses, generator = system_masses(context.getSystem()), self._step.generator  # type: ignore[union-attr]
+        context.setVelocities(redrawn(None, masses, None, temperature, generator))
+        context.applyVelocityConstraints(1e-8)
+
+    def _jump(self, context: openmm.Context, kT: float) -> float:
+        """The flow's proposal at zero coupling; its part of the log acceptance ratio."""
+        step, proposal = self._step, self._step.proposal  # type: ignore[union-attr]
+        state = context.getState(getPositions=True)
+        x = torch.as_tensor(np.array(state.getPositions(asNumpy=True).value_in_unit(unit.nanometer)))[None]
+        drawn: ProposalBatch = step.pool.take(1)  # type: ignore[union-attr]
+        y = proposal.in_place(drawn.positions, x)
+        energies = context_potential(context, kT)(torch.cat([x, y]))
+        context.setPositions(y[0].numpy())
+        return float(energies[0] - energies[1] + proposal.log_q(x)[0] - drawn.log_q[0])
+
+    def _context(self, thermodynamic_state: Any, context_cache: Any) -> openmm.Context:
+        """The alchemical Context of this state, built on first use."""
+        from openmmtools import cache
+
+        if self._switched is None or not self._switched[0].is_state_compatible(thermodynamic_state):
+            system = thermodynamic_state.get_system(remove_thermostat=True)
+            switched = alchemical_system(system, self._step.proposal.atom_subset)  # type: ignore[union-attr, arg-type]
+            platform = (cache.global_context_cache if context_cache is None else context_cache).platform
+            integrator = self._integrator(thermodynamic_state)
+            arguments = (switched, integrator) if platform is None else (switched, integrator, platform)
+            self._switched = (thermodynamic_state, openmm.Context(*arguments))
+        return self._switched[1]
+
+    def _integrator(self, thermodynamic_state: Any) -> Any:
+        """Langevin dynamics that switch the coupling and measure protocol and shadow work."""
+        from openmmtools import integrators
+
+        return integrators.AlchemicalNonequilibriumLangevinIntegrator(
+            alchemical_functions=SCHEDULE,
+            splitting="O V R H R V O",
+            nsteps_neq=self.n_steps,
+            temperature=thermodynamic_state.temperature,
+            collision_rate=self.collision_rate / unit.picosecond,
+            timestep=self.timestep * unit.picosecond,
+            measure_shadow_work=True,
+        )
+
+
+def _energy_of(context: openmm.Context) -> float:
+    """Potential energy [kJ/mol] of a Context as it is."""
+    return float(context.getState(getEnergy=True).getPotentialEnergy().value_in_unit(unit.kilojoule_per_mole))
+
+
+def alchemical_system(system: openmm.System, subset: list[int]) -> openmm.System:
+    """The System with a subset whose nonbonded interactions with the rest scale with two global parameters.
+
+    Interactions within the subset stay. Reciprocal-space electrostatics of the subset and its part of the dispersion
+    correction are left out; :class:`NCMCFlowMove` corrects for both.
+    """
+    from openmmtools.alchemy import AbsoluteAlchemicalFactory, AlchemicalRegion
+
+    region = AlchemicalRegion(alchemical_atoms=subset, annihilate_electrostatics=False, annihilate_sterics=False)
+    factory = AbsoluteAlchemicalFactory(
+        alchemical_pme_treatment="direct-space", disable_alchemical_dispersion_correction=True
+    )
+    return factory.create_alchemical_system(system, region)

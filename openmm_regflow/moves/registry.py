@@ -1,0 +1,221 @@
+"""One flow, pool and random state per process for all the copies of a move.
+
+openmmtools deep-copies a move for every thermodynamic state and writes all of them as YAML at every iteration. A move
+therefore carries a description (path and SHA-256 of the flow file, settings), never weights; what the copies share
+lives here, is found by that description, and is rebuilt from the file in a new process.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openmm
+import torch
+
+from openmm_regflow.errors import IncompatibleFlowError, InputError
+from openmm_regflow.flows import Flow
+from openmm_regflow.potentials import OpenMMPotential, TorchPotential
+from openmm_regflow.proposals import FlowProposal, SubsetProposal
+from openmm_regflow.sampling import ProposalPool, new_pool
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a storage file says about a proposal; plain values only.
+
+    Attributes:
+        flow_path: of the flow file; None for a flow that was never saved.
+        flow_sha256: of that file's bytes, or a process-wide label for an unsaved flow.
+        temperature: [K] of the proposal.
+        potential: ``{"kind": "torch" | "openmm" | "custom", ...options}``.
+        allow_mismatch: see :class:`openmm_regflow.proposals.FlowProposal`.
+        frame: ``"auto"``, ``"free"`` or ``"fixed"``.
+        chunk_size: rows per call of flow and potential.
+        device: of the flow.
+        pool_size: proposals drawn at a time.
+        seed: of the shared random state; None to take one from NumPy's global state, as openmmtools does.
+        atom_subset: atoms that a :class:`openmm_regflow.proposals.SubsetProposal` moves; None for all.
+        frame_atoms: its frame atoms.
+    """
+
+    flow_path: str | None
+    flow_sha256: str
+    temperature: float
+    potential: dict[str, Any]
+    allow_mismatch: bool
+    frame: str
+    chunk_size: int
+    device: str
+    pool_size: int
+    seed: int | None
+    atom_subset: list[int] | None
+    frame_atoms: list[int] | None
+
+    @property
+    def key(self) -> str:
+        """Equal for equal descriptions; the flow counts by its contents, not by its path."""
+        return json.dumps({**vars(self), "flow_path": None}, sort_keys=True)
+
+
+@dataclass
+class Shared:
+    """What all copies of a move in this process use."""
+
+    proposal: FlowProposal
+    pool: ProposalPool
+    generator: torch.Generator
+
+
+_SHARED: dict[str, Shared] = {}
+_RELINKED: dict[str, tuple[str, bool]] = {}
+
+
+def relink(old_path: str | Path, new_path: str | Path, *, allow_changed: bool = False) -> None:
+    """Tell moves restored from storage where their flow file is now.
+
+    Call it before continuing a stored run; the next storage written holds the new path.
+
+    Args:
+        old_path: as the storage file (and the error) names it.
+        new_path: where the file is.
+        allow_changed: accept other contents, such as a flow trained further. The chain stays exact; the log-weight
+            statistics then mix two flows.
+
+    Raises:
+        InputError: no file at ``new_path``.
+    """
+    if not Path(new_path).is_file():
+        raise InputError(f"no flow file at {new_path}; give the path where it is now")
+    _RELINKED[str(Path(old_path).absolute())] = (str(Path(new_path).absolute()), allow_changed)
+
+
+def describe(
+    proposal: FlowProposal, pool_size: int, flow_path: str | Path | None, seed: int | None
+) -> Description:
+    """The description of a live proposal.
+
+    Raises:
+        InputError: no file at ``flow_path``.
+        IncompatibleFlowError: the file holds another flow than the proposal.
+    """
+    if flow_path is not None:
+        _check_same(proposal.flow, Path(flow_path))
+    return Description(
+        flow_path=None if flow_path is None else str(Path(flow_path).absolute()),
+        flow_sha256=f"unsaved-{id(proposal)}" if flow_path is None else file_sha256(Path(flow_path)),
+        temperature=proposal.temperature,
+        potential=_describe_potential(proposal.potential),
+        allow_mismatch=proposal.allow_mismatch,
+        frame=proposal.frame,
+        chunk_size=proposal.chunk_size,
+        device=str(proposal.device),
+        pool_size=pool_size,
+        seed=seed,
+        atom_subset=proposal.atom_subset,
+        frame_atoms=proposal.frame_atoms,
+    )
+
+
+def register(description: Description, proposal: FlowProposal) -> Shared:
+    """Make a live proposal what copies with this description use; starts a fresh pool and random state."""
+    generator = torch.Generator().manual_seed(_fresh_seed() if description.seed is None else description.seed)
+    shared = Shared(proposal, new_pool(proposal, description.pool_size, generator), generator)
+    _SHARED[description.key] = shared
+    return shared
+
+
+def find(description: Description, system: openmm.System) -> tuple[Description, Shared]:
+    """What a description stands for in this process, loaded from the flow file on first use.
+
+    Args:
+        description: from a live or a restored move.
+        system: of the state that the move is applied to; the potential of a restored proposal is built for it.
+
+    Returns:
+        The description, with path and hash of a relinked file, and what it stands for.
+
+    Raises:
+        InputError: the flow file is gone.
+        IncompatibleFlowError: the flow file has changed, or belongs to another System.
+    """
+    if description.key in _SHARED:
+        return description, _SHARED[description.key]
+    description = _located(description)
+    if description.key not in _SHARED:
+        flow = Flow.load(str(description.flow_path), device=description.device)
+        register(description, _build_proposal(description, flow, system))
+    return description, _SHARED[description.key]
+
+
+def _located(description: Description) -> Description:
+    """The description with a flow file that exists and has the right contents."""
+    stored = str(description.flow_path)
+    path, allow_changed = _RELINKED.get(stored, (stored, False))
+    if not Path(path).is_file():
+        raise InputError(
+            f"the flow file {path} of this FlowMove is gone; if it was moved, call "
+            f"openmm_regflow.moves.relink({stored!r}, new_path) and continue"
+        )
+    sha256 = file_sha256(Path(path))
+    if sha256 != description.flow_sha256 and not allow_changed:
+        raise IncompatibleFlowError(
+            f"the flow file {path} has changed since it was stored (SHA-256 {sha256[:12]}, stored "
+            f"{description.flow_sha256[:12]}); put the old one back, or call openmm_regflow.moves.relink({stored!r}, "
+            "new_path), with allow_changed=True if another flow is meant"
+        )
+    return Description(**{**vars(description), "flow_path": path, "flow_sha256": sha256})
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _check_same(flow: Any, path: Path) -> None:
+    """Refuse a file that holds other weights than the live flow."""
+    if not path.is_file():
+        raise InputError(f"no flow file at {path}; write it first with flow.save({str(path)!r})")
+    stored, live = Flow.load(path).state_dict(), flow.state_dict()
+    same = stored.keys() == live.keys() and all(torch.equal(stored[name], live[name].cpu()) for name in stored)
+    if not same:
+        raise IncompatibleFlowError(f"{path} holds another flow than the proposal; call flow.save({str(path)!r}) again")
+
+
+def _describe_potential(potential: Any) -> dict[str, Any]:
+    """Kind and options of a potential, enough to build it for a System again."""
+    if isinstance(potential, TorchPotential):
+        return {"kind": "torch", "dtype": str(potential.dtype).removeprefix("torch."), "device": str(potential.device)}
+    if isinstance(potential, OpenMMPotential):
+        return {"kind": "openmm"}
+    return {"kind": "custom"}
+
+
+def _build_potential(description: dict[str, Any], system: openmm.System) -> Any:
+    """A potential for a System. A custom callable comes back as OpenMM's own energy of the same System."""
+    if description["kind"] == "torch":
+        dtype = getattr(torch, description["dtype"])
+        return TorchPotential(system, dtype=dtype, device=description["device"])
+    return OpenMMPotential(system)
+
+
+def _build_proposal(description: Description, flow: Flow, system: openmm.System) -> FlowProposal:
+    """The proposal of a description for a System."""
+    potential = _build_potential(description.potential, system)
+    options: dict[str, Any] = {"allow_mismatch": description.allow_mismatch, "chunk_size": description.chunk_size}
+    if description.atom_subset is None:
+        return FlowProposal(flow, potential, description.temperature, frame=description.frame, **options)  # type: ignore[arg-type]
+    options["frame_atoms"] = description.frame_atoms
+    return SubsetProposal(flow, potential, description.temperature, description.atom_subset, **options)
+
+
+def _fresh_seed() -> int:
+    """A seed from NumPy's global state (what openmmtools users set) and the MPI rank, so that ranks differ."""
+    import mpiplus
+
+    communicator = mpiplus.get_mpicomm()
+    rank = 0 if communicator is None else communicator.rank
+    entropy = [*np.random.randint(0, 2**31 - 1, size=2).tolist(), rank]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)

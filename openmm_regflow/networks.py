@@ -1,0 +1,176 @@
+"""Conditioner and vector-field networks: residual MLPs and transformers over tokens; no physics here."""
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from openmm_regflow.errors import InputError
+
+
+class MLP(nn.Module):
+    """Plain multilayer perceptron with SiLU activations.
+
+    Args:
+        n_in: input features.
+        n_out: output features.
+        hidden: width of every hidden layer.
+        depth: number of hidden layers.
+        zero_init: start the last layer at zero, so that what it parametrises starts as the identity.
+    """
+
+    def __init__(self, n_in: int, n_out: int, hidden: int = 128, depth: int = 2, zero_init: bool = True) -> None:
+        super().__init__()
+        widths = [n_in] + [hidden] * depth
+        layers: list[nn.Module] = []
+        for a, b in pairwise(widths):
+            layers += [nn.Linear(a, b), nn.SiLU()]
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(widths[-1], n_out)
+        if zero_init:
+            zero_(self.head)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(n, n_in)` -> `(n, n_out)`."""
+        return self.head(self.body(x))
+
+
+class ResidualMLP(nn.Module):
+    """Residual network of pre-activation blocks ``h + W2 silu(W1 silu(h))``.
+
+    Args:
+        n_in: input features.
+        n_out: output features.
+        hidden: width of the residual stream.
+        depth: number of residual blocks.
+        zero_init: start the last layer at zero.
+    """
+
+    def __init__(self, n_in: int, n_out: int, hidden: int = 128, depth: int = 2, zero_init: bool = True) -> None:
+        super().__init__()
+        self.lift = nn.Linear(n_in, hidden)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+            for _ in range(depth)
+        )
+        self.head = nn.Linear(hidden, n_out)
+        if zero_init:
+            zero_(self.head)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(n, n_in)` -> `(n, n_out)`."""
+        h = self.lift(x)
+        for block in self.blocks:
+            h = h + block(h)
+        return self.head(nn.functional.silu(h))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm self-attention block, optionally modulated by a condition (adaLN-Zero, Peebles & Xie 2023).
+
+    Args:
+        width: token width.
+        heads: attention heads; must divide ``width``.
+        n_condition: width of the condition vector, 0 for none.
+    """
+
+    def __init__(self, width: int, heads: int, n_condition: int = 0) -> None:
+        super().__init__()
+        if width % heads:
+            raise InputError(f"{heads} attention heads do not divide a width of {width}; choose a divisor")
+        self.heads = heads
+        affine = n_condition == 0
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=affine)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=affine)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.feed = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.modulation = nn.Linear(n_condition, 6 * width) if n_condition else None
+        if self.modulation is not None:
+            zero_(self.modulation)
+
+    def attend(self, h: Tensor) -> Tensor:
+        """Multi-head self-attention over tokens, `(n, tokens, width)` -> the same."""
+        n, tokens, width = h.shape
+        q, k, v = self.qkv(h).view(n, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        # Written out: the fused kernel has no forward-mode derivative, which exact divergences need.
+        mixed = torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]), dim=-1) @ v
+        return self.out(mixed.transpose(1, 2).reshape(n, tokens, width))
+
+    def forward(self, h: Tensor, condition: Tensor | None = None) -> Tensor:
+        """`(n, tokens, width)`, condition `(n, n_condition)` -> `(n, tokens, width)`."""
+        if self.modulation is None or condition is None:
+            h = h + self.attend(self.norm1(h))
+            return h + self.feed(self.norm2(h))
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).unsqueeze(1).chunk(6, dim=-1)
+        h = h + gate1 * self.attend(self.norm1(h) * (1 + scale1) + shift1)
+        return h + gate2 * self.feed(self.norm2(h) * (1 + scale2) + shift2)
+
+
+class TokenTransformer(nn.Module):
+    """Transformer from one set of tokens to another: the conditioner of Jet couplings.
+
+    Known tokens carry values; asked-for tokens enter with their learned embedding alone, and their outputs
+    are read off. (Kolesnikov et al. 2024, "Jet"; here the tokens are atoms or groups of coordinates.)
+
+    Args:
+        n_in: input features, split into tokens of ``token_size``, the last one padded with zeros.
+        n_out: output features, split evenly over ``n_tokens_out`` learned query tokens.
+        token_size: features per input token.
+        hidden: token width.
+        depth: number of blocks.
+        heads: attention heads.
+    """
+
+    def __init__(
+        self, n_in: int, n_out: int, token_size: int, hidden: int = 64, depth: int = 2, heads: int = 4
+    ) -> None:
+        super().__init__()
+        self.token_size = token_size
+        self.n_known = math.ceil(n_in / token_size)
+        self.n_asked = self.n_known
+        self.n_out = n_out
+        per_token = math.ceil(n_out / self.n_asked)
+        self.lift = nn.Linear(token_size, hidden)
+        self.known = nn.Parameter(0.5 * torch.randn(self.n_known, hidden))
+        self.asked = nn.Parameter(0.5 * torch.randn(self.n_asked, hidden))
+        self.blocks = nn.ModuleList(TransformerBlock(hidden, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(hidden)
+        self.head = nn.Linear(hidden, per_token)
+        zero_(self.head)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(n, n_in)` -> `(n, n_out)`."""
+        n = x.shape[0]
+        padded = nn.functional.pad(x, (0, self.n_known * self.token_size - x.shape[1]))
+        known = self.lift(padded.view(n, self.n_known, self.token_size)) + self.known
+        h = torch.cat([known, self.asked.expand(n, -1, -1)], dim=1)
+        for block in self.blocks:
+            h = block(h)
+        return self.head(self.norm(h[:, self.n_known :])).flatten(1)[:, : self.n_out]
+
+
+class TimeEmbedding(nn.Module):
+    """Fourier features of a time in [0, 1].
+
+    Args:
+        n_features: number of features (even).
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, n_features: int = 32) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", math.pi * torch.arange(1, n_features // 2 + 1, dtype=torch.float32))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """`(n,)` -> `(n, n_features)`."""
+        angles = t[:, None] * self.frequencies.to(t.dtype)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def zero_(layer: nn.Linear) -> None:
+    """Set a linear layer to the zero map in place."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)

@@ -1,0 +1,171 @@
+"""Training losses: RegFlow with its regularisers, maximum likelihood, flow matching.
+
+Every loss is a function of (module, batch, generator) that returns the scalar to minimise and its parts: `draw` adds
+what is random to a batch, `of` is the loss of what was drawn. Several processes draw alike and take a slice each.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openmm_regflow.bijections import Bijection, wrap
+from openmm_regflow.flows import Prior
+from openmm_regflow.teachers import VectorField, interpolate
+
+#: (module, batch, generator) -> loss and its parts; each loss says which kind of module it takes
+Loss = Callable[[Any, tuple[Tensor, ...], torch.Generator], tuple[Tensor, dict[str, Tensor]]]
+
+
+class SplitLoss:
+    """A loss whose random part is drawn for a whole batch before the batch is split."""
+
+    def draw(self, batch: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
+        """The batch with everything random in it; first axis of every tensor is the sample."""
+        return batch
+
+    def of(self, module: Any, drawn: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and parts of what `draw` returned, or of a slice of it: means over samples."""
+        raise NotImplementedError
+
+    def __call__(
+        self, module: Any, batch: tuple[Tensor, ...], generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a batch and its parts."""
+        return self.of(module, self.draw(batch, generator))
+
+
+def noisy(y: Tensor, scale: float, generator: torch.Generator) -> Tensor:
+    """`y` with Gaussian noise of standard deviation `scale`; untouched, and nothing drawn, if that is zero."""
+    if not scale:
+        return y
+    return y + scale * torch.randn(y.shape, generator=generator, dtype=y.dtype).to(y.device)
+
+
+def wrapped_difference(a: Tensor, b: Tensor, circular: Tensor) -> Tensor:
+    """``a - b`` `(n, dim)`, the shorter way round on circles."""
+    return torch.where(circular, wrap(a - b), a - b)
+
+
+@dataclass(frozen=True)
+class RegFlowLoss(SplitLoss):
+    """``E |f(z) - y|^2 + regularisers`` (arXiv 2506.01158, equation 5 and section 4.2), per dimension.
+
+    Attributes:
+        circular: `(dim,)` bool.
+        log_det: weight of ``(log|det J|)^2``; if the batch carries the teacher's log-determinant, of the squared
+            difference to it.
+        forward_backward: weight of ``|f^-1(f(z)) - z|^2``.
+        target_noise: standard deviation of Gaussian noise added to the target.
+    """
+
+    circular: Tensor
+    log_det: float = 0.0
+    forward_backward: float = 0.0
+    target_noise: float = 0.0
+
+    def draw(self, batch: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Target noise for a batch (z `(n, dim)`, y `(n, dim)`[, teacher's log-determinant `(n,)`])."""
+        z, y = batch[:2]
+        return (z, noisy(y, self.target_noise, generator), *batch[2:])
+
+    def of(self, module: Bijection, drawn: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a batch as `draw` returns it."""
+        z, y = drawn[:2]
+        out, log_det = module(z)
+        parts = {"regression": wrapped_difference(out, y, self.circular).square().mean()}
+        if self.log_det:
+            reference = drawn[2] if len(drawn) > 2 else 0.0
+            parts["log_det"] = self.log_det * (log_det - reference).square().mean()
+        if self.forward_backward:
+            # On a quarter of the batch: the expectation is the same and the inverse costs as much as all the rest.
+            back, _ = module.inverse(out[::4])
+            error = wrapped_difference(back, z[::4], self.circular).square().sum(-1).mean()
+            parts["forward_backward"] = self.forward_backward * error
+        return torch.stack(list(parts.values())).sum(), parts
+
+
+@dataclass(frozen=True)
+class LikelihoodLoss(SplitLoss):
+    """Negative log-likelihood of features, ``-E log q(y)``.
+
+    Attributes:
+        prior: of the latent.
+        noise: standard deviation of Gaussian noise added to the features, in units of the whitened coordinate.
+    """
+
+    prior: Prior
+    noise: float = 0.0
+
+    def draw(self, batch: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Noise for a batch (y `(n, dim)`,)."""
+        return (noisy(batch[0], self.noise, generator),)
+
+    def of(self, module: Bijection, drawn: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a batch as `draw` returns it."""
+        z, log_det = module.inverse(drawn[0])
+        nll = -(self.prior.log_prob(z) + log_det).mean()
+        return nll, {"nll": nll}
+
+
+@dataclass(frozen=True)
+class GeneralisedKLLoss(SplitLoss):
+    """Forward KL of reweighted samples, ``E_p log(p/q) + (integral of q) - 1``, estimated on samples of an older q.
+
+    For samples y of the density q0, with w = p/q0 normalised to mean one and r = q/q0,
+
+        loss = mean(-w log r + r).
+
+    The gradient is ``-mean((w - r) grad log q)``: where q already equals p it vanishes sample by sample, so a
+    finite pool is not over-fitted, as it is by ``-mean(w log q)`` alone. (q is normalised, so the second term has
+    the expectation one and acts as a control variate that stays valid when q has moved away from q0.)
+
+    Attributes:
+        prior: of the latent.
+    """
+
+    prior: Prior
+
+    def of(self, module: Bijection, drawn: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a batch (y `(n, dim)`, log q0 of the features `(n,)`, w `(n,)`)."""
+        y, log_q0, w = drawn
+        z, log_det = module.inverse(y)
+        log_r = self.prior.log_prob(z) + log_det - log_q0
+        loss = (log_r.exp() - 1.0 - w * log_r).mean()
+        return loss, {"kl": loss}
+
+
+@dataclass(frozen=True)
+class FlowMatchingLoss(SplitLoss):
+    """Conditional flow matching with straight paths (arXiv 2210.02747, equation 23), per dimension.
+
+    Attributes:
+        prior: of the start points.
+        couple: matches a batch of start points to the data (minibatch OT); None leaves them independent.
+    """
+
+    prior: Prior
+    couple: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def draw(self, batch: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Times, points and velocities of the paths to a batch (y `(n, dim)`,)."""
+        y = batch[0]
+        z = self.prior.sample(y.shape[0], generator, y.dtype)
+        if self.couple is not None:
+            z = self.couple(z, y)
+        t = torch.rand(y.shape[0], generator=generator, dtype=y.dtype).to(y.device)
+        return (t, *interpolate(z, y, t, self.prior.circular))
+
+    def of(self, module: VectorField, drawn: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a batch as `draw` returns it."""
+        t, point, velocity = drawn
+        loss = (module(t, point) - velocity).square().mean()
+        return loss, {"flow_matching": loss}
+
+
+def describe(loss: Any) -> dict[str, Any]:
+    """JSON-ready settings of a loss, for provenance."""
+    plain = {k: v for k, v in vars(loss).items() if isinstance(v, int | float | str)}
+    return {"loss": type(loss).__name__, **plain}

@@ -1,0 +1,304 @@
+"""An `openmm.System` compiled into one batched, differentiable torch function."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import openmm
+import torch
+from torch import Tensor
+
+from openmm_regflow.errors import InputError, UnsupportedForceError
+from openmm_regflow.potentials.base import Geometry, PairTable, Term, Vector, check_positions, force_label
+from openmm_regflow.potentials.bonded import (
+    AngleTerm,
+    BondTerm,
+    CMAPTerm,
+    PeriodicTorsionTerm,
+    RBTorsionTerm,
+    displacement,
+)
+from openmm_regflow.potentials.compiled import BlockFunction, CompiledBlocks
+from openmm_regflow.potentials.custom import (
+    CustomAngleTerm,
+    CustomBondTerm,
+    CustomCompoundBondTerm,
+    CustomExternalTerm,
+    CustomTorsionTerm,
+)
+from openmm_regflow.potentials.custom_pair import CustomGBTerm, CustomNonbondedTerm
+from openmm_regflow.potentials.implicit import GBSAOBCTerm
+from openmm_regflow.potentials.nonbonded import NonbondedTerm
+
+_BONDED: dict[type, Callable[..., Term]] = {
+    openmm.HarmonicBondForce: BondTerm,
+    openmm.HarmonicAngleForce: AngleTerm,
+    openmm.PeriodicTorsionForce: PeriodicTorsionTerm,
+    openmm.RBTorsionForce: RBTorsionTerm,
+    openmm.CMAPTorsionForce: CMAPTerm,
+    openmm.CustomBondForce: CustomBondTerm,
+    openmm.CustomAngleForce: CustomAngleTerm,
+    openmm.CustomTorsionForce: CustomTorsionTerm,
+    openmm.CustomExternalForce: CustomExternalTerm,
+    openmm.CustomCompoundBondForce: CustomCompoundBondTerm,
+}
+_PAIRWISE: dict[type, Callable[..., Term]] = {
+    openmm.NonbondedForce: NonbondedTerm,
+    openmm.CustomNonbondedForce: CustomNonbondedTerm,
+    openmm.GBSAOBCForce: GBSAOBCTerm,
+    openmm.CustomGBForce: CustomGBTerm,
+}
+#: Forces that add nothing to the energy.
+_NEUTRAL = (
+    openmm.CMMotionRemover,
+    openmm.MonteCarloBarostat,
+    openmm.MonteCarloAnisotropicBarostat,
+    openmm.MonteCarloMembraneBarostat,
+    openmm.AndersenThermostat,
+)
+
+Constants = list[dict[str, Tensor]]
+
+#: Pairs times configurations of one chunk on a CPU: about as much as keeps the intermediates in its caches.
+_CHUNK_ENTRIES = 120_000
+#: Positions beyond this [nm] have energy +inf.
+_LARGEST_COORDINATE = 1e9
+
+
+class TorchPotential:
+    """Energies and forces of an `openmm.System` for whole batches, as a differentiable torch function.
+
+    Args:
+        system: the System; it is copied, later changes to it have no effect.
+        dtype: `torch.float64` or `torch.float32`.
+        device: where the tables live and the work is done.
+        compile: run through `torch.compile`; falls back to eager, with one warning, without a C++ compiler.
+        groups: force groups to include; all of them by default.
+
+    Attributes:
+        system: the copy of the System.
+        n_atoms: its number of particles.
+        constraints: its number of constraints, which play no part in the energy.
+        parameters: current values of the global parameters; see `set_parameter`.
+
+    Raises:
+        UnsupportedForceError: a force or feature is not covered; nothing is ever left out in silence.
+    """
+
+    def __init__(
+        self,
+        system: openmm.System,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+        compile: bool = False,
+        groups: Iterable[int] | None = None,
+    ) -> None:
+        if dtype not in (torch.float32, torch.float64):
+            raise InputError(f"dtype is {dtype}; TorchPotential works in torch.float64 or torch.float32")
+        self.system = openmm.XmlSerializer.clone(system)
+        self.dtype, self.device = dtype, torch.device(device)
+        self.n_atoms, self.constraints = system.getNumParticles(), system.getNumConstraints()
+        self.groups = None if groups is None else frozenset(groups)
+        pairs = PairTable(self.n_atoms)
+        self._terms = _build_terms(self.system, self.groups, pairs)
+        first, second = pairs.pairs().T
+        self._differences = displacement(first, second, self.n_atoms) if len(pairs) else None
+        for term in self._terms:
+            term.finalise(pairs)
+            term.to(self.dtype, self.device)
+        if self._differences is not None:
+            self._differences.to(self.dtype, self.device)
+        self.parameters: dict[str, float] = {}
+        for term in self._terms:
+            self.parameters |= term.parameters
+        self._refresh()
+        self._compiled = compile
+        self._set_functions(len(pairs))
+
+    def set_parameter(self, name: str, value: float) -> None:
+        """Set a global parameter (as `Context.setParameter` does); compiled code stays valid.
+
+        Raises:
+            InputError: no force of this System has a parameter of that name.
+        """
+        if name not in self.parameters:
+            raise InputError(f"no global parameter {name!r}; this System has {sorted(self.parameters)}")
+        self.parameters[name] = float(value)
+        self._refresh()
+
+    def _set_functions(self, n_pairs: int) -> None:
+        """The functions of energy alone (False) and with gradient (True), and the sizes of a chunk and a lane."""
+        functions: dict[bool, BlockFunction] = {
+            # Plain functions: the recorder counts the arguments of a bound method wrongly.
+            False: lambda x, constants: self._block_energy(x, constants),
+            True: lambda x, constants: self._block_gradient(x, constants),
+        }
+        names = {False: "energies", True: "forces"}
+        self._functions = (
+            {k: CompiledBlocks(f, names[k]) for k, f in functions.items()} if self._compiled else functions
+        )
+        self._lanes = 16 if self.device.type == "cpu" else 128
+        budget = _CHUNK_ENTRIES if self.device.type == "cpu" else _CHUNK_ENTRIES * 1024
+        fitting = budget // max(n_pairs, 4 * self.n_atoms, 1)
+        self._chunk = max(2, fitting // self._lanes) * self._lanes if self._compiled else max(1, fitting)
+
+    def _refresh(self) -> None:
+        self._constants = [
+            {name: value.to(self.device, self.dtype) for name, value in term.constants(self.parameters).items()}
+            for term in self._terms
+        ]
+
+    def _block_energy(self, x: Vector, constants: Constants) -> tuple[Tensor]:
+        """Energies `(n_blocks, lanes)` of coordinates `(n_blocks, n_atoms, lanes)`; may hold NaN."""
+        geometry = Geometry(x, self._differences)
+        total = geometry.zeros()
+        for term, values in zip(self._terms, constants):
+            total = total + term.energy(geometry, values)
+        return (total,)
+
+    def _block_gradient(self, x: Vector, constants: Constants) -> tuple[Tensor, ...]:
+        """Energies and their derivatives by x, y and z."""
+        with torch.enable_grad():
+            x = tuple(c.detach().requires_grad_(True) for c in x)
+            (energy,) = self._block_energy(x, constants)
+            if not energy.requires_grad:  # no force at all
+                return energy, *(torch.zeros_like(c) for c in x)
+            gradient = torch.autograd.grad(energy.sum(), x)
+        return energy.detach(), *gradient
+
+    def _evaluate(self, x: Tensor, forces: bool) -> tuple[Tensor, Tensor | None]:
+        """Energies and, on demand, forces, chunk by chunk, outside any recording of gradients."""
+        with torch.inference_mode(False), torch.no_grad():
+            x = x.detach()
+            if len(x) == 0:
+                return x[:, 0, 0].clone(), x.clone()
+            parts = [self._evaluate_chunk(part, forces) for part in x.split(self._chunk)]
+            energy = torch.cat([part[0] for part in parts])
+            force = torch.cat([part[1] for part in parts]) if forces else None
+        return energy, force
+
+    def _evaluate_chunk(self, x: Tensor, forces: bool) -> tuple[Tensor, Tensor]:
+        n = len(x)
+        coordinates = to_blocks(x, self._lanes if self._compiled else n, 2 if self._compiled else 1)
+        function = self._functions[forces]
+        energy, *gradient = function(coordinates, self._constants)
+        energy = energy.reshape(-1)[:n]
+        # NaN positions compare false. Squares of absurd ones overflow, and not always to an infinite energy.
+        energy = torch.where((x.abs() <= _LARGEST_COORDINATE).all(-1).all(-1), energy, torch.inf)
+        if not forces:
+            return torch.where(torch.isfinite(energy), energy, torch.inf), x
+        force = -torch.stack(gradient).permute(1, 3, 2, 0).reshape(-1, self.n_atoms, 3)[:n]
+        valid = torch.isfinite(energy) & torch.isfinite(force).all(-1).all(-1)
+        return torch.where(valid, energy, torch.inf), torch.where(valid[:, None, None], force, 0.0)
+
+    def __call__(self, x: Any) -> Tensor:
+        """Potential energies; +inf where they are not finite.
+
+        Args:
+            x: `(n, n_atoms, 3)` positions [nm]: tensor, array or Quantity.
+
+        Returns:
+            `(n,)` [kJ/mol], differentiable any number of times in ``x`` where that is a tensor which requires a
+            gradient; rows with energy +inf have gradient zero.
+
+        Raises:
+            InputError: the shape does not fit the System.
+        """
+        x = check_positions(x, self.n_atoms).to(self.device, self.dtype)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _Energy.apply(x, self)
+        return self._evaluate(x, False)[0]
+
+    def energy_and_forces(self, x: Any) -> tuple[Tensor, Tensor]:
+        """Energies and forces; where the energy is +inf the forces are zero.
+
+        Args:
+            x: `(n, n_atoms, 3)` positions [nm].
+
+        Returns:
+            `(n,)` [kJ/mol] and `(n, n_atoms, 3)` [kJ/mol/nm], without gradient.
+
+        Raises:
+            InputError: the shape does not fit the System.
+        """
+        energy, forces = self._evaluate(check_positions(x, self.n_atoms).to(self.device, self.dtype), True)
+        return energy, forces  # type: ignore[return-value]
+
+    def differentiable_energy(self, x: Tensor) -> Tensor:
+        """Energies `(n,)` of `(n, n_atoms, 3)` by plain torch operations; may hold NaN. Used for higher derivatives."""
+        return self._block_energy(x.permute(2, 1, 0)[:, None].unbind(0), self._constants)[0][0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The System as XML and the options: tables and compiled code are rebuilt where they are needed."""
+        options = {"dtype": self.dtype, "device": str(self.device), "compile": self._compiled, "groups": self.groups}
+        return {"xml": openmm.XmlSerializer.serialize(self.system), "options": options, "set": self.parameters}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        TorchPotential.__init__(self, openmm.XmlSerializer.deserialize(state["xml"]), **state["options"])
+        self.parameters |= state["set"]
+        self._refresh()
+
+
+class _Energy(torch.autograd.Function):
+    """Energies whose first derivative comes from the fast forces; a second one is built on plain operations."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, potential: TorchPotential) -> Tensor:
+        energy, forces = potential._evaluate(x, True)
+        ctx.save_for_backward(x, energy, forces)
+        ctx.potential = potential
+        return energy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        x, energy, forces = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return -grads[0][:, None, None] * forces, None
+        # Rows without a finite energy take no part: their NaN would spread through products with zero.
+        valid = torch.isfinite(energy).nonzero()[:, 0]
+        energy = ctx.potential.differentiable_energy(x[valid])
+        (gradient,) = torch.autograd.grad(energy, x, grads[0][valid], create_graph=True)
+        return gradient, None
+
+
+def to_blocks(x: Tensor, lanes: int, minimum: int) -> Vector:
+    """Positions `(n, n_atoms, 3)` as coordinates `(n_blocks, n_atoms, lanes)`, padded with copies of the last frame."""
+    n_blocks = max(minimum, -(-len(x) // lanes))
+    missing = n_blocks * lanes - len(x)
+    if missing:
+        x = torch.cat([x, x[-1:].expand(missing, -1, -1)])
+    blocks = x.reshape(n_blocks, lanes, x.shape[1], 3).permute(3, 0, 2, 1)
+    return blocks.clone(memory_format=torch.contiguous_format).unbind(0)
+
+
+def _build_terms(system: openmm.System, groups: frozenset[int] | None, pairs: PairTable) -> list[Term]:
+    for i in range(system.getNumParticles()):
+        if system.isVirtualSite(i):
+            raise UnsupportedForceError(
+                f"particle {i} is a virtual site, which TorchPotential does not cover; use OpenMMPotential(system)"
+            )
+    terms = []
+    for force in sorted(system.getForces(), key=_registration_order):
+        if isinstance(force, _NEUTRAL) or (groups is not None and force.getForceGroup() not in groups):
+            continue
+        if type(force) in _BONDED and _is_empty(force):
+            continue
+        if type(force) in _BONDED:
+            terms.append(_BONDED[type(force)](force, system.getNumParticles()))
+        elif type(force) in _PAIRWISE:
+            terms.append(_PAIRWISE[type(force)](force, pairs))
+        else:
+            raise UnsupportedForceError(
+                f"{force_label(force)} is not covered by TorchPotential; use OpenMMPotential(system) instead"
+            )
+    return terms
+
+
+def _is_empty(force: Any) -> bool:
+    """Whether a bonded or external force holds no groups of atoms at all."""
+    counters = ("getNumBonds", "getNumAngles", "getNumTorsions", "getNumParticles")
+    return next(getattr(force, name)() for name in counters if hasattr(force, name)) == 0
+
+
+def _registration_order(force: openmm.Force) -> int:
+    """Forces with exclusions register their pairs before those that look at all pairs; see `PairTable`."""
+    return list(_PAIRWISE).index(type(force)) if type(force) in _PAIRWISE else -1

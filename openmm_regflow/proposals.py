@@ -1,0 +1,687 @@
+"""A flow, a potential and a temperature joined into proposals: ``(positions, log q, reduced potential)``.
+
+This is where the learning and the physics columns meet first. Everything downstream (reweighting, Markov
+chains, free energies) takes its densities and energies from one :class:`FlowProposal`, so that there is one
+place that says which measure ``log_q`` refers to and which configurations count as impossible.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import openmm
+import torch
+from openmm import unit
+from torch import Tensor
+
+from openmm_regflow.constraints import Constraints, fixed_bonds
+from openmm_regflow.coordinates.cartesian import random_rotations
+from openmm_regflow.errors import IncompatibleFlowError, InputError, UnsupportedForceError
+from openmm_regflow.potentials import OpenMMPotential
+from openmm_regflow.systems import compare_fingerprints, fingerprint
+from openmm_regflow.units import temperature_kelvin, thermal_energy
+
+#: Reduced energies this far above the best of their batch [kT] count as impossible.
+ABSURD_ENERGY = 1e6
+#: Relative difference of a constraint's length and the flow's fixed bond that counts as equal (nine digits).
+LENGTH_TOLERANCE = 1e-9
+
+Frame = Literal["free", "fixed"]
+EnergyFunction = Callable[[Tensor], Tensor]
+
+
+class ProposalBatch(NamedTuple):
+    """Configurations with what a Metropolis or importance weight needs; leading axes are arbitrary.
+
+    Attributes:
+        positions: `(..., n_atoms, 3)` [nm].
+        log_q: proposal log-density `(...,)` [nat], float64, relative to the measure that ``exp(-u)`` lives
+            on.
+        u: reduced potential `(...,)` [kT], float64; ``+inf`` where it is not finite or absurd.
+    """
+
+    positions: Tensor
+    log_q: Tensor
+    u: Tensor
+
+    @property
+    def log_weights(self) -> Tensor:
+        """Importance log-weights ``-u - log_q`` `(...,)`, up to the constant ``log Z``."""
+        return -self.u - self.log_q
+
+    def scaled(self, ratio: float) -> "ProposalBatch":
+        """The same draws with ``u`` multiplied by ``ratio``: another temperature of the same System."""
+        return self._replace(u=self.u * ratio)
+
+    def rows(self, index: Any) -> "ProposalBatch":
+        """The rows chosen by ``index`` along the leading axis."""
+        return ProposalBatch(self.positions[index], self.log_q[index], self.u[index])
+
+
+class FlowProposal:
+    """A flow as a proposal generator for one System at one temperature.
+
+    Measure: the Boltzmann factor ``exp(-u(x))`` of a molecule in free space does not depend on its frame
+        (centre and
+    orientation), a Cartesian flow's density does. ``log_q`` is therefore always
+
+        ``log_q(x) = flow.log_prob(x) - flow.frame_log_density(x)``
+
+    where ``frame_log_density`` is the log-density of the frame in the flow's own measure (the Gaussian on the
+    centre for a Cartesian flow, zero for internal coordinates). ``-u - log_q`` is then the full log-weight.
+    With ``frame="fixed"`` (a System in an external field, whose Boltzmann factor fixes the frame itself)
+    ``log_q`` is ``flow.log_prob`` alone.
+
+    A System with constrained bonds samples ``sqrt(det Z) exp(-u)`` on its constraint surface
+    (:mod:`openmm_regflow.constraints`). It needs a flow with these bonds fixed; the measure that ``exp(-u)`` lives on
+    then holds ``sqrt(det Z)``, so ``log_q`` is lower by ``log sqrt(det Z)``. As a part of the measure and not of the
+    energy it does not scale with temperature.
+
+    Args:
+        flow: an ``openmm_regflow.Flow`` or any object with its ``sample``, ``log_prob``,
+            ``frame_log_density``.
+        potential: energies [kJ/mol] of a batch `(n, n_atoms, 3)` [nm] -> `(n,)`: ``TorchPotential``,
+            ``OpenMMPotential`` or any callable. One and the same potential is used for proposals and for
+            current states, so a chain built on this object samples exactly that potential.
+        temperature: [K or Quantity].
+        allow_mismatch: accept a flow that was trained for another System or temperature. Results stay exact,
+            they only get noisier; atom counts must agree all the same.
+        frame: ``"free"`` or ``"fixed"``; by default found out by moving and turning a few samples.
+        chunk_size: rows per call of the flow and of the potential; bounds the memory of large batches.
+
+    Attributes:
+        n_impossible: how many energies so far were not finite or absurd.
+        constraints: bonds of constrained length among the flow's atoms; None where it fixes none.
+
+    Raises:
+        IncompatibleFlowError: the flow belongs to another System, atom count or temperature.
+        UnsupportedForceError: the System has constraints that the flow does not fix, virtual sites, particles without
+            mass or a periodic box.
+        InputError: a temperature that is not positive, an unknown ``frame``, or a flow with fixed bonds and a potential
+            without a System, whose masses would be needed.
+    """
+
+    def __init__(
+        self,
+        flow: Any,
+        potential: EnergyFunction,
+        temperature: Any,
+        *,
+        allow_mismatch: bool = False,
+        frame: Literal["auto", "free", "fixed"] = "auto",
+        chunk_size: int = 8192,
+    ) -> None:
+        if frame not in ("auto", "free", "fixed"):
+            raise InputError(f"frame is {frame!r}; choose 'auto', 'free' or 'fixed'")
+        if chunk_size < 1:
+            raise InputError(f"chunk_size is {chunk_size}; at least one row per call is needed")
+        self.flow, self.potential = flow, potential
+        self.temperature = temperature_kelvin(temperature)
+        self.kT = thermal_energy(self.temperature)
+        self.allow_mismatch = allow_mismatch
+        self.chunk_size = chunk_size
+        self.n_impossible = 0
+        self._frame = frame
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse what this kind of proposal does not cover."""
+        if self.system is not None:
+            self.check_system(self.system)
+        _check_atoms(self.flow, self.potential)
+        if not self.allow_mismatch:
+            check_flow(self.flow, self.system, self.temperature)
+        self._set_constraints()
+
+    def _set_constraints(self) -> None:
+        """Constraints and masses behind the flow's bonds of fixed length."""
+        self.constraints: Constraints | None = None
+        if _fixed_bonds_of(self.flow):
+            if self.system is None:
+                raise InputError(
+                    "the flow has bonds of fixed length, whose ensemble depends on the masses; give a potential with a "
+                    "System (OpenMMPotential or TorchPotential)"
+                )
+            self.constraints = Constraints.of(self.system, self.atom_subset)
+
+    def check_system(self, system: openmm.System) -> None:
+        """Refuse a System that proposals of this kind cannot move; see :func:`check_supported`."""
+        check_supported(system, self.flow)
+        self._check_masses(system)
+
+    def _check_masses(self, system: openmm.System) -> None:
+        """Refuse a System whose constrained ensemble differs from the proposal's own by its masses."""
+        own: Constraints | None = getattr(self, "constraints", None)
+        if own is not None and not np.allclose(own.masses, Constraints.of(system, self.atom_subset).masses, rtol=1e-9):
+            raise IncompatibleFlowError(
+                "masses differ from those of the proposal's System, and with constraints they shape the ensemble; "
+                "build the proposal's potential from this System"
+            )
+
+    @property
+    def system(self) -> openmm.System | None:
+        """The potential's System; None for a plain callable."""
+        return getattr(self.potential, "system", None)
+
+    @property
+    def covers_system(self) -> bool:
+        """Whether the potential is the whole energy of its System, with nothing that a Context could change.
+
+        False for a plain callable, for a subset of force groups and for forces with global parameters.
+        """
+        if self.system is None or has_global_parameters(self.system):
+            return False
+        return getattr(self.potential, "groups", None) is None and getattr(self.potential, "_groups", -1) == -1
+
+    @property
+    def n_atoms(self) -> int:
+        """Number of atoms of the configurations that are proposed."""
+        return int(self.flow.n_atoms)
+
+    @property
+    def atom_subset(self) -> list[int] | None:
+        """Indices of the atoms that the flow moves; None for all of them."""
+        return None
+
+    @property
+    def frame_atoms(self) -> list[int] | None:
+        """Places in ``atom_subset`` of the atoms that fix the frame; None where there is no subset."""
+        return None
+
+    @property
+    def device(self) -> torch.device:
+        """Device on which the flow draws its samples."""
+        return torch.device(getattr(self.flow, "device", "cpu"))
+
+    @cached_property
+    def frame(self) -> Frame:
+        """``"free"`` where rigid motions leave the energy unchanged, else ``"fixed"``."""
+        frame = self._frame if self._frame != "auto" else _find_frame(self)
+        if frame == "fixed" and self.flow.rotation_invariant:
+            raise UnsupportedForceError(
+                "the energy changes when the molecule moves as a whole, but a flow on internal coordinates "
+                "has no density for the frame; train a Cartesian flow or remove the external force"
+            )
+        return frame
+
+    def with_flow(self, flow: Any) -> "FlowProposal":
+        """This proposal with another flow of the same kind, checked like the first one."""
+        other = copy.copy(self)
+        other.flow = flow
+        other._check()
+        return other
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> ProposalBatch:
+        """Draw ``n`` independent configurations from the flow.
+
+        Args:
+            n: how many.
+            generator: random state on the flow's device; None uses torch's global one.
+
+        Returns:
+            Batch with leading axis `(n,)`, positions in the flow's dtype.
+
+        Raises:
+            InputError: ``n`` is below one.
+        """
+        if n < 1:
+            raise InputError(f"{n} samples were asked for; at least one is needed")
+        chunks = [self._draw(size, generator) for size in _sizes(n, self.chunk_size)]
+        positions, log_q, u = (torch.cat(parts) for parts in zip(*chunks))
+        return ProposalBatch(positions, log_q, self._without_absurd(u))
+
+    def log_q(self, positions: Any) -> Tensor:
+        """Proposal log-density in the measure of ``exp(-u)`` (see the class), float64 `(n,)`.
+
+        Args:
+            positions: `(n, n_atoms, 3)` [nm], tensor or array. For a free molecule and a flow that is not
+                rotation invariant, redraw the frame first (:meth:`redraw_frame`).
+        """
+        positions = self.as_tensor(positions)
+        return self._chunked(self._log_q, positions)
+
+    def reduced_potential(self, positions: Any) -> Tensor:
+        """Energies over kT, float64 `(n,)`; not finite or over 1e6 kT above the batch's best becomes
+        ``+inf``.
+
+        The cut changes no probability: a weight of ``exp(-1e6)`` is zero in float64.
+
+        Args:
+            positions: `(n, n_atoms, 3)` [nm], tensor or array.
+        """
+        positions = self.as_tensor(positions)
+        return self._without_absurd(self._chunked(self._energies, positions))
+
+    def evaluate(self, positions: Any) -> ProposalBatch:
+        """``log_q`` and ``u`` of given configurations `(n, n_atoms, 3)` [nm] as a batch."""
+        positions = self.as_tensor(positions)
+        return ProposalBatch(positions, self.log_q(positions), self.reduced_potential(positions))
+
+    def redraw_frame(self, positions: Any, generator: torch.Generator | None = None) -> Tensor:
+        """Centre and orientation drawn anew from the flow's own frame distribution, shapes unchanged.
+
+        A free molecule's target is ``exp(-u(shape))`` times this distribution (Gaussian centre, uniform
+        orientation), so replacing the frame by an independent draw leaves the target invariant. Nothing
+        happens for a flow on internal coordinates or in a fixed frame.
+
+        Args:
+            positions: `(n, n_atoms, 3)` [nm].
+            generator: random state (on its own device); None uses torch's global one.
+
+        Returns:
+            Positions of the same shape, float64 [nm].
+        """
+        positions = self.as_tensor(positions)
+        if self.frame == "fixed" or self.flow.rotation_invariant:
+            return positions.double()
+        device = generator.device if generator is not None else positions.device
+        centre = torch.randn(len(positions), 1, 3, generator=generator, device=device, dtype=torch.float64)
+        rotations = random_rotations(len(positions), generator, device=device)
+        turned = rotate(positions.double(), rotations)
+        centre = float(self.flow.com_std) * centre.to(turned)
+        return turned - turned.mean(1, keepdim=True) + centre
+
+    def in_place(self, drawn: Tensor, current: Tensor) -> Tensor:
+        """Draws `(n, ...)` as whole configurations `(n, n_atoms, 3)` beside a current one `(1, n_atoms, 3)`."""
+        return drawn.double()
+
+    def make_whole(self, positions: np.ndarray, box: np.ndarray | None) -> np.ndarray:
+        """Positions `(n_atoms, 3)` [nm] with the moved molecule not split by a box `(3, 3)` [nm]."""
+        return positions
+
+    def project_velocities(self, velocities: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Velocities `(n_atoms, 3)` [nm/ps] without components along the constraints of the moved atoms."""
+        if self.constraints is None:
+            return velocities
+        atoms = slice(None) if self.atom_subset is None else self.atom_subset
+        projected = np.array(velocities)
+        projected[atoms] = self.constraints.project(velocities[atoms], positions[atoms])
+        return projected
+
+    def as_tensor(self, positions: Any) -> Tensor:
+        """Positions as a tensor `(n, n_atoms, 3)` on the flow's device, dtype kept.
+
+        Raises:
+            InputError: another shape.
+        """
+        tensor = positions if isinstance(positions, Tensor) else torch.as_tensor(np.asarray(positions))
+        if tensor.ndim != 3 or tensor.shape[1:] != (self.n_atoms, 3):
+            raise InputError(
+                f"positions have shape {tuple(tensor.shape)}; (n, {self.n_atoms}, 3) in nm is needed"
+            )
+        return tensor.to(self.device)
+
+    def _draw(self, n: int, generator: torch.Generator | None) -> ProposalBatch:
+        """One chunk of samples, energies before the cut."""
+        with torch.no_grad():
+            positions, log_prob = self.flow.sample(n, generator=generator)
+            log_q = log_prob.double() - self._frame_log_density(positions) - self._log_metric(positions)
+        return ProposalBatch(positions, log_q, self._energies(positions))
+
+    def _log_q(self, positions: Tensor) -> Tensor:
+        """``log_q`` of one chunk."""
+        x = positions.double()
+        with torch.no_grad():
+            return self.flow.log_prob(x).double() - self._frame_log_density(x) - self._log_metric(x)
+
+    def _log_metric(self, x: Tensor) -> Tensor | float:
+        """``log sqrt(det Z)`` of the flow's atoms `(n, ...)`; 0 without constraints."""
+        return 0.0 if self.constraints is None else self.constraints.log_metric(x.double())
+
+    def _frame_log_density(self, x: Tensor) -> Tensor:
+        """What ``flow.log_prob`` holds for the frame and ``exp(-u)`` does not, float64 `(n,)`."""
+        if self.frame == "fixed":
+            return torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        return self.flow.frame_log_density(x).double()
+
+    def _energies(self, positions: Tensor) -> Tensor:
+        """Reduced energies of one chunk; rows with non-finite positions never reach the potential."""
+        u = torch.full((len(positions),), torch.inf, dtype=torch.float64, device=positions.device)
+        valid = torch.isfinite(positions).flatten(1).all(1)
+        if valid.any():
+            with torch.no_grad():
+                energies = torch.as_tensor(self.potential(positions[valid].double()))
+            u[valid] = energies.to(u.device, torch.float64) / self.kT
+        return u
+
+    def _without_absurd(self, u: Tensor) -> Tensor:
+        """``+inf`` for every energy that is NaN, infinite or absurd; the one place that decides this."""
+        finite = torch.isfinite(u)
+        best = u[finite].min() if finite.any() else torch.zeros((), dtype=u.dtype, device=u.device)
+        possible = finite & (u - best <= ABSURD_ENERGY)
+        self.n_impossible += int((~possible).sum())
+        return torch.where(possible, u, torch.inf)
+
+    def _chunked(self, function: EnergyFunction, positions: Tensor) -> Tensor:
+        """``function`` over chunks of rows."""
+        return torch.cat([function(chunk) for chunk in positions.split(self.chunk_size)])
+
+
+class SubsetProposal(FlowProposal):
+    """A flow over some atoms of a larger System: a peptide or ligand in solvent, a loop.
+
+    The subset keeps the frame (position and orientation) that three of its atoms define in the current state, and
+    everything else stays where it is; the flow proposes the subset's internal coordinates. Cartesian volume splits
+    into the invariant volume of that frame times ``flow``'s measure on the internal coordinates, whichever three atoms
+    define the frame. At a fixed frame and environment the log-weight is therefore ``-u(x) - flow.log_prob(x_subset)``.
+    The frame depends on one configuration alone (it is no superposition of two), so any number of proposals is exact.
+
+    A periodic box and constant pressure are covered, since the move changes neither; virtual sites are, as long as none
+    touches the subset; constraints are where both or none of their atoms are in the subset, and the flow fixes them
+    (their metric term is that of the subset's own constraints, as no others share an atom with them).
+
+    Args:
+        flow: on internal coordinates of the subset, in the order of ``atom_subset``.
+        potential: of the whole System, or of any System with it; ``FlowMove`` and ``FlowSimulation`` use the Context's
+            own energy where the box can change.
+        temperature: [K or Quantity].
+        atom_subset: indices of the subset in the System, in the flow's atom order.
+        frame_atoms: three places in ``atom_subset``, not on a line; by default the first three of the flow's Z-matrix.
+        allow_mismatch: accept a flow that was trained at another temperature.
+        chunk_size: rows per call.
+
+    Raises:
+        InputError: indices that repeat, are out of range or of the wrong number.
+        UnsupportedForceError: virtual sites within the subset, or constraints there that the flow does not fix.
+        IncompatibleFlowError: a Cartesian flow, or one trained at another temperature.
+    """
+
+    def __init__(
+        self,
+        flow: Any,
+        potential: EnergyFunction,
+        temperature: Any,
+        atom_subset: Sequence[int],
+        *,
+        frame_atoms: Sequence[int] | None = None,
+        allow_mismatch: bool = False,
+        chunk_size: int = 8192,
+    ) -> None:
+        self._subset = [int(i) for i in atom_subset]
+        self._frame_atoms = [int(i) for i in (_seed_atoms(flow) if frame_atoms is None else frame_atoms)]
+        super().__init__(
+            flow, potential, temperature, allow_mismatch=allow_mismatch, frame="fixed", chunk_size=chunk_size
+        )
+
+    def _check(self) -> None:
+        n_atoms, subset = getattr(self.potential, "n_atoms", None), self._subset
+        if n_atoms is None:
+            raise InputError("the potential has no n_atoms; use TorchPotential or OpenMMPotential of the whole System")
+        if len(set(subset)) != len(subset) or min(subset) < 0 or max(subset) >= n_atoms:
+            raise InputError(f"atom_subset {subset} repeats atoms or leaves the System's {n_atoms} atoms")
+        if len(subset) != self.flow.n_atoms:
+            raise InputError(f"atom_subset has {len(subset)} atoms, the flow generates {self.flow.n_atoms}")
+        if len(set(self._frame_atoms)) != 3 or not set(self._frame_atoms) <= set(range(len(subset))):
+            raise InputError(f"frame_atoms {self._frame_atoms} are not three places among {len(subset)} atoms")
+        if not self.flow.rotation_invariant:
+            raise IncompatibleFlowError("a subset moves in its internal coordinates; train a flow on kind='internal'")
+        if self.system is not None:
+            self.check_system(self.system)
+        if not self.allow_mismatch:
+            check_flow(self.flow, None, self.temperature)
+        self._set_constraints()
+
+    def check_system(self, system: openmm.System) -> None:
+        """Refuse virtual sites that touch the subset, and constraints that do and are not fixed in the flow."""
+        check_subset_supported(system, self._subset, self.flow)
+        self._check_masses(system)
+
+    @cached_property
+    def frame(self) -> Frame:
+        """The subset's frame is that of the current state."""
+        return "fixed"
+
+    @property
+    def n_atoms(self) -> int:
+        """Number of atoms of the whole System."""
+        return int(self.potential.n_atoms)  # type: ignore[attr-defined]
+
+    @property
+    def atom_subset(self) -> list[int]:
+        """Indices of the atoms that the flow moves."""
+        return list(self._subset)
+
+    @property
+    def frame_atoms(self) -> list[int]:
+        """Places in ``atom_subset`` of the atoms that fix the frame."""
+        return list(self._frame_atoms)
+
+    def in_place(self, drawn: Tensor, current: Tensor) -> Tensor:
+        """Draws `(n, n_subset, 3)` in the frame of the current configuration, all other atoms as they are."""
+        origin, axes = local_frame(current[:, self._subset][:, self._frame_atoms].double())
+        drawn_origin, drawn_axes = local_frame(drawn[:, self._frame_atoms].double())
+        placed = ((drawn.double() - drawn_origin) @ drawn_axes.transpose(1, 2)) @ axes + origin
+        whole = current.double().repeat(len(drawn), 1, 1)
+        whole[:, self._subset] = placed
+        return whole
+
+    def make_whole(self, positions: np.ndarray, box: np.ndarray | None) -> np.ndarray:
+        """Every atom of the subset at its image next to the subset's first atom."""
+        if box is None:
+            return positions
+        whole = np.array(positions)
+        delta = whole[self._subset] - whole[self._subset[0]]
+        for k in (2, 1, 0):  # OpenMM's reduced triclinic vectors: remove the last one first
+            delta -= np.round(delta[:, k : k + 1] / box[k, k]) * box[k]
+        whole[self._subset] = whole[self._subset[0]] + delta
+        return whole
+
+    def _draw(self, n: int, generator: torch.Generator | None) -> ProposalBatch:
+        """Subset positions and their density; the energy is known only beside a current configuration."""
+        with torch.no_grad():
+            positions, log_prob = self.flow.sample(n, generator=generator)
+            log_q = log_prob.double() - self._log_metric(positions)
+        return ProposalBatch(positions, log_q, torch.zeros_like(log_q))
+
+    def _log_q(self, positions: Tensor) -> Tensor:
+        x = positions[:, self._subset].double()
+        with torch.no_grad():
+            return self.flow.log_prob(x).double() - self._log_metric(x)
+
+
+def local_frame(three: Tensor) -> tuple[Tensor, Tensor]:
+    """Origin `(n, 1, 3)` and orthonormal axes `(n, 3, 3)`, as rows, of three atoms `(n, 3, 3)`."""
+    first = torch.nn.functional.normalize(three[:, 1] - three[:, 0], dim=1)
+    normal = torch.nn.functional.normalize(torch.linalg.cross(first, three[:, 2] - three[:, 0]), dim=1)
+    return three[:, :1], torch.stack([first, torch.linalg.cross(normal, first), normal], 1)
+
+
+def _seed_atoms(flow: Any) -> tuple[int, ...]:
+    """The three atoms that a flow's Z-matrix starts from, else the first three."""
+    zmatrix = getattr(getattr(flow, "coordinates", None), "zmatrix", None)
+    return (0, 1, 2) if zmatrix is None else tuple(zmatrix.seed)
+
+
+def check_subset_supported(system: openmm.System, subset: Sequence[int], flow: Any = None) -> None:
+    """Refuse constraints and virtual sites that involve atoms of a subset; others do not matter to its move.
+
+    Args:
+        system: the whole System.
+        subset: indices of its atoms that the flow moves.
+        flow: whose bonds of fixed length are allowed, and needed, as constraints; in the numbering of the subset.
+
+    Raises:
+        UnsupportedForceError: with the atoms and the remedy.
+        IncompatibleFlowError: a bond that is fixed in the flow is not constrained in the System.
+    """
+    members = set(subset)
+    touching = [(i, j, d) for i, j, d in fixed_bonds(system) if members & {i, j}]
+    check_constraints(touching, [(subset[i], subset[j], d) for i, j, d in _fixed_bonds_of(flow)], "subset")
+    for site in filter(system.isVirtualSite, range(system.getNumParticles())):
+        virtual = system.getVirtualSite(site)
+        if members & {site, *(virtual.getParticle(k) for k in range(virtual.getNumParticles()))}:
+            raise UnsupportedForceError(
+                f"virtual site {site} belongs to the subset; choose a subset without virtual sites"
+            )
+
+
+def check_supported(system: openmm.System, flow: Any = None) -> None:
+    """Refuse Systems whose measure or boundary the flow's density does not cover.
+
+    Args:
+        system: the System.
+        flow: whose bonds of fixed length are allowed, and needed, as constraints.
+
+    Raises:
+        UnsupportedForceError: constraints that the flow does not fix, virtual sites, particles without mass or
+            periodic boundary conditions, each with its remedy.
+        IncompatibleFlowError: a bond that is fixed in the flow is not constrained in the System.
+    """
+    for _, _, check in UNSUPPORTED:
+        check(system, flow)
+
+
+def check_constraints(
+    found: Sequence[tuple[int, int, float]], fixed: Sequence[tuple[int, int, float]], where: str = "System"
+) -> None:
+    """Refuse constraints ``(i, j, length [nm])`` that are not exactly the bonds that a flow holds fixed.
+
+    Raises:
+        UnsupportedForceError: a constraint that the flow does not fix, or fixes at another length.
+        IncompatibleFlowError: a bond that is fixed in the flow is not constrained in the System.
+    """
+    held = {frozenset((i, j)): d for i, j, d in fixed}
+    loose = [(i, j, d) for i, j, d in found if abs(held.get(frozenset((i, j)), math.inf) - d) > LENGTH_TOLERANCE * d]
+    if loose:
+        i, j, d = loose[0]
+        raise UnsupportedForceError(
+            f"the {where} has {len(found)} constraints, {len(loose)} of which the flow's density does not cover "
+            f"(first: atoms {i} and {j} at {d:g} nm); train a flow with these bonds fixed (coordinates_for(..., "
+            "fixed=constraints.fixed_bonds(system))), or build the System with constraints=None (rigidWater=True may "
+            "stay outside a subset) and use a time step of 1 fs"
+        )
+    constrained = {frozenset((i, j)) for i, j, _ in found}
+    free = [tuple(sorted(bond)) for bond in held if bond not in constrained]
+    if free:
+        raise IncompatibleFlowError(
+            f"the flow holds the bond between atoms {free[0][0]} and {free[0][1]} at fixed length, but the System has "
+            "no constraint there; build it with the constraints of the flow's training, or train a flow without"
+        )
+
+
+def _refuse_constraints(system: openmm.System, flow: Any = None) -> None:
+    check_constraints(fixed_bonds(system), _fixed_bonds_of(flow))
+
+
+def _fixed_bonds_of(flow: Any) -> tuple[tuple[int, int, float], ...]:
+    """Bonds of fixed length of a flow; none for objects that do not know of them."""
+    return tuple(getattr(flow, "fixed_bonds", ()))
+
+
+def _virtual_sites(system: openmm.System) -> list[int]:
+    return [i for i in range(system.getNumParticles()) if system.isVirtualSite(i)]
+
+
+def _refuse_virtual_sites(system: openmm.System, flow: Any = None) -> None:
+    if sites := _virtual_sites(system):
+        raise UnsupportedForceError(
+            f"atom {sites[0]} is a virtual site, whose position is not a degree of freedom; "
+            "use a model without virtual sites"
+        )
+
+
+def _frozen_atoms(system: openmm.System) -> list[int]:
+    masses = ((i, system.getParticleMass(i).value_in_unit(unit.dalton)) for i in range(system.getNumParticles()))
+    return [i for i, mass in masses if mass == 0 and not system.isVirtualSite(i)]
+
+
+def _refuse_frozen_atoms(system: openmm.System, flow: Any = None) -> None:
+    if frozen := _frozen_atoms(system):
+        raise UnsupportedForceError(
+            f"atom {frozen[0]} has no mass, so dynamics keep it in place and a flow would move it; give it its mass "
+            "and hold it with a restraint, or leave it out of the flow with a SubsetProposal"
+        )
+
+
+def _refuse_periodic(system: openmm.System, flow: Any = None) -> None:
+    if system.usesPeriodicBoundaryConditions():
+        raise UnsupportedForceError(
+            "the System is periodic; build it with nonbondedMethod=NoCutoff or CutoffNonPeriodic"
+        )
+
+
+#: What a whole-molecule proposal may not cover: name, how many a System has, and the check that refuses it.
+UNSUPPORTED: tuple[tuple[str, Callable[[openmm.System], int], Callable[[openmm.System, Any], None]], ...] = (
+    ("constraints", lambda system: system.getNumConstraints(), _refuse_constraints),
+    ("virtual sites", lambda system: len(_virtual_sites(system)), _refuse_virtual_sites),
+    ("particles without mass", lambda system: len(_frozen_atoms(system)), _refuse_frozen_atoms),
+    ("periodic box", lambda system: int(system.usesPeriodicBoundaryConditions()), _refuse_periodic),
+)
+
+
+def has_global_parameters(system: openmm.System) -> bool:
+    """Whether a Context can change this System's energies through parameters."""
+    return any(getattr(force, "getNumGlobalParameters", int)() for force in system.getForces())
+
+
+def check_flow(flow: Any, system: openmm.System | None, temperature: float) -> None:
+    """Refuse a flow that was trained for another System or temperature.
+
+    Args:
+        flow: its ``metadata`` may carry ``fingerprint`` and ``temperature`` [K]; what is missing is not
+            compared.
+        system: the System that energies come from, or None if unknown.
+        temperature: [K].
+
+    Raises:
+        IncompatibleFlowError: naming every difference.
+    """
+    metadata = getattr(flow, "metadata", None)
+    expected, trained_at = getattr(metadata, "fingerprint", None), getattr(metadata, "temperature", None)
+    differences = []
+    if expected is not None and system is not None:
+        differences += compare_fingerprints(expected, fingerprint(system))
+    if trained_at is not None and abs(trained_at - temperature) > 1e-6 * temperature:
+        differences.append(f"trained at {trained_at:g} K, used at {temperature:g} K")
+    if differences:
+        raise IncompatibleFlowError(
+            f"the flow belongs to another System or temperature ({'; '.join(differences)}); train one for "
+            "this System, or pass allow_mismatch=True to use it as it is"
+        )
+
+
+def _check_atoms(flow: Any, potential: Any) -> None:
+    """Refuse different atom counts; no option overrides this."""
+    n_potential = getattr(potential, "n_atoms", flow.n_atoms)
+    if n_potential != flow.n_atoms:
+        raise IncompatibleFlowError(
+            f"the flow generates {flow.n_atoms} atoms, the potential has {n_potential}; "
+            "use the flow of this molecule"
+        )
+
+
+def _sizes(n: int, chunk: int) -> list[int]:
+    """``n`` split into chunks."""
+    return [chunk] * (n // chunk) + ([n % chunk] if n % chunk else [])
+
+
+def _find_frame(proposal: FlowProposal) -> Frame:
+    """Decide whether rigid motions change the energy, from a few samples of the flow moved and turned.
+
+    Samples without a finite energy say nothing; if there is no other, an external force in the System
+    decides.
+    """
+    generator = torch.Generator(device=proposal.device).manual_seed(0)
+    with torch.no_grad():
+        x = proposal.flow.sample(16, generator=generator)[0].double()
+    turned = rotate(x, random_rotations(len(x), generator, device=x.device)) + 0.3
+    judge = copy.copy(proposal)
+    if isinstance(judge.potential, OpenMMPotential):  # other platforms compute in single precision
+        judge.potential = judge.potential.on_platform("Reference")
+    before, after = judge._energies(x), judge._energies(turned)
+    finite = torch.isfinite(before) & torch.isfinite(after)
+    if not finite.any():
+        forces = proposal.system.getForces() if proposal.system is not None else []
+        return "fixed" if any(isinstance(force, openmm.CustomExternalForce) for force in forces) else "free"
+    # Round-off of an energy grows with its size; half the digits of its dtype leave room for clashes.
+    digits = torch.finfo(getattr(proposal.potential, "dtype", torch.float64)).eps ** 0.5
+    changed = (after - before).abs() > digits * (1 + before.abs())
+    return "fixed" if bool((changed & finite).any()) else "free"
+
+
+def rotate(positions: Tensor, rotations: Tensor) -> Tensor:
+    """Positions `(n, n_atoms, 3)` turned about the origin by `(n, 3, 3)`."""
+    return positions @ rotations.to(positions).transpose(1, 2)

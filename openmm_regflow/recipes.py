@@ -1,0 +1,540 @@
+"""From positions to a trained flow in one call: teacher, pairs, regression, likelihood phase, refinement.
+
+The configuration is one TOML file; unknown keys are refused and every default can be printed.
+"""
+
+import dataclasses
+import json
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+
+from openmm_regflow import flows, ranks
+from openmm_regflow.coordinates import CartesianMap, CoordinateMap, identical_atoms
+from openmm_regflow.errors import IncompatibleFlowError, InputError
+from openmm_regflow.flows import Flow, FlowMetadata, read_safetensors, write_safetensors
+from openmm_regflow.objectives import FlowMatchingLoss, LikelihoodLoss, RegFlowLoss
+from openmm_regflow.refinement import RefineConfig, Round, refine
+from openmm_regflow.targets import (
+    Pairs,
+    StreamedPairs,
+    check_pairs,
+    hierarchical_transport_pairs,
+    minibatch_coupling,
+    optimal_transport_pairs,
+    reflow_pairs,
+)
+from openmm_regflow.teachers import VectorField, field_from_architecture
+from openmm_regflow.training import Batch, Batches, History, Progress, TrainConfig, train
+
+#: (name of the stage, steps in total) -> progress callback of that stage
+Stage = Callable[[str, int], Progress]
+TEACHER_KIND = "openmm_regflow.teacher"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FlowConfig(_Section):
+    """The student's architecture."""
+
+    name: Literal["real_nvp", "res_nvp", "spline", "jet"] = "spline"
+    n_layers: int = Field(8, ge=1)
+    hidden: int = Field(128, ge=1)
+    depth: int = Field(1, ge=1)
+    n_bins: int = Field(8, ge=2, description="spline only")
+    bound: float = Field(5.0, gt=0, description="spline only")
+    prior: Literal["normal", "harmonic"] = Field(
+        "normal", description="harmonic: covariance of the data; cartesian only"
+    )
+    seed: int = 0
+
+    def architecture(self) -> dict[str, Any]:
+        """As ``flows.build`` takes it."""
+        keys = self.model_dump(exclude={"prior"})
+        return keys if self.name == "spline" else {k: v for k, v in keys.items() if k not in ("n_bins", "bound")}
+
+
+class TeacherConfig(_Section):
+    """The CNF teacher and its flow matching; its best weights on held-out data are kept."""
+
+    kind: Literal["mlp", "transformer", "equivariant"] = Field("mlp", description="equivariant: cartesian only")
+    hidden: int = Field(256, ge=1)
+    depth: int = Field(3, ge=1)
+    seed: int = 0
+    couple: bool = Field(False, description="minibatch optimal-transport coupling")
+    train: TrainConfig = TrainConfig(steps=5000, learning_rate=1e-3)
+
+
+class PairsConfig(_Section):
+    """Where the regression targets come from."""
+
+    source: Literal["reflow", "stream", "ot", "hierarchical"] = Field(
+        "reflow", description="stream: fresh reflow pairs in every step; hierarchical: transport beyond 20,000 frames"
+    )
+    n: int = Field(50_000, ge=1, description="pairs; for ot at most the number of training frames; unused by stream")
+    align: bool = Field(False, description="ot only, cartesian only: turn and relabel each frame towards its latent")
+    n_steps: int = Field(10, ge=1, description="ODE steps")
+    method: str = "midpoint"
+    log_det: Literal["none", "exact", "hutchinson"] = "none"
+    seed: int = 1
+
+
+class RegressionConfig(_Section):
+    """RegFlow and its regularisers."""
+
+    log_det: float = Field(0.0, ge=0)
+    forward_backward: float = Field(1e-6, ge=0)
+    target_noise: float = Field(0.0, ge=0)
+    held_out: float = Field(0.0, ge=0, le=0.5, description="part of the pairs for validation and train.patience")
+    train: TrainConfig = TrainConfig(steps=2000, learning_rate=1e-3)
+
+
+class LikelihoodConfig(_Section):
+    """The short likelihood phase; steps after the best validation are undone."""
+
+    enabled: bool = True
+    noise: float = Field(0.0, ge=0, description="noise on the features, in their standard deviations")
+    train: TrainConfig = TrainConfig(steps=500, learning_rate=2e-4, ema=0.99, validate_every=25, patience=6, warmup=20)
+
+
+class RunConfig(_Section):
+    """All settings of one training run."""
+
+    coordinates: Literal["internal", "cartesian"] = "internal"
+    objective: Literal["regflow", "mle"] = Field("regflow", description="mle skips teacher, pairs and regression")
+    flow: FlowConfig = FlowConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    pairs: PairsConfig = PairsConfig()
+    regression: RegressionConfig = RegressionConfig()
+    likelihood: LikelihoodConfig = LikelihoodConfig()
+    refinement: RefineConfig = RefineConfig()
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """Read a TOML run configuration.
+
+    Raises:
+        InputError: missing file, bad TOML, unknown key or value out of range, each named.
+    """
+    try:
+        with open(path, "rb") as handle:
+            return RunConfig.model_validate(tomllib.load(handle))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"no configuration file {path}; `openmm-regflow train --print-config` shows a complete one"
+        ) from error
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path} is not TOML: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(p) for p in first["loc"])
+        raise InputError(
+            f"{path}: {place}: {first['msg']}; `openmm-regflow train --print-config` shows all keys"
+        ) from error
+
+
+def print_config(config: RunConfig) -> str:
+    """The configuration as TOML that `load_config` reads back."""
+
+    def lines(table: dict[str, Any], prefix: str) -> list[str]:
+        out = [f"{k} = {json.dumps(v)}" for k, v in table.items() if not isinstance(v, dict) and v is not None]
+        for key, value in table.items():
+            if isinstance(value, dict):
+                name = f"{prefix}{key}"
+                out += ["", f"[{name}]", *lines(value, f"{name}.")]
+        return out
+
+    return "\n".join(lines(config.model_dump(), "")) + "\n"
+
+
+@dataclass
+class FitResult:
+    """What `fit` returns.
+
+    Attributes:
+        flow: the trained student.
+        field: the teacher, None without one.
+        histories: loss curves by stage.
+        seconds: wall-clock by stage [s].
+        phases: student's bijection (state dict) at the end of each phase.
+        rounds: pools of the refinement.
+    """
+
+    flow: Flow
+    field: VectorField | None
+    histories: dict[str, History] = dataclasses.field(default_factory=dict)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    phases: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
+    rounds: list[Round] = dataclasses.field(default_factory=list)
+
+    def costs(self) -> dict[str, Any]:
+        """Wall-clock by stage [s] and energies evaluated in training."""
+        return {"seconds": self.seconds, "energies": self.rounds[-1].energies if self.rounds else 0}
+
+    def save_phases(self, folder: Path) -> None:
+        """Write the student as it was after each phase to ``folder/<phase>.safetensors``."""
+        final = {k: v.clone() for k, v in self.flow.bijection.state_dict().items()}
+        for name, state in self.phases.items():
+            self.flow.bijection.load_state_dict(state)
+            self.flow.save(folder / f"{name}.safetensors")
+        self.flow.bijection.load_state_dict(final)
+
+    def note_phase(self, name: str) -> None:
+        """Keep a copy of the student as it is now."""
+        self.phases[name] = {k: v.detach().clone() for k, v in self.flow.bijection.state_dict().items()}
+
+
+def fit(
+    topology: Any,
+    x_train: Tensor,
+    x_validation: Tensor,
+    config: RunConfig,
+    *,
+    metadata: FlowMetadata | None = None,
+    folder: str | Path | None = None,
+    stage: Stage | None = None,
+    device: torch.device | str = "cpu",
+    reduced_potential: Callable[[Tensor], Tensor] | None = None,
+    watch: list[Callable[[Tensor], Tensor]] | None = None,
+    fixed: Sequence[tuple[int, int, float]] = (),
+) -> FitResult:
+    """Train a flow on positions.
+
+    Under ``torchrun`` all ranks call it alike: they share the batches of every phase and the pairs of the teacher;
+    exact transport and refinement run on rank 0. Every rank gets the result; rank 0 alone writes.
+
+    Args:
+        topology: with atoms() and bonds(), e.g. ``openmm.app.Topology``.
+        x_train: `(n, n_atoms, 3)` [nm].
+        x_validation: `(m, n_atoms, 3)` [nm], from independent runs; picks the teacher's best weights and stops the
+            likelihood phase.
+        config: all settings.
+        metadata: goes into the flow.
+        folder: checkpoints and pairs; a second call with the same folder and configuration continues.
+        stage: makes the progress callback of each stage.
+        device: where the networks train; the result stays there.
+        reduced_potential: positions `(n, n_atoms, 3)` [nm] -> `(n,)` [kT]; needed if refinement is enabled.
+        watch: indicator functions whose weighted populations the refinement reports, so that a lost mode is seen.
+        fixed: ``(i, j, length [nm])`` of bonds of constrained length, see ``constraints.fixed_bonds``.
+
+    Raises:
+        InputError: bad data, or a refinement without a potential.
+        IncompatibleFlowError: `folder` holds a run of another configuration.
+    """
+    if config.refinement.enabled and reduced_potential is None:
+        raise InputError("refinement is enabled but no potential was given; pass reduced_potential or disable it")
+    check_config(config)
+    check_data(x_train, x_validation, config)
+    coordinates = flows.coordinates_for(topology, x_train, config.coordinates, fixed)
+    flow = _student(coordinates, x_train, config.flow, metadata).to(device)
+    result = FitResult(flow, None)
+    work = _Workspace(Path(folder) if folder else None, config, stage)
+    if config.objective == "regflow":
+        batches, held = _pair_batches(flow, topology, x_train, x_validation, config, work, result)
+        _regression(flow, batches, held, config.regression, work, result)
+    if config.likelihood.enabled or config.objective == "mle":
+        _likelihood(flow, x_train, x_validation, config.likelihood, work, result)
+    if config.refinement.enabled and reduced_potential is not None:
+        progress = work.stage("refinement", config.refinement.rounds) if work.stage else None
+        checkpoint = work.folder / "refinement-checkpoint.safetensors" if work.folder else None
+        peers = ranks.current()
+        keywords: dict[str, Any] = {"data": x_train.to(device), "watch": watch}
+        keywords |= {"checkpoint": checkpoint, "progress": progress}
+        with work.clock("refinement", result):
+            if peers.main:
+                with ranks.alone():
+                    result.rounds = refine(flow, reduced_potential, config.refinement, **keywords)
+            result.rounds = peers.share(result.rounds)
+            flow.bijection.load_state_dict(peers.share(flow.bijection.state_dict()))
+        result.note_phase("refinement")
+    flow.metadata = dataclasses.replace(flow.metadata, training=flow.metadata.training | result.costs())
+    flow.eval()
+    return result
+
+
+def features(coordinates: CoordinateMap, x: Tensor, generator: torch.Generator) -> Tensor:
+    """Features `(n, dim)` in float32, on the map's device, of positions in a fresh frame."""
+    x = x.to(coordinates.circular.device, torch.float64)
+    return coordinates.to_features(coordinates.augment(x, generator))[0].float()
+
+
+def data_batches(coordinates: CoordinateMap, x: Tensor, config: TrainConfig) -> Batches:
+    """Batches of features; where the frame matters, it is drawn anew for every batch."""
+    if coordinates.rotation_invariant:
+        return Batches((features(coordinates, x, torch.Generator()),), config.batch_size, config.seed)
+
+    def augment(batch: Batch, generator: torch.Generator) -> Batch:
+        return (features(coordinates, batch[0], generator),)
+
+    return Batches((x,), config.batch_size, config.seed, augment)
+
+
+class _Workspace:
+    """Checkpoint paths and progress of one `fit`."""
+
+    def __init__(self, folder: Path | None, config: RunConfig, stage: Stage | None) -> None:
+        self.main = ranks.current().main
+        self.folder, self.stage = folder, stage if self.main else None
+        if folder is None or not self.main:
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / "config.json"
+            if not path.exists():
+                path.write_text(config.model_dump_json(indent=1))
+        except OSError as error:
+            raise InputError(f"cannot write {folder}: {error}; choose a writable folder") from error
+        if RunConfig.model_validate_json(path.read_text()) != config:
+            raise IncompatibleFlowError(f"{folder} holds a run of another configuration; choose another folder")
+
+    @contextmanager
+    def clock(self, name: str, result: FitResult) -> Iterator[None]:
+        """Add the time of a block, and that of its earlier, interrupted runs in this folder, to the result."""
+        path = self.folder / "seconds.json" if self.folder else None
+        known = json.loads(path.read_text()) if path and self.main and path.exists() else {}
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            result.seconds[name] = known.get(name, 0.0) + time.monotonic() - began
+            if path and self.main:
+                path.write_text(json.dumps(known | {name: result.seconds[name]}))
+
+    def run(
+        self,
+        name: str,
+        module: nn.Module,
+        loss: Any,
+        batches: Any,
+        config: TrainConfig,
+        result: FitResult,
+        validation: Callable[[nn.Module], float] | None = None,
+    ) -> None:
+        """Train one stage and note its history."""
+        progress = self.stage(name, config.steps) if self.stage else None
+        path = self.folder / f"{name}-checkpoint.safetensors" if self.folder else None
+        history = train(module, loss, batches, config, validation=validation, checkpoint=path, progress=progress)
+        result.histories[name] = history
+        result.seconds[name] = history.seconds
+
+
+def check_config(config: RunConfig) -> None:
+    """Refuse settings that contradict each other, before anything is computed.
+
+    Raises:
+        InputError: a choice for Cartesian coordinates in internal ones, or alignment without exact transport.
+    """
+    wants = {
+        'flow.prior = "harmonic"': config.flow.prior == "harmonic",
+        'teacher.kind = "equivariant"': config.teacher.kind == "equivariant",
+        "pairs.align = true": config.pairs.align,
+    }
+    for name, wanted in wants.items():
+        if wanted and config.coordinates != "cartesian":
+            raise InputError(f'{name} needs coordinates = "cartesian"; internal coordinates have no orientation')
+    if config.pairs.align and config.pairs.source != "ot":
+        raise InputError(f'pairs.align = true needs pairs.source = "ot", not "{config.pairs.source}"')
+    if config.regression.train.patience is not None and (
+        not config.regression.held_out or config.pairs.source == "stream"
+    ):
+        raise InputError("regression.train.patience needs pairs to judge by; set regression.held_out, without a stream")
+    size = ranks.current().size
+    for name in ("teacher", "regression", "likelihood"):
+        section = getattr(config, name).train
+        if section.batch_size % size:
+            raise InputError(f"{name}.train.batch_size is {section.batch_size}; make it a multiple of {size} processes")
+        if section.precision != "float32" and name != "teacher":
+            raise InputError(
+                f'{name}.train.precision = "{section.precision}" would break the inverse of the flow; only the '
+                "teacher can be trained in mixed precision"
+            )
+
+
+def check_data(x_train: Tensor, x_validation: Tensor, config: RunConfig) -> None:
+    """Refuse data that would stop a later stage, before the first one begins.
+
+    Args:
+        x_train: `(n, n_atoms, 3)` [nm].
+        x_validation: `(m, n_atoms, 3)` [nm].
+        config: all settings.
+
+    Raises:
+        InputError: shapes, NaN, or fewer samples than a batch of one of the stages.
+    """
+    for name, x in (("training", x_train), ("validation", x_validation)):
+        if x.ndim != 3 or x.shape[1:] != (x_train.shape[1], 3) or not len(x):
+            raise InputError(f"{name} frames have shape {tuple(x.shape)}; (n, {x_train.shape[1]}, 3) in nm is needed")
+        if not bool(torch.isfinite(x).all()):
+            bad = int((~torch.isfinite(x).flatten(1).all(1)).nonzero()[0])
+            raise InputError(f"{name} frame {bad} holds a NaN or infinite position; remove it before training")
+    source, regression = config.pairs.source, config.objective == "regflow"
+    pairs = config.pairs.n if source == "reflow" else min(config.pairs.n, len(x_train))
+    pairs -= int(config.regression.held_out * pairs)
+    stages = {
+        "teacher": (regression and source in ("reflow", "stream"), len(x_train)),
+        "regression": (regression and source != "stream", pairs),
+        "likelihood": (config.likelihood.enabled or not regression, len(x_train)),
+    }
+    for name, (needed, n) in stages.items():
+        size = getattr(config, name).train.batch_size
+        if needed and n < size:
+            raise InputError(
+                f"{n} samples are fewer than one batch of {name} ({size}); give more or a smaller batch_size"
+            )
+
+
+def _student(coordinates: CoordinateMap, x: Tensor, config: FlowConfig, metadata: FlowMetadata | None) -> Flow:
+    harmonic = config.prior == "harmonic" and isinstance(coordinates, CartesianMap)
+    factor = flows.harmonic_factor(coordinates, x) if harmonic else None  # type: ignore[arg-type]
+    return flows.build(coordinates, config.architecture(), metadata, factor)
+
+
+def _pair_batches(
+    flow: Flow, topology: Any, x: Tensor, held_out: Tensor, config: RunConfig, work: _Workspace, result: FitResult
+) -> tuple[Batches | StreamedPairs, Batch | None]:
+    """Where the regression gets its batches, and the pairs that are held out from it."""
+    c, train_config = config.pairs, config.regression.train
+    if c.source in ("ot", "hierarchical"):
+        pairs = _transport_pairs(flow, topology, x, c, result)
+    else:
+        teacher = _teacher(flow, x, held_out, config, work, result)
+        if c.source == "stream":
+            keywords: dict[str, Any] = {"seed": c.seed, "n_steps": c.n_steps, "method": c.method, "log_det": c.log_det}
+            return StreamedPairs(teacher, train_config.batch_size, **keywords), None
+        pairs = _teacher_pairs(teacher, c, work, result)
+    check_pairs(pairs, flow.prior)
+    tensors = (pairs.z, pairs.y) if pairs.log_det is None else (pairs.z, pairs.y, pairs.log_det)
+    n = len(pairs) - int(config.regression.held_out * len(pairs))
+    held = tuple(t[n:].to(flow.device) for t in tensors) if n < len(pairs) else None
+    kept = tuple(t[:n] for t in tensors)
+    return Batches(kept, train_config.batch_size, train_config.seed, device=flow.device), held
+
+
+def _transport_pairs(flow: Flow, topology: Any, x: Tensor, c: PairsConfig, result: FitResult) -> Pairs:
+    began = time.monotonic()
+    generator = torch.Generator().manual_seed(c.seed)
+    y = features(flow.coordinates, x, generator).cpu()
+    y = y[torch.randperm(len(y), generator=generator)[: c.n]]
+    circular = flow.prior.circular.cpu()
+    z = flow.prior.sample(len(y), generator).cpu()
+    peers, pairs = ranks.current(), None
+    if peers.main and c.source == "hierarchical":
+        pairs = hierarchical_transport_pairs(z, y, circular, seed=c.seed)
+    elif peers.main:
+        pairs = optimal_transport_pairs(z, y, circular, groups=identical_atoms(topology) if c.align else None)
+    pairs = peers.share(pairs)
+    result.seconds["pairs"] = time.monotonic() - began
+    return pairs
+
+
+def _teacher(
+    flow: Flow, x: Tensor, held_out: Tensor, config: RunConfig, work: _Workspace, result: FitResult
+) -> VectorField:
+    t, circular = config.teacher, flow.prior.circular
+    factor = None if flow.prior.factor is None else flow.prior.factor.cpu()
+    teacher = VectorField(circular.cpu(), t.kind, t.hidden, t.depth, t.seed, factor).to(flow.device)
+    loss = FlowMatchingLoss(flow.prior, minibatch_coupling(circular) if t.couple else None)
+    # A teacher that learns its frames by heart has a rugged map, which no student can follow.
+    y = features(flow.coordinates, held_out, torch.Generator().manual_seed(t.seed))
+    judge = _judgement(loss, y, t.seed, t.train.batch_size)
+    work.run("teacher", teacher, loss, data_batches(flow.coordinates, x, t.train), t.train, result, judge)
+    result.field = teacher
+    return teacher
+
+
+def _teacher_pairs(teacher: VectorField, c: PairsConfig, work: _Workspace, result: FitResult) -> Pairs:
+    progress = work.stage("pairs", c.n) if work.stage else None
+    with work.clock("pairs", result):
+        pairs = reflow_pairs(
+            teacher,
+            c.n,
+            seed=c.seed,
+            n_steps=c.n_steps,
+            method=c.method,
+            log_det=c.log_det,
+            folder=work.folder / "pairs" if work.folder else None,
+            progress=(lambda done, total: progress(done, total, {})) if progress else None,
+        )
+    return pairs
+
+
+def _judgement(loss: Any, y: Tensor, seed: int, batch_size: int, n: int = 10_000) -> Callable[[nn.Module], float]:
+    """A loss on held-out features `(m, dim)`, over about ``n`` draws of noise that stay the same, in training batches:
+    a coupling of a batch depends on its size.
+    """
+
+    def judge(module: nn.Module) -> float:
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randint(len(y), (max(1, n // batch_size), batch_size), generator=generator).to(y.device)
+        return float(sum(loss(module, (y[some],), generator)[0] for some in rows)) / len(rows)
+
+    return judge
+
+
+def _regression(
+    flow: Flow, batches: Any, held: Batch | None, config: RegressionConfig, work: _Workspace, result: FitResult
+) -> None:
+    loss = RegFlowLoss(flow.prior.circular, **config.model_dump(exclude={"train", "held_out"}))
+    clean = dataclasses.replace(loss, target_noise=0.0)
+
+    def validate(bijection: nn.Module) -> float:
+        return float(clean.of(bijection, held)[0])  # type: ignore[arg-type]
+
+    work.run("regression", flow.bijection, loss, batches, config.train, result, validate if held else None)
+    result.note_phase("regression")
+
+
+def _likelihood(
+    flow: Flow, x: Tensor, held_out: Tensor, config: LikelihoodConfig, work: _Workspace, result: FitResult
+) -> None:
+    y = features(flow.coordinates, held_out, torch.Generator().manual_seed(config.train.seed))
+    clean = LikelihoodLoss(flow.prior)
+
+    def validate(bijection: nn.Module) -> float:
+        return float(clean(bijection, (y,), torch.Generator())[0])
+
+    loss = LikelihoodLoss(flow.prior, config.noise)
+    batches = data_batches(flow.coordinates, x, config.train)
+    work.run("likelihood", flow.bijection, loss, batches, config.train, result, validate)
+    result.note_phase("likelihood")
+
+
+def with_seed(config: RunConfig, seed: int) -> RunConfig:
+    """The same configuration with every seed derived from `seed`."""
+    table = config.model_dump()
+    table["flow"]["seed"] = table["teacher"]["seed"] = seed
+    table["pairs"]["seed"] = seed + 1
+    for section in ("teacher", "regression", "likelihood"):
+        table[section]["train"]["seed"] = seed
+    table["refinement"]["seed"] = seed
+    return RunConfig.model_validate(table)
+
+
+def save_teacher(path: str | Path, teacher: VectorField) -> None:
+    """Write a teacher as safetensors."""
+    header = {"format": TEACHER_KIND, "format_version": 1, "architecture": teacher.architecture}
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in teacher.state_dict().items()}
+    write_safetensors(Path(path), tensors | {"circular": teacher.circular.cpu()}, header)
+
+
+def load_teacher(path: str | Path, device: str | torch.device = "cpu") -> VectorField:
+    """Read a teacher.
+
+    Raises:
+        InputError: no such file.
+        CorruptFileError: damaged, or no teacher of this package.
+    """
+    header, tensors = read_safetensors(Path(path), TEACHER_KIND, 1)
+    teacher = field_from_architecture(tensors.pop("circular"), header["architecture"], tensors.get("prior.factor"))
+    teacher.load_state_dict(tensors)
+    return teacher.to(device).eval()

@@ -1,0 +1,285 @@
+"""Energy-based refinement: forward KL on the flow's own reweighted samples, with a trust region set by the ESS.
+
+A pool of flow samples, weighted by the target, is a sample of the target: lowering KL(p || q) on it has, unlike
+reverse KL, no reward for dropping a mode (e.g. Mueller et al. 2019, arXiv 1808.03856). Its weakness is weight
+concentration. Here the loss has a control variate that vanishes at the optimum (``objectives.GeneralisedKLLoss``),
+training frames are mixed into the pool as a defensive part, so that no weight is large where they were, weights are
+truncated at sqrt(n) times their mean (Ionides 2008), every sample is used once, and a round that raises the
+divergence, as a fresh pool shows it, is undone.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from scipy.special import logsumexp
+from torch import Tensor
+
+from openmm_regflow import reweighting
+from openmm_regflow.errors import IncompatibleFlowError, InputError
+from openmm_regflow.flows import Flow, read_safetensors, write_safetensors
+from openmm_regflow.objectives import GeneralisedKLLoss
+from openmm_regflow.training import Batches, TrainConfig, train
+
+CHECKPOINT_KIND = "openmm_regflow.refinement"
+
+
+class RefineConfig(BaseModel):
+    """Settings of the refinement; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    enabled: bool = Field(False, description="needs energies in training")
+    rounds: int = Field(5, ge=1)
+    pool: int = Field(50_000, ge=100, description="flow samples, and energies, per round")
+    batch_size: int = Field(1024, ge=1)
+    learning_rate: float = Field(4e-4, gt=0, description="halved by every round that is undone")
+    ema: float = Field(0.98, ge=0, lt=1)
+    anchors: int = Field(10_000, ge=0, description="training frames mixed into every pool; they bound its weights")
+    clip_top: float = Field(0.0, ge=0, lt=1, description="fraction of the largest weights cut to the next ones")
+    tolerance: float = Field(0.9, gt=0, le=1, description="undo a round if exp(-KL) is below this part of the best")
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Round:
+    """One pool of fresh samples, before it was trained on.
+
+    Attributes:
+        energies: evaluations so far.
+        ess: Kish fraction of the pool.
+        ess_truncated: without the top 0.2 % of weights.
+        divergence: KL(p || q) [nat], from the pool and its anchors; what a round is judged by.
+        occupied: weighted fraction in each watched set.
+        undone: the training before this pool made it worse and was undone.
+    """
+
+    energies: int
+    ess: float
+    ess_truncated: float
+    divergence: float
+    occupied: tuple[float, ...]
+    undone: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def truncate(log_weights: np.ndarray, top: float = 0.0) -> np.ndarray:
+    """Weights `(n,)` of mean one, cut at sqrt(n) times their mean (Ionides 2008, equation 3) or lower.
+
+    Args:
+        log_weights: `(n,)`.
+        top: fraction of the largest weights that are lowered to the largest of the rest.
+    """
+    w = reweighting.normalised_weights(log_weights)
+    w = np.minimum(w, w.mean() * np.sqrt(len(w)))
+    if top:
+        w = np.minimum(w, np.quantile(w, 1.0 - top))
+    return w / w.mean()
+
+
+@dataclass
+class _Progress:
+    """Where a refinement stands: what a checkpoint holds."""
+
+    rate: float
+    best: dict[str, Tensor] = field(default_factory=dict)
+    best_divergence: float = math.inf
+    records: list[Round] = field(default_factory=list)
+
+    def save(self, path: Path, flow: Flow, config: RefineConfig) -> None:
+        """Write everything that the next round depends on."""
+        tensors = {f"now.{k}": v for k, v in flow.bijection.state_dict().items()}
+        tensors |= {f"best.{k}": v for k, v in self.best.items()}
+        header = {
+            "format": CHECKPOINT_KIND,
+            "format_version": 1,
+            "config": config.model_dump(),
+            "rate": self.rate,
+            "best_divergence": self.best_divergence,
+            "records": [r.to_dict() for r in self.records],
+        }
+        write_safetensors(path, {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, header)
+
+    @classmethod
+    def load(cls, path: Path, flow: Flow, config: RefineConfig) -> "_Progress":
+        """Continue from a checkpoint; the flow gets the weights that it had."""
+        header, tensors = read_safetensors(path, CHECKPOINT_KIND, 1)
+        if header["config"] != config.model_dump():
+            raise IncompatibleFlowError(f"{path} is a refinement with other settings; choose another folder")
+        flow.bijection.load_state_dict(_named(tensors, "now."))
+        records = [Round(**{**r, "occupied": tuple(r["occupied"])}) for r in header["records"]]
+        best = {k: v.to(flow.device) for k, v in _named(tensors, "best.").items()}
+        return cls(header["rate"], best, header["best_divergence"], records)
+
+
+def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def refine(
+    flow: Flow,
+    reduced_potential: Callable[[Tensor], Tensor],
+    config: RefineConfig,
+    *,
+    data: Tensor | None = None,
+    watch: list[Callable[[Tensor], Tensor]] | None = None,
+    checkpoint: str | Path | None = None,
+    progress: Callable[[int, int, dict[str, float]], None] | None = None,
+) -> list[Round]:
+    """Refine a flow in place; it ends with the weights of the best pool.
+
+    Args:
+        flow: trained; its ESS should be a per cent or more, since every round lives on reweighted samples.
+        reduced_potential: positions `(n, n_atoms, 3)` [nm] -> `(n,)` [kT], +inf where impossible.
+        config: settings.
+        data: frames of the target `(m, n_atoms, 3)` [nm], of which ``config.anchors`` are mixed into every pool.
+        watch: indicator functions on positions; their weighted populations are reported for every pool, so that a
+            lost mode is seen.
+        checkpoint: file to write after every round and, if it exists, to continue from.
+        progress: called after every round.
+
+    Returns:
+        a record of every pool, the last one judging the last training.
+
+    Raises:
+        InputError: no sample of the first pool has a finite weight.
+        IncompatibleFlowError: a checkpoint of other settings.
+    """
+    path = None if checkpoint is None else Path(checkpoint)
+    resumed = path is not None and path.exists()
+    state = _Progress.load(path, flow, config) if path and resumed else _Progress(config.learning_rate)
+    anchors = _Anchors(data, reduced_potential, config) if data is not None and config.anchors else None
+    for k in range(len(state.records), config.rounds + 1):
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + k)
+        x, log_q = flow.sample(config.pool, generator)
+        log_w = _log_weights(flow, x, log_q, reduced_potential)
+        mixed = anchors.mix(flow, x, log_q, log_w, generator) if anchors else _Pool(x, log_q, log_q, log_w)
+        record = _judge(mixed, x, log_w, watch or [], (k + 1) * config.pool + (len(anchors.x) if anchors else 0))
+        undone = record.divergence > state.best_divergence - math.log(config.tolerance)
+        state.records.append(replace(record, undone=undone))
+        if progress:
+            figures = {"ESS": record.ess, "truncated": record.ess_truncated, "KL": record.divergence}
+            progress(k, config.rounds, figures | {"rate": state.rate})
+        if undone:
+            flow.bijection.load_state_dict(state.best)
+            state.rate *= 0.5
+        elif record.divergence < state.best_divergence:
+            state.best = {n: v.clone() for n, v in flow.bijection.state_dict().items()}
+            state.best_divergence = record.divergence
+        if k < config.rounds and not undone:
+            _learn(flow, mixed, config, state.rate, k)
+        if path:
+            state.save(path, flow, config)
+    flow.bijection.load_state_dict(state.best)
+    return state.records
+
+
+@dataclass
+class _Pool:
+    """Samples of a density ``r``, the flow's own or a mixture with it, and their weights ``p / r``.
+
+    Attributes:
+        x: positions `(n, n_atoms, 3)` [nm].
+        log_q: log-density of the flow `(n,)`.
+        log_r: log-density of the pool `(n,)`.
+        log_w: log-weights `(n,)`, -inf where there is none.
+    """
+
+    x: Tensor
+    log_q: Tensor
+    log_r: Tensor
+    log_w: np.ndarray
+
+    def divergence(self) -> float:
+        """KL(p || q) = E_p[log p/q] [nat], where ``p/q = (p/r) (r/q)``; p is normalised by the weights."""
+        fine = np.isfinite(self.log_w)
+        w = reweighting.normalised_weights(self.log_w[fine])
+        log_p = self.log_w[fine] + self.log_r.cpu().numpy()[fine] - _log_mean(self.log_w)
+        return float(np.sum(w * (log_p - self.log_q.cpu().numpy()[fine])))
+
+
+def _log_mean(log_w: np.ndarray) -> float:
+    return float(logsumexp(log_w)) - math.log(len(log_w))
+
+
+def _judge(
+    pool: _Pool, x: Tensor, log_w: np.ndarray, watch: list[Callable[[Tensor], Tensor]], energies: int
+) -> Round:
+    """The record of a pool; ESS and populations are those of the flow's own samples."""
+    return Round(
+        energies=energies,
+        ess=reweighting.effective_sample_size(log_w),
+        ess_truncated=reweighting.truncated_effective_sample_size(log_w),
+        divergence=pool.divergence(),
+        occupied=_occupied(x, log_w, watch),
+        undone=False,
+    )
+
+
+class _Anchors:
+    """Frames of the target as the defensive part of a pool (Hesterberg 1995; balance heuristic of Veach & Guibas 1995).
+
+    A pool of n flow samples alone cannot show where the flow has too little density: it hardly goes there. With m
+    frames of the target among them the pool has the density ``(n q + m p) / (n + m)``, its weights are at most
+    ``(n + m) / m``, and a basin that the frames visited cannot be forgotten. The target's normalisation, which ``p``
+    needs, is the mean weight of the flow samples.
+    """
+
+    def __init__(self, data: Tensor, reduced_potential: Callable[[Tensor], Tensor], config: RefineConfig) -> None:
+        rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed))[: config.anchors]
+        self.x = data[rows.to(data.device)].double()
+        self.u = torch.cat([reduced_potential(part) for part in self.x.split(4096)])
+
+    def mix(self, flow: Flow, x: Tensor, log_q: Tensor, log_w: np.ndarray, generator: torch.Generator) -> _Pool:
+        """The pool with the anchors in it."""
+        frames = flow.coordinates.augment(self.x, generator).to(x)
+        log_p_m = (-self.u.to(log_q) + flow.frame_log_density(frames)).cpu().numpy()
+        both = torch.cat([log_q, flow.log_prob(frames).to(log_q)])
+        log_p = np.concatenate([log_w + log_q.cpu().numpy(), log_p_m]) - _log_mean(log_w)
+        n, m = len(x), len(frames)
+        log_r = np.logaddexp(math.log(n) + both.cpu().numpy(), math.log(m) + log_p) - math.log(n + m)
+        log_ratio = log_p - log_r
+        log_ratio[~np.isfinite(log_ratio)] = -np.inf
+        return _Pool(torch.cat([x, frames]), both, torch.as_tensor(log_r).to(both), log_ratio)
+
+
+def _log_weights(flow: Flow, x: Tensor, log_q: Tensor, reduced_potential: Callable[[Tensor], Tensor]) -> np.ndarray:
+    u = reduced_potential(x).to(log_q)
+    log_w = (-u + flow.frame_log_density(x) - log_q).cpu().double().numpy()
+    log_w[~np.isfinite(log_w)] = -np.inf
+    if not np.isfinite(log_w).any():
+        raise InputError("no sample of the pool has a finite weight; train the flow longer before refining it")
+    return log_w
+
+
+def _occupied(x: Tensor, log_w: np.ndarray, watch: list[Callable[[Tensor], Tensor]]) -> tuple[float, ...]:
+    w = reweighting.normalised_weights(log_w)
+    return tuple(float(w[inside(x).cpu().numpy().astype(bool)].sum()) for inside in watch)
+
+
+def _learn(flow: Flow, pool: _Pool, config: RefineConfig, rate: float, k: int) -> None:
+    """One pass over the pool: each sample is seen once."""
+    fine = torch.isfinite(pool.x).flatten(1).all(1) & torch.isfinite(pool.log_r)
+    w = torch.as_tensor(truncate(pool.log_w, config.clip_top), dtype=flow.dtype, device=pool.x.device)[fine]
+    y, log_det = flow.coordinates.to_features(pool.x[fine])
+    log_r_y = (pool.log_r[fine] - log_det).to(flow.dtype)  # density of the features, as the loss compares it
+    y = y.to(flow.dtype)
+    settings = TrainConfig(
+        steps=len(y) // config.batch_size,
+        batch_size=config.batch_size,
+        learning_rate=rate,
+        ema=config.ema,
+        warmup=10,
+        weight_decay=0.0,
+        seed=config.seed + k,
+    )
+    batches = Batches((y, log_r_y, w), config.batch_size, settings.seed)
+    train(flow.bijection, GeneralisedKLLoss(flow.prior), batches, settings)

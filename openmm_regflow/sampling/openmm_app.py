@@ -1,0 +1,240 @@
+"""Flow steps for those who drive ``openmm.app`` themselves: Simulation, Reporter, OpenMM's own replica exchange."""
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openmm
+from openmm import app, unit
+
+from openmm_regflow.errors import InputError
+from openmm_regflow.proposals import FlowProposal, has_global_parameters
+from openmm_regflow.sampling.kernels import FlowStatistics
+from openmm_regflow.sampling.steps import (
+    FlowStep,
+    Orientation,
+    context_potential,
+    redrawn,
+    seeded_generator,
+    system_masses,
+)
+from openmm_regflow.systems import fingerprint
+from openmm_regflow.units import GAS_CONSTANT, temperature_kelvin
+
+
+class FlowSimulation:
+    """Flow steps between the dynamics of an ``openmm.app.Simulation``.
+
+    Each flow step targets the Simulation's own temperature. Energies come from the proposal's potential where
+    its System is that of the Simulation, from the Simulation's Context otherwise. Box, parameters, time and
+    step count stay untouched; velocities are redrawn after an acceptance.
+
+    Args:
+        simulation: positions set; any integrator with a temperature (else the proposal's temperature is
+            taken).
+        proposal: flow, potential and temperature.
+        n_proposals: 1 for independence Metropolis-Hastings, more for i-SIR.
+        pool_size: proposals drawn at a time.
+        seed: None for a random one.
+        orientation: see :class:`FlowStep`.
+
+    Raises:
+        UnsupportedForceError: virtual sites, a periodic box, or constraints that the flow does not hold fixed.
+        InputError: the flow generates another number of atoms.
+    """
+
+    def __init__(
+        self,
+        simulation: app.Simulation,
+        proposal: FlowProposal,
+        n_proposals: int = 1,
+        pool_size: int = 256,
+        seed: int | None = None,
+        orientation: Orientation = "random",
+    ) -> None:
+        proposal.check_system(simulation.system)
+        if simulation.system.getNumParticles() != proposal.n_atoms:
+            raise InputError(
+                f"the Simulation has {simulation.system.getNumParticles()} atoms, the proposal "
+                f"{proposal.n_atoms}; use the flow of this molecule"
+            )
+        self.simulation = simulation
+        self.step = FlowStep(proposal, n_proposals, pool_size, seeded_generator(seed), orientation)
+        self._masses = system_masses(simulation.system)
+        self._same_energy = (
+            proposal.covers_system
+            and not simulation.system.usesPeriodicBoundaryConditions()
+            and not has_global_parameters(simulation.system)
+            and fingerprint(proposal.system)["sha256"] == fingerprint(simulation.system)["sha256"]
+        )
+
+    @property
+    def statistics(self) -> FlowStatistics:
+        """Totals of the flow steps."""
+        return self.step.statistics
+
+    @property
+    def temperature(self) -> float:
+        """Temperature of the dynamics [K]."""
+        integrator, parameters = self.simulation.integrator, self.simulation.context.getParameters()
+        if hasattr(integrator, "getTemperature"):
+            return temperature_kelvin(integrator.getTemperature())
+        return temperature_kelvin(parameters.get("AndersenTemperature", self.step.proposal.temperature))
+
+    def flow_step(self) -> bool:
+        """One flow step on the Simulation's Context; True if it was accepted."""
+        context, temperature = self.simulation.context, self.temperature
+        state = context.getState(getPositions=True)
+        positions = state.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
+        positions = self.step.proposal.make_whole(positions, self._box(state))
+        energy = None if self._same_energy else context_potential(context, GAS_CONSTANT * temperature)
+        new = self.step(positions, temperature, energy)
+        if new is not None:
+            context.setPositions(new)
+            self._redraw_velocities(temperature)
+        elif not self._same_energy:
+            context.setPositions(positions)
+        return new is not None
+
+    def _box(self, state: openmm.State) -> np.ndarray | None:
+        """Box vectors as rows [nm], None without a box."""
+        if not self.simulation.system.usesPeriodicBoundaryConditions():
+            return None
+        return np.asarray(state.getPeriodicBoxVectors(asNumpy=True).value_in_unit(unit.nanometer))
+
+    def _redraw_velocities(self, temperature: float) -> None:
+        """Maxwell-Boltzmann velocities for the atoms that moved."""
+        context, moved = self.simulation.context, self.step.proposal.atom_subset
+        state = context.getState(getPositions=True, getVelocities=True)
+        velocities = state.getVelocities(asNumpy=True).value_in_unit(unit.nanometer / unit.picosecond)
+        velocities = redrawn(velocities, self._masses, moved, temperature, self.step.generator)
+        positions = state.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
+        context.setVelocities(self.step.proposal.project_velocities(velocities, positions))
+
+    def run(self, n_iterations: int, n_md_steps: int) -> FlowStatistics:
+        """``n_iterations`` times: ``n_md_steps`` of dynamics (reporters included), then one flow step.
+
+        Returns:
+            The totals so far.
+        """
+        for _ in range(n_iterations):
+            self.simulation.step(n_md_steps)
+            self.flow_step()
+        return self.statistics
+
+
+def alternate(
+    simulation: app.Simulation, proposal: FlowProposal, n_md_steps: int, n_iterations: int, **options: Any
+) -> FlowStatistics:
+    """Dynamics and flow steps in turn: :meth:`FlowSimulation.run` as one call.
+
+    Args:
+        simulation: an ``openmm.app.Simulation`` with positions.
+        proposal: flow, potential and temperature.
+        n_md_steps: dynamics steps before each flow step.
+        n_iterations: how many rounds.
+        options: further arguments of :class:`FlowSimulation`.
+    """
+    return FlowSimulation(simulation, proposal, **options).run(n_iterations, n_md_steps)
+
+
+class FlowReporter:
+    """An ``openmm.app`` reporter of the flow steps: one CSV line per interval.
+
+    Columns: step, then the entries of :meth:`FlowStatistics.as_dict`.
+
+    Args:
+        path: file to write; an existing one is replaced.
+        interval: dynamics steps between lines.
+        flow_simulation: whose statistics are reported.
+    """
+
+    def __init__(self, path: str | Path, interval: int, flow_simulation: FlowSimulation) -> None:
+        self._interval, self._source = interval, flow_simulation
+        self._file = Path(path).open("w", newline="")  # noqa: SIM115  (open until close())
+        self._writer = csv.writer(self._file)
+        self._writer.writerow(["step", *self._source.statistics.as_dict()])
+
+    def describeNextReport(self, simulation: app.Simulation) -> dict[str, Any]:
+        """OpenMM's question: when next, and with what."""
+        steps = self._interval - simulation.currentStep % self._interval
+        return {"steps": steps, "periodic": None, "include": []}
+
+    def report(self, simulation: app.Simulation, state: openmm.State) -> None:
+        """Write one line."""
+        self._writer.writerow([simulation.currentStep, *self._source.statistics.as_dict().values()])
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class FlowReplicaExchange(getattr(app, "ReplicaExchangeSampler", object)):  # type: ignore[misc]
+    """OpenMM's own ``ReplicaExchangeSampler`` (8.6 and newer) with a flow step after the dynamics of each replica.
+
+    Each flow step targets the state that the replica is in: its temperature, and its Context parameters where states
+    differ in them. Everything else, exchanges and reporters included, is OpenMM's.
+
+    Args:
+        states: as ``openmm.app.ReplicaExchangeSampler`` takes them.
+        simulation: positions set.
+        stepsPerIteration: dynamics steps per replica and iteration.
+        proposal: flow, potential and temperature.
+        flow_states: indices of the states with flow steps, negative ones from the end; all by default. ``[-1]``
+            gives the last (hottest) one a reservoir of independent configurations.
+        n_proposals: 1 for independence Metropolis-Hastings, more for i-SIR.
+        pool_size: proposals drawn at a time.
+        seed: of the flow steps; None for a random one.
+        options: further arguments of ``openmm.app.ReplicaExchangeSampler``.
+
+    Attributes:
+        statistics: of the flow steps in each state.
+
+    Raises:
+        InputError: an OpenMM without ``ReplicaExchangeSampler``, states that differ in force groups, or an index that
+            is no state.
+        UnsupportedForceError: virtual sites, a periodic box, or constraints that the flow does not hold fixed.
+    """
+
+    def __init__(
+        self,
+        states: list[dict[str, Any]],
+        simulation: app.Simulation,
+        stepsPerIteration: int,
+        proposal: FlowProposal,
+        *,
+        flow_states: Iterable[int] | None = None,
+        n_proposals: int = 1,
+        pool_size: int = 256,
+        seed: int | None = None,
+        **options: Any,
+    ) -> None:
+        if not hasattr(app, "ReplicaExchangeSampler"):
+            raise InputError(
+                f"OpenMM {openmm.__version__} has no ReplicaExchangeSampler; install 8.6 or newer, or use FlowMove "
+                "in openmmtools' ReplicaExchangeSampler"
+            )
+        if any("groups" in state for state in states):
+            raise InputError("states that choose force groups are not covered; let them differ in Context parameters")
+        chosen = range(len(states)) if flow_states is None else list(flow_states)
+        if any(not -len(states) <= index < len(states) for index in chosen):
+            raise InputError(f"flow_states {list(chosen)} name no states; there are {len(states)}")
+        super().__init__(states, simulation, stepsPerIteration, **options)
+        self._flow = FlowSimulation(simulation, proposal, n_proposals, pool_size, seed)
+        self._flow_states = {index % len(states) for index in chosen}
+        self.statistics = [FlowStatistics() for _ in states]
+
+    def simulateReplica(self, index: int, steps: int | None = None) -> None:
+        """Dynamics of one replica, then a flow step in its state."""
+        super().simulateReplica(index, steps)
+        state = self.replicaStateIndex[index]
+        if state not in self._flow_states:
+            return
+        self._flow.step.statistics = self.statistics[state]
+        self._flow.flow_step()
+        self.replicaConformation[index] = self.simulation.context.getState(
+            positions=True, velocities=True, parameters=True, integratorParameters=True
+        )

@@ -1,0 +1,448 @@
+"""Parallel tempering through openmmtools: settings, seeds, running, resuming, reading back.
+
+The sampling System carries heavier hydrogens, so that a larger time step is stable. Masses do not enter the
+distribution of positions, and positions are all that is kept: mass is added, none is taken from the heavy atoms.
+
+openmmtools draws from NumPy's global random state and from Numba's; both, and the integrator, are seeded here from
+one seed. Two runs of one seed agree bit for bit on the Reference platform, if nothing resumes them in between.
+
+The sampler is that of Chodera & Shirts (J. Chem. Phys. 135, 194110, 2011), the integrator's splitting that of
+Leimkuhler & Matthews (Appl. Math. Res. Express 2013, 34), the engine OpenMM (PLoS Comput. Biol. 13, e1005659, 2017).
+"""
+
+import copy
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import openmm
+from openmm import unit
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from openmm_regflow.errors import CorruptFileError, InputError, InsufficientDataError
+from openmm_regflow.systems import MolecularSystem, compare_fingerprints
+from openmm_regflow.units import GAS_CONSTANT
+
+#: Called as ``progress(done, total)`` in iterations.
+Progress = Callable[[int, int], None]
+
+STORAGE = "tempering.nc"
+RECORD = "run.json"
+
+
+def no_progress(done: int, total: int) -> None:
+    """Reports nothing."""
+
+
+class TemperingSettings(BaseModel):
+    """Settings of a parallel tempering run; unknown keys are refused.
+
+    Attributes:
+        max_temperature: hottest replica [K]; the coldest is at the temperature of the system.
+        n_replicas: number of temperatures, spaced geometrically.
+        n_iterations: number of iterations (dynamics of all replicas, then swaps).
+        steps_per_iteration: time steps of each replica between swaps.
+        timestep: [ps].
+        collision_rate: [1/ps].
+        hydrogen_mass: mass of hydrogen while sampling [dalton]; None keeps the System's.
+        scramble_steps: steps of each replica at ``max_temperature`` before the run, to part the starting points.
+        checkpoint_interval: iterations between points from which an interrupted run continues.
+        platform: OpenMM platform name; None lets OpenMM choose.
+        seed: seeds everything random.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_temperature: float = Field(default=700.0, gt=0, allow_inf_nan=False)
+    n_replicas: int = Field(default=6, ge=2)
+    n_iterations: int = Field(default=1000, ge=1)
+    steps_per_iteration: int = Field(default=500, ge=1)
+    timestep: float = Field(default=0.002, gt=0, allow_inf_nan=False)
+    collision_rate: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    hydrogen_mass: float | None = Field(default=4.0, gt=0)
+    scramble_steps: int = Field(default=20_000, ge=0)
+    checkpoint_interval: int = Field(default=100, ge=1)
+    platform: str | None = "Reference"
+    seed: int = Field(default=0, ge=0, lt=2**31 - 1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_platform(cls, values: Any) -> Any:
+        name = values.get("platform") if isinstance(values, dict) else None
+        names = [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())]
+        if name is not None and name not in names:
+            raise ValueError(f"platform {name!r} is not among {', '.join(names)}")
+        return values
+
+    @classmethod
+    def create(cls, **values: Any) -> Self:
+        """Settings from keyword arguments.
+
+        Raises:
+            InputError: a value out of range or an unknown key; pydantic's report in one line.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            parts = [f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()]
+            raise InputError(f"tempering: {'; '.join(parts)}; known keys: {', '.join(cls.model_fields)}") from error
+
+
+def temperature_ladder(lowest: float, highest: float, n: int) -> np.ndarray:
+    """Geometric ladder of temperatures [K], `(n,)`; neighbours then swap about equally often.
+
+    Raises:
+        InputError: the highest is not above the lowest.
+    """
+    if highest <= lowest:
+        raise InputError(f"max_temperature {highest} K is not above the system's {lowest} K; raise it")
+    return np.geomspace(lowest, highest, n)
+
+
+def with_hydrogen_mass(system: openmm.System, mass: float | None) -> openmm.System:
+    """Copy of a System whose hydrogens (0 < mass < 1.5 dalton) weigh ``mass`` [dalton]."""
+    heavier = copy.deepcopy(system)
+    for index in range(system.getNumParticles() if mass is not None else 0):
+        if 0 < system.getParticleMass(index).value_in_unit(unit.dalton) < 1.5:
+            heavier.setParticleMass(index, mass)
+    return heavier
+
+
+def parallel_tempering(
+    molecule: MolecularSystem,
+    output: str | Path,
+    settings: TemperingSettings | None = None,
+    *,
+    resume: bool = False,
+    progress: Progress = no_progress,
+) -> Path:
+    """Runs, resumes or extends parallel tempering with openmmtools' sampler.
+
+    Args:
+        molecule: the system; its temperature is the lowest of the ladder.
+        output: folder for the storage file and its record; made if absent.
+        settings: see :class:`TemperingSettings`. On resuming, only ``n_iterations`` may differ.
+        resume: continue the run in ``output``; without one there, start it.
+        progress: called after every few iterations.
+
+    Returns:
+        The storage file, NetCDF.
+
+    Raises:
+        InputError: unwritable folder, a run already there, or one with other settings or another System.
+        CorruptFileError: a storage file that cannot be resumed.
+    """
+    settings = settings or TemperingSettings()
+    temperature_ladder(molecule.temperature, settings.max_temperature, settings.n_replicas)
+    folder = writable_folder(Path(output))
+    storage = folder / STORAGE
+    if storage.exists() and not resume:
+        raise InputError(f"{folder} already holds a run; resume it or choose another output folder")
+    _quiet()
+    if storage.exists():
+        _check_record(folder / RECORD, molecule, settings)
+        sampler = _reopen(storage, settings)
+    else:
+        _write_record(folder / RECORD, molecule, settings)
+        sampler = _start(molecule, storage, settings)
+    _advance(sampler, settings, progress)
+    return storage
+
+
+def writable_folder(folder: Path) -> Path:
+    """The folder, made if absent and checked by writing a file."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"output folder {folder} is not writable ({error.strerror}); choose another") from error
+    return folder
+
+
+def _record(molecule: MolecularSystem, settings: TemperingSettings) -> dict[str, Any]:
+    """What a run is a run of."""
+    ladder = temperature_ladder(molecule.temperature, settings.max_temperature, settings.n_replicas)
+    return {
+        "system": molecule.name,
+        "fingerprint": molecule.fingerprint,
+        "temperatures": ladder.tolist(),
+        "settings": settings.model_dump(),
+        "versions": {"openmm": openmm.version.version, "openmmtools": _openmmtools_version()},
+    }
+
+
+def _openmmtools_version() -> str:
+    from importlib.metadata import version
+
+    return version("openmmtools")
+
+
+def _write_record(path: Path, molecule: MolecularSystem, settings: TemperingSettings) -> None:
+    path.write_text(json.dumps(_record(molecule, settings), indent=1) + "\n")
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """The record of a run: system, fingerprint, temperatures [K], settings, versions.
+
+    Raises:
+        InputError: absent.
+        CorruptFileError: not JSON.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no record of a run at {path}; give the output folder of a simulation")
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CorruptFileError(f"{path} is damaged ({error}); start the run again in a new folder") from error
+
+
+def _check_record(path: Path, molecule: MolecularSystem, settings: TemperingSettings) -> None:
+    """Refuses to continue another run."""
+    then, now = read_record(path), _record(molecule, settings)
+    lines = compare_fingerprints(then["fingerprint"], now["fingerprint"], masses=True)
+    for key, value in now["settings"].items():
+        if key != "n_iterations" and then["settings"].get(key) != value:
+            lines.append(f"{key} was {then['settings'].get(key)}, is {value}")
+    if then["temperatures"] != now["temperatures"]:
+        lines.append(f"temperatures were {then['temperatures']}, are {now['temperatures']}")
+    if lines:
+        raise InputError(f"{path.parent} holds another run ({'; '.join(lines)}); use its settings or another folder")
+
+
+def _quiet() -> None:
+    """Silences openmmtools' warning about its own interface; errors still show."""
+    for name in ("openmmtools.multistate", "pymbar"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _integrator(temperature: float, settings: TemperingSettings, stream: int) -> openmm.Integrator:
+    """A seeded Langevin (BAOAB) integrator; another stream of random numbers after every resume."""
+    seeds = np.random.SeedSequence([settings.seed, stream]).generate_state(1)
+    integrator = openmm.LangevinMiddleIntegrator(temperature, settings.collision_rate, settings.timestep)
+    integrator.setRandomNumberSeed(int(seeds[0] % (2**31 - 2)) + 1)  # zero would mean a seed from the clock
+    return integrator
+
+
+def _seed_globals(seed: int, stream: int) -> None:
+    """Seeds the global generators that openmmtools draws swaps from: NumPy's and Numba's."""
+    from numba import njit
+
+    value = int(np.random.SeedSequence([seed, stream, 1]).generate_state(1)[0])
+    np.random.seed(value)
+    njit(_seed_numba)(value)
+
+
+def _seed_numba(value: int) -> None:
+    np.random.seed(value)
+
+
+def _attach_cache(sampler: Any, state: Any, integrator: openmm.Integrator, platform: str | None) -> None:
+    """One Context for dynamics and energies, made before openmmtools makes an unseeded one for energies."""
+    from openmmtools.cache import ContextCache
+
+    chosen = None if platform is None else openmm.Platform.getPlatform(platform)
+    cache = ContextCache(capacity=None, time_to_live=None, platform=chosen)
+    cache.get_context(state, integrator)
+    sampler.energy_context_cache = sampler.sampler_context_cache = cache
+
+
+@lru_cache(maxsize=1)
+def _sampler_class() -> type[Any]:
+    """openmmtools' parallel tempering with velocities rescaled on every swap (made here: its import is slow).
+
+    openmmtools leaves velocities at the temperature that a replica came from. The swap is then no longer reversible:
+    kinetic energy flows down the ladder, and the coldest replica is sampled too hot. Scaling by sqrt(T_new / T_old)
+    restores detailed balance (Sugita & Okamoto 1999, eq. 11).
+    """
+    from openmmtools import multistate
+
+    class RescalingSampler(multistate.ParallelTemperingSampler):
+        def _mix_replicas(self) -> np.ndarray:
+            before = np.array(self._replica_thermodynamic_states)
+            after = super()._mix_replicas()
+            kelvin = np.array([s.temperature.value_in_unit(unit.kelvin) for s in self._thermodynamic_states])
+            for replica in np.flatnonzero(before != np.asarray(after)):
+                state = self._sampler_states[replica]
+                state.velocities = state.velocities * np.sqrt(kelvin[after[replica]] / kelvin[before[replica]])
+            return after
+
+    return RescalingSampler
+
+
+def _start(molecule: MolecularSystem, storage: Path, settings: TemperingSettings) -> Any:
+    """A new sampler with every replica at its own starting point."""
+    from openmmtools import mcmc, multistate, states
+
+    system = with_hydrogen_mass(molecule.system, settings.hydrogen_mass)
+    ladder = temperature_ladder(molecule.temperature, settings.max_temperature, settings.n_replicas)
+    starts = [
+        states.SamplerState(x * unit.nanometer, velocities=v * unit.nanometer / unit.picosecond)
+        for x, v in _starting_points(molecule, system, ladder, settings)
+    ]
+    state = states.ThermodynamicState(system, molecule.temperature * unit.kelvin)
+    integrator = _integrator(molecule.temperature, settings, stream=0)
+    sampler = _sampler_class()(
+        mcmc_moves=mcmc.IntegratorMove(integrator, settings.steps_per_iteration),
+        number_of_iterations=settings.n_iterations,
+        online_analysis_interval=None,
+        replica_mixing_scheme="swap-all",
+    )
+    sampler._have_displayed_citations_before = True  # they go to standard output; the module docstring has them
+    reporter = multistate.MultiStateReporter(
+        str(storage),
+        checkpoint_interval=settings.checkpoint_interval,
+        analysis_particle_indices=range(molecule.n_atoms),
+    )
+    sampler.create(state, starts, reporter, temperatures=list(ladder * unit.kelvin), n_temperatures=len(ladder))
+    _seed_globals(settings.seed, 0)
+    _attach_cache(sampler, state, integrator, settings.platform)
+    return sampler
+
+
+def _starting_points(
+    molecule: MolecularSystem, system: openmm.System, ladder: np.ndarray, settings: TemperingSettings
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Positions [nm] and velocities [nm/ps] for each replica, parted by dynamics at the highest temperature."""
+    integrator = _integrator(settings.max_temperature, settings, stream=2**31)
+    chosen = [] if settings.platform is None else [openmm.Platform.getPlatform(settings.platform)]
+    context = openmm.Context(system, integrator, *chosen)
+    context.setPositions(molecule.positions)
+    openmm.LocalEnergyMinimizer.minimize(context, 10.0)
+    points = []
+    for replica, temperature in enumerate(ladder):
+        context.setVelocitiesToTemperature(settings.max_temperature, settings.seed + replica + 1)
+        integrator.step(settings.scramble_steps)
+        positions = context.getState(positions=True).getPositions(asNumpy=True)
+        context.setVelocitiesToTemperature(temperature, settings.seed + replica + 1)
+        velocities = context.getState(velocities=True).getVelocities(asNumpy=True)
+        points.append((np.array(positions._value), np.array(velocities._value)))
+    return points
+
+
+def _reopen(storage: Path, settings: TemperingSettings) -> Any:
+    """The sampler of an existing storage file, at its last checkpoint."""
+    from openmmtools import multistate
+
+    try:
+        sampler = _sampler_class().from_storage(
+            multistate.MultiStateReporter(str(storage), checkpoint_interval=settings.checkpoint_interval)
+        )
+    except Exception as error:  # netCDF4, yaml and openmmtools raise unrelated types on damaged files
+        raise CorruptFileError(
+            f"{storage} cannot be resumed ({type(error).__name__}: {error}); start again in another folder"
+        ) from error
+    stream = sampler.iteration + 1
+    state = sampler._thermodynamic_states[0]
+    for move in sampler._mcmc_moves:
+        move.integrator.setRandomNumberSeed(_integrator(300.0, settings, stream).getRandomNumberSeed())
+    _seed_globals(settings.seed, stream)
+    _attach_cache(sampler, state, copy.deepcopy(sampler._mcmc_moves[0].integrator), settings.platform)
+    return sampler
+
+
+def _advance(sampler: Any, settings: TemperingSettings, progress: Progress, chunk: int = 20) -> None:
+    """Runs up to the wanted number of iterations, reporting every ``chunk``."""
+    total = settings.n_iterations
+    progress(min(sampler.iteration, total), total)
+    try:
+        while sampler.iteration < total:
+            sampler.extend(min(chunk, total - sampler.iteration))
+            progress(sampler.iteration, total)
+    finally:
+        sampler._reporter.close()
+
+
+@dataclass(frozen=True)
+class TemperingRun:
+    """What a storage file holds, iteration 0 (the starting points) left out.
+
+    Attributes:
+        positions: [nm], float32 `(n_iterations, n_replicas, n_atoms, 3)`.
+        states: index into ``temperatures`` of each replica, int `(n_iterations, n_replicas)`.
+        energies: potential energies [kJ/mol], `(n_iterations, n_replicas)`.
+        temperatures: [K], `(n_replicas,)`, ascending.
+        acceptance: fraction of accepted swaps between neighbouring temperatures, `(n_replicas - 1,)`.
+        bias: full-strength bias energies [kJ/mol], `(n_iterations, n_replicas)`, where the ladder also rises from no
+            bias to all of it in equal steps; ``energies`` are without it.
+    """
+
+    positions: np.ndarray
+    states: np.ndarray
+    energies: np.ndarray
+    temperatures: np.ndarray
+    acceptance: np.ndarray
+    bias: np.ndarray | None = None
+
+    @property
+    def reduced_energies(self) -> np.ndarray:
+        """``u_k`` of every sample in every state of the ladder [kT], `(n_states, n_iterations, n_replicas)`."""
+        scale = np.linspace(0.0, 1.0, len(self.temperatures))[:, None, None]
+        total = self.energies[None] if self.bias is None else self.energies + scale * self.bias
+        return total / (GAS_CONSTANT * self.temperatures[:, None, None])
+
+    def at_temperature(self, values: np.ndarray, index: int = 0) -> np.ndarray:
+        """Rows of a `(n_iterations, n_replicas, ...)` array at one temperature, in time, `(n_iterations, ...)`."""
+        return values[np.arange(len(values)), np.argmax(self.states == index, axis=1)]
+
+    def after(self, burn_in: int) -> "TemperingRun":
+        """The run without its first ``burn_in`` iterations.
+
+        Raises:
+            InsufficientDataError: fewer than two iterations would remain.
+        """
+        if len(self.states) - burn_in < 2:
+            raise InsufficientDataError(
+                f"{len(self.states)} iterations less {burn_in} of burn-in leave fewer than two; run longer"
+            )
+        return replace(
+            self,
+            positions=self.positions[burn_in:],
+            states=self.states[burn_in:],
+            energies=self.energies[burn_in:],
+            bias=None if self.bias is None else self.bias[burn_in:],
+        )
+
+
+def load_run(output: str | Path) -> TemperingRun:
+    """Reads a run, finished or not, from its output folder.
+
+    Raises:
+        InputError: no run there.
+        CorruptFileError: unreadable storage.
+    """
+    import netCDF4
+
+    storage = Path(output) / STORAGE
+    temperatures = np.array(read_record(Path(output) / RECORD)["temperatures"])
+    if not storage.is_file():
+        raise InputError(f"no run at {storage}; start one with `openmm-regflow simulate`")
+    try:
+        with netCDF4.Dataset(str(storage)) as file:
+            file.set_auto_mask(False)
+            last = int(file.variables["last_iteration"][0]) + 1
+            values = {
+                name: np.array(file.variables[name][1:last])
+                for name in ("positions", "states", "energies", "accepted", "proposed")
+            }
+    except (OSError, KeyError, RuntimeError, IndexError) as error:
+        raise CorruptFileError(
+            f"{storage} is damaged or still being written ({error}); wait for the run, or simulate again elsewhere"
+        ) from error
+    pairs = np.arange(len(temperatures) - 1)
+    accepted, proposed = (values[key].sum(axis=0)[pairs, pairs + 1] for key in ("accepted", "proposed"))
+    return TemperingRun(
+        positions=values["positions"].astype(np.float32),
+        states=values["states"].astype(np.int64),
+        energies=values["energies"][:, :, 0] * GAS_CONSTANT * temperatures[0],
+        temperatures=temperatures,
+        acceptance=accepted / np.maximum(proposed, 1),
+    )

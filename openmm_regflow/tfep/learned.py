@@ -1,0 +1,194 @@
+"""Maps learned from samples of the two states: RegFlow regression on optimal-transport pairs, refined if wished.
+
+The regression needs no energies. The refinement minimises the two-sided variational bound: the mean forward work is
+at least delta_f and the mean reverse work at least -delta_f, with equality for a perfect map (Wirnsberger et al.
+2020, arXiv 2002.04913, section III); it needs potentials that torch can differentiate.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openmm_regflow import flows
+from openmm_regflow.bijections import Bijection
+from openmm_regflow.coordinates import CoordinateMap
+from openmm_regflow.errors import InputError, InsufficientDataError
+from openmm_regflow.objectives import RegFlowLoss
+from openmm_regflow.targets import MAX_EXACT, Pairs, optimal_transport_pairs
+from openmm_regflow.tfep.pipeline import AffineMap, CoordinatesMap, State, _tensor
+from openmm_regflow.training import Batches, TrainConfig, train
+from openmm_regflow.units import thermal_energy
+
+#: Fewest samples of either state from which a map is trained.
+MIN_SAMPLES = 20
+
+
+@dataclass(frozen=True)
+class WorkLoss:
+    """Mean forward plus mean reverse work [kT], an upper bound of zero width for a perfect map.
+
+    Attributes:
+        coordinates: features <-> positions.
+        state_a: start; its potential must be differentiable.
+        state_b: end; likewise.
+        cap: energies above it [kT] enter by their logarithm, so that one clash does not drown a batch.
+    """
+
+    coordinates: CoordinateMap
+    state_a: State
+    state_b: State
+    cap: float = 1e3
+
+    def __call__(
+        self, bijection: Bijection, batch: tuple[Tensor, ...], generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a batch of features (of A, of B), both `(n, dim)`."""
+        y, forward = bijection(batch[0])
+        x, reverse = bijection.inverse(batch[1])
+        parts = {
+            "forward": (self._reduced(self.state_b, y) - forward).mean(),
+            "reverse": (self._reduced(self.state_a, x) - reverse).mean(),
+        }
+        return torch.stack(list(parts.values())).sum(), parts
+
+    def _reduced(self, state: State, features: Tensor) -> Tensor:
+        """Energy less the volume element of the coordinates [kT], `(n,)`; rows outside the chart are left out."""
+        positions, log_volume = self.coordinates.to_positions(features.double())
+        fine = torch.isfinite(positions).flatten(1).all(1)
+        if not bool(fine.any()):
+            raise InsufficientDataError("the map carries a whole batch outside the coordinates; train it longer first")
+        u = torch.as_tensor(state.potential(positions[fine])) / thermal_energy(state.temperature)
+        u = torch.where(u > self.cap, self.cap + torch.log1p((u - self.cap).clamp_min(0.0)), u)
+        return u[torch.isfinite(u)].mean() - log_volume[fine].mean()
+
+
+def _matched(n: int, features: Tensor, generator: torch.Generator) -> Tensor:
+    """``n`` rows, all different where there are enough, otherwise with repeats."""
+    rows = torch.randperm(len(features), generator=generator)
+    if len(features) < n:
+        extra = torch.randint(len(features), (n - len(features),), generator=generator)
+        rows = torch.cat([rows, extra])
+    return features[rows[:n]]
+
+
+def transport_pairs(a: Tensor, b: Tensor, circular: Tensor, coupling: str) -> Pairs:
+    """Regression targets for features `(n, dim)` of A, from as many of B.
+
+    Args:
+        a: features of A.
+        b: features of B.
+        circular: `(dim,)` bool.
+        coupling: ``full``: the exact optimal-transport coupling over all features. ``torsional``: the exact coupling
+            over the circular features (soft torsions) alone, and for the others the Gaussian optimal-transport map.
+            In many dimensions a full coupling of few samples pairs the stiff coordinates at random, and regression on
+            it shrinks them towards their mean; their distributions are nearly Gaussian, so that the affine map is
+            the better target.
+
+    Raises:
+        InputError: unknown coupling.
+        InsufficientDataError: fewer samples than stiff features.
+    """
+    if coupling not in ("full", "torsional"):
+        raise InputError(f"coupling is {coupling!r}; choose 'full' or 'torsional'")
+    if coupling == "full" or not bool(circular.any()) or bool(circular.all()):
+        return optimal_transport_pairs(a, b, circular)
+    pairs = optimal_transport_pairs(a[:, circular], b[:, circular], circular[circular])
+    y = torch.empty_like(a)
+    y[:, circular] = pairs.y
+    stiff = a[:, ~circular].double()
+    y[:, ~circular] = AffineMap.fit(stiff, b[:, ~circular]).forward(stiff)[0].to(y.dtype)
+    return Pairs(a, y)
+
+
+def fit_map(
+    coordinates: CoordinateMap,
+    positions_a: Any,
+    positions_b: Any,
+    *,
+    coupling: str = "torsional",
+    architecture: str = "spline",
+    n_layers: int = 6,
+    hidden: int = 64,
+    max_pairs: int = 3000,
+    config: TrainConfig | None = None,
+    forward_backward: float = 1e-5,
+    target_noise: float = 0.0,
+    refine: tuple[State, State] | None = None,
+    refine_config: TrainConfig | None = None,
+) -> CoordinatesMap:
+    """Train a map A -> B by regression on the exact optimal-transport coupling of samples (RegFlow, OT targets).
+
+    Args:
+        coordinates: features <-> positions, fitted to samples of both states.
+        positions_a: `(n, n_atoms, 3)` [nm or Quantity] training samples of A.
+        positions_b: `(m, n_atoms, 3)` training samples of B.
+        coupling: see :func:`transport_pairs`; for coordinates without torsions both are the same.
+        architecture: ``spline``, ``real_nvp``, ``res_nvp`` or ``jet``.
+        n_layers: couplings.
+        hidden: width of the conditioners.
+        max_pairs: size of the coupling (memory and time grow faster than its square); a state with fewer samples
+            is repeated, with ``target_noise`` to blur the repeats.
+        config: of the regression; a short run by default.
+        forward_backward: weight of the self-consistency term.
+        target_noise: standard deviation of noise added to the targets [features].
+        refine: (state_a, state_b) with differentiable potentials, to go on with the variational bound.
+        refine_config: of that phase.
+
+    Returns:
+        The map, in evaluation mode. Evaluate it on samples that are not among the ones given here.
+
+    Raises:
+        InputError: mismatched atoms, or an unknown architecture.
+        InsufficientDataError: fewer than 20 samples of a state.
+        DivergenceError: training did not recover.
+    """
+    x_a, x_b = _tensor(positions_a), _tensor(positions_b)
+    if min(len(x_a), len(x_b)) < MIN_SAMPLES:
+        raise InsufficientDataError(f"{len(x_a)} and {len(x_b)} samples; a map needs at least {MIN_SAMPLES} of each")
+    if x_a.shape[1:] != x_b.shape[1:] or x_a.shape[1] != coordinates.n_atoms:
+        raise InputError(f"positions {tuple(x_a.shape)}, {tuple(x_b.shape)} do not fit {coordinates.n_atoms} atoms")
+    config = config or TrainConfig.model_validate({"steps": 2000, "batch_size": 256, "learning_rate": 2e-3})
+    size = {"name": architecture, "n_layers": n_layers, "hidden": hidden, "depth": 2, "seed": config.seed}
+    if architecture == "spline":
+        size |= {"n_bins": 8, "bound": 6.0}
+    bijection = flows.build(coordinates, size).bijection
+    a, b = (coordinates.to_features(x)[0].float() for x in (x_a, x_b))
+    generator = torch.Generator().manual_seed(config.seed)
+    n = min(max(len(a), len(b)), max_pairs, MAX_EXACT)
+    pairs = transport_pairs(_matched(n, a, generator), _matched(n, b, generator), coordinates.circular, coupling)
+    loss: Any = RegFlowLoss(coordinates.circular, forward_backward=forward_backward, target_noise=target_noise)
+    train(bijection, loss, Batches((pairs.z, pairs.y), min(config.batch_size, n), config.seed), config)
+    if refine is not None:
+        _refine(bijection, coordinates, a, b, refine, refine_config or config)
+    # Trained in float32, evaluated in float64: inverse and log-determinant then agree to rounding.
+    return CoordinatesMap(coordinates, bijection.double().eval())
+
+
+def _refine(
+    bijection: Bijection, coordinates: CoordinateMap, a: Tensor, b: Tensor, states: tuple[State, State],
+    config: TrainConfig,
+) -> None:  # fmt: skip
+    """The variational phase; a fifth of the samples validates, and steps after the best validation are undone.
+
+    With few samples of one state the bound is soon fulfilled on those alone, and worse everywhere else.
+    """
+    generator = torch.Generator().manual_seed(config.seed + 1)
+    (a, a_held), (b, b_held) = (_held_out(v, generator) for v in (a, b))
+    n = max(len(a), len(b))
+    data = _matched(n, a, generator), _matched(n, b, generator)
+    loss: Any = WorkLoss(coordinates, *states)
+
+    def validation(module: Any) -> float:
+        with torch.no_grad():
+            return float(loss(module, (a_held, b_held), generator)[0])
+
+    train(bijection, loss, Batches(data, min(config.batch_size, n), config.seed), config, validation=validation)
+
+
+def _held_out(features: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Four fifths and one fifth of the rows, at random; at most 1000 validate."""
+    rows = torch.randperm(len(features), generator=generator)
+    n = max(1, min(len(features) // 5, 1000))
+    return features[rows[n:]], features[rows[:n]]

@@ -1,0 +1,441 @@
+"""From positions, potentials and a map to works, and from works to a result.
+
+A map is any object with ``forward(x) -> (y, log_det)`` and ``inverse(y) -> (x, log_det)``, tensors `(n,
+...)` and `(n,)`; a flow between two ensembles is one. A potential is any callable that takes positions `(n,
+n_atoms, 3)` [nm] and returns energies `(n,)` [kJ/mol]. A basin is a callable from positions to booleans
+`(n,)`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openmm_regflow import metrics
+from openmm_regflow.errors import InputError, InsufficientDataError
+from openmm_regflow.reweighting import Seed
+from openmm_regflow.tfep.estimators import TargetedFreeEnergy, estimate
+from openmm_regflow.units import thermal_energy
+
+Energy = Callable[[Any], Any]
+Basin = Callable[[Any], Any]
+
+
+class InvertibleMap(Protocol):
+    """What a map has to offer; log-determinants are those of the map of positions in their own measure."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A to B: mapped positions and ``log|det dM/dx|``."""
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """B to A: mapped positions and ``log|det dM^-1/dy|``."""
+
+
+class IdentityMap:
+    """Leaves everything in place: plain free energy perturbation."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ``x`` and zeros."""
+        return x, x.new_zeros(len(x))
+
+    inverse = forward
+
+
+class AffineMap:
+    """``y = mean_b + T (x - mean_a)``: the optimal-transport map between two Gaussians.
+
+    ``T = C_a^-1/2 (C_a^1/2 C_b C_a^1/2)^1/2 C_a^-1/2`` (Peyré & Cuturi 2019, remark 2.31). Exact where both
+    states are Gaussian in these coordinates; a baseline elsewhere. Molecules in Cartesian coordinates drift
+    and turn, so fit it to internal coordinates (:class:`CoordinatesMap`) or to restrained systems.
+
+    Args:
+        mean_a: `(d,)`.
+        mean_b: `(d,)`.
+        matrix: `(d, d)` symmetric positive definite T.
+    """
+
+    def __init__(self, mean_a: Tensor, mean_b: Tensor, matrix: Tensor) -> None:
+        self.mean_a, self.mean_b, self.matrix = mean_a, mean_b, matrix
+        self.log_det = float(torch.linalg.slogdet(matrix)[1])
+
+    @classmethod
+    def fit(cls, a: Any, b: Any, ridge: float = 1e-9) -> "AffineMap":
+        """Moments of samples `(n, ...)` of A and `(m, ...)` of B; ``ridge`` is added to relative variances.
+
+        Raises:
+            InsufficientDataError: fewer samples than dimensions on either side.
+        """
+        x, y = (_tensor(v).reshape(len(v), -1) for v in (a, b))
+        if min(len(x), len(y)) <= x.shape[1]:
+            raise InsufficientDataError(
+                f"{len(x)} and {len(y)} samples cannot fix a covariance in {x.shape[1]} dimensions; give more"
+            )
+        c_a, c_b = (torch.atleast_2d(torch.cov(v.T)) for v in (x, y))
+        c_a, c_b = (c + ridge * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype) for c in (c_a, c_b))
+        root, inverse = _power(c_a, 0.5), _power(c_a, -0.5)
+        return cls(x.mean(0), y.mean(0), inverse @ _power(root @ c_b @ root, 0.5) @ inverse)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A to B."""
+        flat = x.reshape(len(x), -1)
+        y = self.mean_b.to(x) + (flat - self.mean_a.to(x)) @ self.matrix.to(x)
+        return y.reshape(x.shape), x.new_full((len(x),), self.log_det)
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """B to A."""
+        flat = y.reshape(len(y), -1) - self.mean_b.to(y)
+        x = self.mean_a.to(y) + torch.linalg.solve(self.matrix.to(y), flat.T).T
+        return x.reshape(y.shape), y.new_full((len(y),), -self.log_det)
+
+
+def _power(matrix: Tensor, exponent: float) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp_min(torch.finfo(matrix.dtype).tiny) ** exponent) @ vectors.T
+
+
+class CoordinatesMap:
+    """A map of features, carried to positions together with the Jacobians of the coordinates.
+
+    Features without a molecule-fixed frame of their own (bonds, angles, torsions) need the volume element of
+    the coordinates on both sides: ``log_det = log|dz/dx| + log|det inner| + log|dx'/dz'|``. Leaving it out
+    biases delta_f: for one bond stretched from b to b' by 2 log(b'/b).
+
+    Args:
+        coordinates: object with ``to_features(x) -> (z, log_det)`` and ``to_positions(z) -> (x, log_det)``.
+        inner: invertible map of features `(n, dim)`.
+    """
+
+    def __init__(self, coordinates: Any, inner: InvertibleMap) -> None:
+        self.coordinates, self.inner = coordinates, inner
+
+    def _carry(self, x: Tensor, step: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        z, to_features = self.coordinates.to_features(x)
+        moved, inside = step(z.to(self._dtype(z)))
+        y, to_positions = self.coordinates.to_positions(moved.to(z.dtype))
+        return y, to_features + inside.to(z.dtype) + to_positions
+
+    def _dtype(self, z: Tensor) -> torch.dtype:
+        """Of the inner map's weights, or of the features where it has none."""
+        if isinstance(self.inner, torch.nn.Module):
+            return next((p.dtype for p in self.inner.parameters()), z.dtype)
+        return z.dtype
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A to B."""
+        return self._carry(x, self.inner.forward)
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """B to A."""
+        return self._carry(y, self.inner.inverse)
+
+
+def torsion_basin(quadruple: Any, bounds: tuple[float, float]) -> Basin:
+    """Indicator of one torsion lying in the arc (low, high] [rad], e.g. ``(0, pi)`` for phi > 0.
+
+    Args:
+        quadruple: four atom indices.
+        bounds: (low, high) [rad]; high < low for an arc through pi.
+    """
+
+    def inside(positions: Any) -> np.ndarray:
+        return metrics.in_range(metrics.dihedrals(positions, np.asarray(quadruple)[None])[:, 0], bounds)
+
+    return inside
+
+
+def _tensor(positions: Any) -> Tensor:
+    from openmm import unit
+
+    if unit.is_quantity(positions):
+        positions = positions.value_in_unit(unit.nanometer)
+    return torch.as_tensor(positions).detach().to(torch.float64)
+
+
+@dataclass(frozen=True)
+class State:
+    """A thermodynamic state: potential, temperature and, if it is one basin of several, its indicator.
+
+    Attributes:
+        potential: callable, `(n, n_atoms, 3)` [nm] -> `(n,)` [kJ/mol].
+        temperature: [K or Quantity].
+        basin: callable, positions -> booleans `(n,)`, or None for the whole space.
+    """
+
+    potential: Energy
+    temperature: Any = 300.0
+    basin: Basin | None = None
+
+    def reduced(self, x: Tensor) -> np.ndarray:
+        """Reduced energies `(n,)` [kT]; +inf outside the basin and for energies that are not a number."""
+        u = torch.as_tensor(self.potential(x)).detach().cpu().to(torch.float64).numpy() / thermal_energy(
+            self.temperature
+        )
+        u = np.where(np.isnan(u), np.inf, u)
+        if self.basin is not None:
+            u = np.where(torch.as_tensor(self.basin(x)).cpu().numpy().astype(bool), u, np.inf)
+        return u
+
+
+@dataclass(frozen=True)
+class Works:
+    """Generalised works in both directions [kT]; +inf where the map left the other state.
+
+    Attributes:
+        forward: `(n,)` or `(n_maps, n)`.
+        reverse: `(m,)` or `(n_maps, m)`.
+    """
+
+    forward: np.ndarray
+    reverse: np.ndarray
+
+
+def _one_way(
+    step: Callable[[Tensor], tuple[Tensor, Tensor]], own: State, other: State, x: Tensor, name: str, batch_size: int
+) -> np.ndarray:
+    """Works ``u_other(step(x)) - u_own(x) - log_det`` `(n,)` of one direction."""
+    if len(x) == 0:
+        raise InsufficientDataError(f"no samples of state {name}; both states need samples")
+    works = []
+    for batch in x.split(batch_size):
+        with torch.no_grad():
+            u_own = own.reduced(batch)
+            y, log_det = step(batch)
+            usable = torch.isfinite(y).reshape(len(y), -1).all(dim=1) & torch.isfinite(log_det)
+            # Rows that the map could not handle are evaluated at the old place and then counted as infinite.
+            safe = torch.where(usable.reshape(-1, *[1] * (y.dim() - 1)), y, batch.to(y))
+            w = other.reduced(safe) - u_own - torch.where(usable, log_det, 0.0).cpu().numpy()
+        if not np.isfinite(u_own).all():
+            raise InputError(
+                f"{int((~np.isfinite(u_own)).sum())} samples of state {name} have an infinite energy there or lie "
+                "outside its basin; filter the trajectory first"
+            )
+        works.append(np.where(usable.cpu().numpy(), w, np.inf))
+    return np.concatenate(works)
+
+
+def works(
+    maps: Any, state_a: State, state_b: State, positions_a: Any, positions_b: Any, *, batch_size: int = 1000
+) -> Works:
+    """Generalised works of a map, or of several.
+
+    Args:
+        maps: one invertible map, or a sequence of them (multimap).
+        state_a: where the maps start.
+        state_b: where they lead.
+        positions_a: `(n, n_atoms, 3)` [nm or Quantity] samples of A, in order of time.
+        positions_b: `(m, n_atoms, 3)` samples of B.
+        batch_size: samples evaluated at once.
+
+    Returns:
+        Works `(n,)` and `(m,)`; `(n_maps, n)` and `(n_maps, m)` for a sequence of maps.
+
+    Raises:
+        InputError: mismatched atoms, or a sample of infinite energy in (or outside the basin of) its own
+        state. InsufficientDataError: no samples.
+    """
+    x_a, x_b = _tensor(positions_a), _tensor(positions_b)
+    if x_a.shape[1:] != x_b.shape[1:]:
+        raise InputError(f"samples of A have shape {tuple(x_a.shape)}, of B {tuple(x_b.shape)}; atoms must match")
+    several = list(maps) if isinstance(maps, Sequence) else [maps]
+    forward = np.stack([_one_way(m.forward, state_a, state_b, x_a, "A", batch_size) for m in several])
+    reverse = np.stack([_one_way(m.inverse, state_b, state_a, x_b, "B", batch_size) for m in several])
+    return Works(forward, reverse) if isinstance(maps, Sequence) else Works(forward[0], reverse[0])
+
+
+def _row_keys(positions: Any) -> set[bytes]:
+    return {row.tobytes() for row in _tensor(positions).to(torch.float32).numpy()}
+
+
+def check_disjoint(positions: Any, trained_on: Any, name: str) -> None:
+    """Refuses evaluation samples that also trained the map (compared in float32).
+
+    Raises:
+        InputError: at least one row is in both sets.
+    """
+    shared = len(_row_keys(positions) & _row_keys(trained_on))
+    if shared:
+        raise InputError(
+            f"{shared} samples of state {name} also trained the map, which biases delta_f; evaluate on held-out "
+            "samples, or use cross_fit to lose none"
+        )
+
+
+def free_energy_difference(
+    maps: Any,
+    state_a: State,
+    state_b: State,
+    positions_a: Any,
+    positions_b: Any,
+    *,
+    trained_on: tuple[Any, Any] | None,
+    method: str = "bar",
+    compare_plain: bool = True,
+    batch_size: int = 1000,
+    n_resamples: int = 200,
+    generator: Seed = None,
+) -> TargetedFreeEnergy:
+    """delta_f of two states by a map, with the identity map (plain FEP) on the same samples beside it.
+
+    Args:
+        maps: one invertible map, or a sequence (multimap).
+        state_a: start.
+        state_b: end.
+        positions_a: `(n, n_atoms, 3)` [nm or Quantity] held-out samples of A in order of time.
+        positions_b: `(m, n_atoms, 3)` held-out samples of B.
+        trained_on: the samples (of A, of B) that trained the map, to make sure that none is evaluated; None
+        for a
+            map that was not trained on data. There is no default on purpose.
+        method: see :func:`openmm_regflow.tfep.estimate`.
+        compare_plain: attach the identity map's result as ``.plain`` (None where it has no overlap at all).
+        batch_size: samples evaluated at once.
+        n_resamples: bootstrap replicas.
+        generator: NumPy generator or seed.
+
+    Raises:
+        InputError: training samples among the evaluated ones, mismatched atoms, samples outside their basin.
+        InsufficientDataError: no overlap or no samples.
+    """
+    if trained_on is not None:
+        check_disjoint(positions_a, trained_on[0], "A")
+        check_disjoint(positions_b, trained_on[1], "B")
+    mapped = works(maps, state_a, state_b, positions_a, positions_b, batch_size=batch_size)
+    keywords: dict[str, Any] = {
+        "method": method, "temperature": state_a.temperature, "n_resamples": n_resamples, "generator": generator
+    }  # fmt: skip
+    result = estimate(mapped.forward, mapped.reverse, **keywords)
+    if not compare_plain:
+        return result
+    return replace(result, plain=_plain(state_a, state_b, positions_a, positions_b, batch_size, keywords))
+
+
+def _plain(
+    state_a: State, state_b: State, positions_a: Any, positions_b: Any, batch_size: int, keywords: dict[str, Any]
+) -> TargetedFreeEnergy | None:
+    try:
+        same = works(IdentityMap(), state_a, state_b, positions_a, positions_b, batch_size=batch_size)
+        return estimate(same.forward, same.reverse, **keywords)
+    except InsufficientDataError:
+        return None
+
+
+def split(positions: Any, fraction: float = 0.5, gap: int = 0) -> tuple[Any, Any]:
+    """Training and evaluation parts of a trajectory: its first ``fraction``, and what follows after ``gap``
+    frames.
+
+    Two stretches of time, not a random choice: neighbouring frames are nearly the same configuration.
+
+    Args:
+        positions: `(n, n_atoms, 3)`.
+        fraction: share that trains.
+        gap: frames dropped between the two, about one correlation time.
+
+    Raises:
+        InsufficientDataError: a part would be empty.
+    """
+    cut = int(fraction * len(positions))
+    if cut < 1 or cut + gap >= len(positions):
+        raise InsufficientDataError(f"{len(positions)} frames cannot be split at {fraction} with a gap of {gap}")
+    return positions[:cut], positions[cut + gap :]
+
+
+def _folds(n: int, k: int, gap: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(training, held-out) frame numbers of ``k`` contiguous folds; ``gap`` frames beside a fold train nothing."""
+    edges = np.linspace(0, n, k + 1).astype(int)
+    index = np.arange(n)
+    return [(index[(index < low - gap) | (index >= high + gap)], index[low:high]) for low, high in pairwise(edges)]
+
+
+def cross_fit(
+    fit: Callable[[Tensor, Tensor], InvertibleMap | Sequence[InvertibleMap]],
+    state_a: State,
+    state_b: State,
+    positions_a: Any,
+    positions_b: Any,
+    *,
+    folds: int = 5,
+    gap: int = 0,
+    method: str = "bar",
+    batch_size: int = 1000,
+    n_resamples: int = 200,
+    generator: Seed = None,
+) -> TargetedFreeEnergy:
+    """delta_f from all samples, each evaluated with a map that it did not train.
+
+    K maps are fitted, each without one contiguous fold of A and of B, and evaluated on that fold. Given its
+    map, every fold's works obey p_F(w)/p_R(-w) = exp(w - delta_f) with one and the same delta_f, so the
+    pooled works do too if forward and reverse shares of the folds agree, and Bennett's equation applies to
+    the pool.
+
+    Args:
+        fit: function of training samples (of A, of B), tensors, that returns an invertible map, or a sequence of
+            them (multimap): then one that fits badly does no harm beside one that fits well.
+        state_a: start.
+        state_b: end.
+        positions_a: `(n, n_atoms, 3)` [nm or Quantity] in order of time.
+        positions_b: `(m, n_atoms, 3)`.
+        folds: number of folds K, at least 2.
+        gap: frames beside a held-out fold that train nothing (about one correlation time).
+        method: see :func:`openmm_regflow.tfep.estimate`.
+        batch_size: samples evaluated at once.
+        n_resamples: bootstrap replicas.
+        generator: NumPy generator or seed.
+
+    Raises:
+        InputError: fewer than two folds.
+        InsufficientDataError: fewer samples than folds, or no overlap.
+    """
+    mapped = cross_fit_works(
+        fit, state_a, state_b, positions_a, positions_b, folds=folds, gap=gap, batch_size=batch_size
+    )
+    return result_of(
+        mapped, state_a, state_b, positions_a, positions_b,
+        method=method, batch_size=batch_size, n_resamples=n_resamples, generator=generator,
+    )  # fmt: skip
+
+
+def cross_fit_works(
+    fit: Callable[[Tensor, Tensor], InvertibleMap | Sequence[InvertibleMap]],
+    state_a: State,
+    state_b: State,
+    positions_a: Any,
+    positions_b: Any,
+    *,
+    folds: int = 5,
+    gap: int = 0,
+    batch_size: int = 1000,
+) -> Works:
+    """Works of every sample under a map that it did not train, in order of time; see :func:`cross_fit`."""
+    x_a, x_b = _tensor(positions_a), _tensor(positions_b)
+    if folds < 2:
+        raise InputError(f"folds is {folds}; cross-fitting needs at least 2")
+    if min(len(x_a), len(x_b)) < 2 * folds:
+        raise InsufficientDataError(f"{len(x_a)} and {len(x_b)} samples are too few for {folds} folds")
+    parts = []
+    for (train_a, test_a), (train_b, test_b) in zip(_folds(len(x_a), folds, gap), _folds(len(x_b), folds, gap)):
+        fitted = fit(x_a[train_a], x_b[train_b])
+        parts.append(works(fitted, state_a, state_b, x_a[test_a], x_b[test_b], batch_size=batch_size))
+    return Works(*(np.concatenate([getattr(p, side) for p in parts], axis=-1) for side in ("forward", "reverse")))
+
+
+def result_of(
+    mapped: Works,
+    state_a: State,
+    state_b: State,
+    positions_a: Any,
+    positions_b: Any,
+    *,
+    method: str = "bar",
+    batch_size: int = 1000,
+    n_resamples: int = 200,
+    generator: Seed = None,
+) -> TargetedFreeEnergy:
+    """The estimate from works, with plain perturbation on the same samples attached as ``.plain``."""
+    keywords: dict[str, Any] = {
+        "method": method, "temperature": state_a.temperature, "n_resamples": n_resamples, "generator": generator
+    }  # fmt: skip
+    result = estimate(mapped.forward, mapped.reverse, **keywords)
+    return replace(result, plain=_plain(state_a, state_b, positions_a, positions_b, batch_size, keywords))

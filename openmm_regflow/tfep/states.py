@@ -1,0 +1,277 @@
+"""A free energy difference from files: two states described in TOML, their trajectories, a result on disk.
+
+.. code-block:: toml
+
+    map = "learned"            # or "identity"
+    folds = 5                  # cross-fitting of a learned map
+    seed = 0
+
+    [a]
+    system = "alanine-dipeptide"          # a name, a folder with system.toml, or a PDB file
+    trajectory = "left.h5"                # HDF5, DCD, NetCDF: positions in full precision
+    temperature = 300.0                   # [K]
+    basin = { torsion = [4, 6, 8, 14], range = [-180.0, 0.0] }      # [degrees], optional
+
+    [b]
+    system = "alanine-dipeptide"
+    trajectory = "right.h5"
+    temperature = 300.0
+    basin = { torsion = [4, 6, 8, 14], range = [0.0, 180.0] }
+
+Instead of ``trajectory`` a state may name one state of an openmmtools sampler (``storage = "exchange.nc"``,
+``state = 3``), which brings its own System and temperature, or be simulated in the output folder, resumably:
+``simulate = { n_copies = 8, n_iterations = 200 }``, with the keys of
+:class:`~openmm_regflow.simulate.BatchedSettings`. ``burn_in`` leaves out that many iterations of either.
+
+Relative paths are taken from the folder of the TOML file. States may differ in system (force field, restraints),
+temperature and basin; the atoms and their order must be the same.
+"""
+
+import json
+import math
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from openmm_regflow import plots
+from openmm_regflow.errors import CorruptFileError, InputError, InsufficientDataError
+from openmm_regflow.flows import coordinates_for
+from openmm_regflow.simulate import BatchedSettings, batched_tempering, load_runs
+from openmm_regflow.systems import MolecularSystem, load_system, load_trajectory
+from openmm_regflow.tfep.estimators import TargetedFreeEnergy, convergence, estimate
+from openmm_regflow.tfep.learned import fit_map
+from openmm_regflow.tfep.pipeline import (
+    CoordinatesMap,
+    IdentityMap,
+    State,
+    Works,
+    cross_fit_works,
+    result_of,
+    torsion_basin,
+    works,
+)
+from openmm_regflow.tfep.storage import potential_of, state_from_storage
+from openmm_regflow.training import TrainConfig
+
+_HDF5 = (".h5", ".hdf5")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BasinConfig(_Section):
+    """An arc of one torsion."""
+
+    torsion: tuple[int, int, int, int]
+    range: tuple[float, float] = Field(description="(low, high] in degrees; high < low runs through 180")
+
+
+class StateConfig(_Section):
+    """One thermodynamic state and its samples."""
+
+    system: str = Field(description="name, folder with system.toml, or PDB file")
+    trajectory: str | None = Field(None, description="HDF5, DCD or NetCDF file")
+    storage: str | None = Field(None, description="NetCDF file of an openmmtools multistate sampler")
+    state: int = Field(0, description="thermodynamic state in that file; negative counts from the last")
+    simulate: dict[str, Any] | None = Field(None, description="settings of batched replica exchange")
+    burn_in: int = Field(0, ge=0, description="iterations left out of a storage or a simulation")
+    temperature: float | None = Field(None, gt=0, description="[K]; the system's own by default")
+    force_field: tuple[str, ...] | None = Field(None, description="overrides the system's own")
+    system_xml: str | None = None
+    basin: BasinConfig | None = None
+    stride: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "StateConfig":
+        if sum(v is not None for v in (self.trajectory, self.storage, self.simulate)) != 1:
+            raise ValueError("give one of trajectory, storage (of openmmtools) and simulate")
+        return self
+
+
+class StatesConfig(_Section):
+    """Both states and how to connect them."""
+
+    a: StateConfig
+    b: StateConfig
+    map: Literal["identity", "learned"] = "learned"
+    method: Literal["bar", "mbar", "exp", "exp_reverse", "cumulant"] = "bar"
+    folds: int = Field(5, ge=2, description="cross-fitting folds of a learned map")
+    gap: int = Field(0, ge=0, description="frames beside a held-out fold that train nothing")
+    coordinates: Literal["internal", "cartesian"] = "internal"
+    architecture: Literal["spline", "real_nvp", "res_nvp", "jet"] = "spline"
+    max_pairs: int = Field(3000, ge=2)
+    target_noise: float = Field(0.0, ge=0)
+    refine: bool = Field(False, description="go on with the variational bound (differentiable potentials)")
+    train: TrainConfig = Field(
+        default_factory=lambda: TrainConfig.model_validate({"steps": 2000, "batch_size": 256, "learning_rate": 2e-3})
+    )
+    n_resamples: int = Field(200, ge=2)
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _map_is_needed(self) -> "StatesConfig":
+        if self.refine and self.map != "learned":
+            raise ValueError("refine needs map = 'learned'")
+        return self
+
+
+def load_states(path: str | Path) -> StatesConfig:
+    """Read the TOML description of two states.
+
+    Raises:
+        InputError: no such file, bad TOML, an unknown key or a value out of range, each named.
+    """
+    try:
+        with open(path, "rb") as handle:
+            return StatesConfig.model_validate(tomllib.load(handle))
+    except OSError as error:
+        raise InputError(
+            f"states file {path} cannot be read: {error.strerror}; give the path of a TOML file"
+        ) from error
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path} is not TOML: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"{path}: {'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}") from error
+
+
+def read_positions(path: Path, molecule: MolecularSystem, stride: int = 1) -> np.ndarray:
+    """Positions [nm] `(n, n_atoms, 3)` of a trajectory in any full-precision format that mdtraj reads.
+
+    Raises:
+        InputError: missing file, a format that rounds positions, or other atoms.
+        CorruptFileError: the file cannot be read.
+    """
+    if path.suffix.lower() in _HDF5:
+        return load_trajectory(path, molecule.topology)[::stride]
+    if not path.is_file():
+        raise InputError(f"no trajectory at {path}; check the path")
+    if path.suffix.lower() in (".xtc", ".tng"):
+        raise InputError(
+            f"{path} rounds positions to 1e-3 nm, which moves energies by many kT; give HDF5, DCD or NetCDF"
+        )
+    import mdtraj
+
+    try:
+        trajectory = mdtraj.load(str(path), top=mdtraj.Topology.from_openmm(molecule.topology), stride=stride)
+    except ValueError as error:
+        raise InputError(f"{path} does not fit a molecule of {molecule.n_atoms} atoms: {error}") from error
+    except Exception as error:  # mdtraj's readers raise a dozen unrelated types on damaged files
+        raise CorruptFileError(
+            f"{path} cannot be read as a trajectory ({type(error).__name__}); copy it again"
+        ) from error
+    return trajectory.xyz
+
+
+def open_state(config: StateConfig, folder: Path, run_folder: Path) -> tuple[State, np.ndarray, MolecularSystem]:
+    """The state, its samples inside the basin `(n, n_atoms, 3)` [nm], and its molecule.
+
+    Args:
+        config: the state.
+        folder: that relative paths start from.
+        run_folder: for the state's own simulation, if it asks for one.
+
+    Raises:
+        InputError: missing or unfitting files or settings.
+        InsufficientDataError: fewer than two frames lie in the basin.
+    """
+    local = folder / config.system
+    molecule = load_system(
+        local if local.exists() else config.system,
+        force_field=config.force_field,
+        system_xml=None if config.system_xml is None else folder / config.system_xml,
+        temperature=config.temperature,
+    )
+    state, x = _source(config, folder, run_folder, molecule)
+    if config.basin is not None:
+        low, high = np.radians(config.basin.range)
+        basin = torsion_basin(config.basin.torsion, (float(low), float(high)))
+        x = x[np.asarray(basin(x))]
+        if len(x) < 2:
+            place = config.trajectory or config.storage or run_folder
+            raise InsufficientDataError(f"{len(x)} frames of {place} lie in the basin {config.basin.range}")
+        state = replace(state, basin=basin)
+    return state, x, molecule
+
+
+def _source(config: StateConfig, folder: Path, run_folder: Path, molecule: MolecularSystem) -> tuple[State, np.ndarray]:
+    """The state without its basin, and its frames, from whichever source the file names."""
+    if config.storage is not None:
+        state, x = state_from_storage(
+            folder / config.storage, config.state, burn_in=config.burn_in, stride=config.stride
+        )
+        if x.shape[1] != molecule.n_atoms:
+            raise InputError(f"{config.storage} holds {x.shape[1]} atoms, {config.system} has {molecule.n_atoms}")
+        if config.temperature not in (None, state.temperature):
+            raise InputError(
+                f"state {config.state} of {config.storage} is at {state.temperature} K, the file says "
+                f"{config.temperature} K; leave temperature out"
+            )
+        return state, x
+    state = State(potential_of(molecule.system), molecule.temperature)
+    if config.simulate is None:
+        return state, read_positions(folder / str(config.trajectory), molecule, config.stride)
+    batched_tempering(molecule, run_folder, BatchedSettings.create(**config.simulate))
+    ladders = load_runs(run_folder, config.burn_in)
+    return state, np.concatenate([run.at_temperature(run.positions)[:: config.stride] for run in ladders])
+
+
+def run_states(config: StatesConfig, folder: str | Path, output: str | Path) -> TargetedFreeEnergy:
+    """Compute the free energy difference that a states file describes and write it.
+
+    Args:
+        config: from :func:`load_states`.
+        folder: that relative paths start from.
+        output: folder for ``tfep.json``, ``works.npz``, ``works.png`` and ``convergence.png``, and for the runs of
+            states that are simulated.
+
+    Returns:
+        The result; with a learned map, plain perturbation on the same samples is ``.plain``.
+
+    Raises:
+        InputError: bad files, or molecules that differ.
+        InsufficientDataError: too few samples, or no overlap.
+    """
+    folder, output = Path(folder), Path(output)
+    (state_a, x_a, molecule), (state_b, x_b, other) = (
+        open_state(c, folder, output / f"run-{name}") for name, c in (("a", config.a), ("b", config.b))
+    )
+    names = [[atom.element.symbol for atom in m.topology.atoms()] for m in (molecule, other)]
+    if names[0] != names[1]:
+        raise InputError(
+            f"{config.a.system} and {config.b.system} differ in their atoms; both states need one molecule"
+        )
+    result, mapped = _solve(config, molecule, state_a, state_b, x_a, x_b)
+    output.mkdir(parents=True, exist_ok=True)
+    record = {"result": result.to_dict(), "settings": config.model_dump(mode="json")}
+    (output / "tfep.json").write_text(json.dumps(record, indent=1))
+    np.savez(output / "works.npz", forward=mapped.forward, reverse=mapped.reverse)
+    if math.isfinite(result.uncertainty) and np.isfinite(mapped.forward).any() and np.isfinite(mapped.reverse).any():
+        plots.save(plots.work_distributions(mapped.forward, mapped.reverse, result.delta_f), output / "works.png")
+        plots.save(plots.convergence(convergence(mapped.forward, mapped.reverse)), output / "convergence.png")
+    return result
+
+
+def _solve(
+    config: StatesConfig, molecule: MolecularSystem, state_a: State, state_b: State, x_a: np.ndarray, x_b: np.ndarray
+) -> tuple[TargetedFreeEnergy, Works]:
+    options: dict[str, Any] = {"method": config.method, "n_resamples": config.n_resamples, "generator": config.seed}
+    if config.map == "identity":
+        same = works(IdentityMap(), state_a, state_b, x_a, x_b)
+        return estimate(same.forward, same.reverse, temperature=state_a.temperature, **options), same
+
+    def fit(a: torch.Tensor, b: torch.Tensor) -> CoordinatesMap:
+        coordinates = coordinates_for(molecule.topology, torch.cat([a, b]), config.coordinates)
+        return fit_map(
+            coordinates, a, b, architecture=config.architecture, max_pairs=config.max_pairs, config=config.train,
+            target_noise=config.target_noise, refine=(state_a, state_b) if config.refine else None,
+        )  # fmt: skip
+
+    mapped = cross_fit_works(fit, state_a, state_b, x_a, x_b, folds=config.folds, gap=config.gap)
+    return result_of(mapped, state_a, state_b, x_a, x_b, **options), mapped

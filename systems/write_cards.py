@@ -1,0 +1,153 @@
+"""Writes ``systems/<name>/README.md`` and its Ramachandran plot from the files beside it.
+
+Usage: ``python systems/write_cards.py [name ...]``; all systems by default. Figures of a shipped flow come from
+``flow_metrics.json``, which ``openmm-regflow evaluate`` wrote (the command is in the card).
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from openmm_regflow import metrics, plots
+from openmm_regflow.flows import Flow
+from openmm_regflow.systems import MolecularSystem, available_systems, load_system
+
+SAMPLES = 100_000
+
+
+def pair(estimate: dict[str, Any] | None) -> str:
+    """A recorded estimate in words."""
+    return "not visited" if estimate is None else f"{estimate['value']:.2f} ± {estimate['error']:.2f}"
+
+
+def ramachandran(molecule: MolecularSystem, path: Path) -> None:
+    """One panel for each phi with the psi of the same residue, from the training frames."""
+    x = molecule.reference("train")
+    phi, psi = (metrics.dihedrals(x, molecule.torsions(kind)) for kind in ("phi", "psi"))
+    behind = {int(row[1]): k for k, row in enumerate(molecule.torsions("psi")[:, [0, 0]])}  # psi starts at N
+    panels = {}
+    for k, row in enumerate(molecule.torsions("phi")):
+        match = behind.get(int(row[1]))  # the second atom of phi is the N where psi starts
+        if match is not None:
+            panels[f"φ{k + 1}, ψ{k + 1}"] = (phi[:, k], psi[:, match])
+    plots.save(plots.ramachandran(panels), path)
+
+
+def reference_part(molecule: MolecularSystem, record: dict[str, Any]) -> list[str]:
+    """How the reference data were made and what they hold."""
+    made = (
+        "`python systems/make_reference.py trajectories`, then `python systems/make_reference.py free-energy`"
+        if molecule.name == "alanine-dipeptide"
+        else f"`python systems/make_reference.py {molecule.name}`"
+    )
+    lines = ["## Reference data", "", f"Made by {made}. Settings, seeds and versions are in `reference.json`.", ""]
+    lines += ["| split | frames | engine | ladders × states | iterations used | steps × time step | seeds |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for split, entry in record["splits"].items():
+        for run in entry["runs"]:
+            s = run["settings"]
+            lines.append(
+                f"| {split} | {entry['frames']} | {run.get('engine', 'openmmtools')} | {run.get('ladders', 1)} × "
+                f"{s['n_replicas']} up to {s['max_temperature']:g} K | {run['used_iterations']} | "
+                f"{s['steps_per_iteration']} × {1000 * s['timestep']:g} fs | {s['seed']} |"
+            )
+    lines += ["", "Frames are float32 positions [nm] at the system's temperature, centred; wrong chirality dropped: "]
+    lines[-1] += ", ".join(f"{k} {v['wrong_chirality_dropped']}" for k, v in record["splits"].items()) + "; with a cis "
+    lines[-1] += "peptide bond: " + ", ".join(f"{k} {v['cis_frames']}" for k, v in record["splits"].items()) + "."
+    lines += ["", "| free energy of φ > 0 above φ < 0 | kT |", "|---|---|"]
+    basins = [record, *record.get("basins", [])]
+    for k, basin in enumerate(basins, start=1):
+        best = basin.get("delta_f_phi_mbar") or basin["delta_f_phi"]
+        lines.append(f"| φ{k if len(basins) > 1 else ''} | {pair(best)} |")
+    for name in ("unbiased", "biased", "batched"):
+        if name in record:
+            lines.append(f"| of which {name} runs | {pair(record[name]['delta_f_phi_mbar'])} |")
+    mixing = record.get("unbiased", record)
+    lines += [
+        "",
+        f"Mixing of the {'unbiased ' if 'unbiased' in record else ''}runs: {mixing['round_trips']} round trips in "
+        f"temperature, swaps accepted {', '.join(f'{a:.2f}' for a in mixing['acceptance'])}, statistical inefficiency "
+        f"of cos φ {mixing['inefficiency']:.1f} iterations, {mixing['visits']} entries into 0 < φ < 2 rad.",
+    ]
+    if "step_bias" in record:
+        command = f"python systems/make_reference.py step-bias runs {molecule.name}"
+        bias = record["step_bias"]
+        lines += ["", f"Step bias ({bias['definition']}): {bias['value']:.3f} ± {bias['error']:.3f} kT (`{command}`)."]
+    if molecule.name == "alanine-dipeptide":
+        lines += ["", "Published, umbrella sampling: 4.10 ± 0.26 kT."]
+    return [*lines, "", "![Ramachandran plots](ramachandran.png)", ""]
+
+
+def flow_part(molecule: MolecularSystem, folder: Path) -> list[str]:
+    """The card of the shipped flow."""
+    path, figures = folder / "flow.safetensors", folder / "flow_metrics.json"
+    if not (path.is_file() and figures.is_file()):
+        return []
+    flow, found = Flow.load(path), json.loads(figures.read_text())
+    training = flow.metadata.training
+    again = training.get("refinement", {})
+    flags = f"--rounds {again.get('rounds')} --pool {again.get('pool')} --learning-rate {again.get('learning_rate')}"
+    last = "runs/refined" if again else "runs/flow"
+    seconds = ", ".join(f"{k} {v / 60:.1f}" for k, v in training.get("seconds", {}).items())
+    a = flow.architecture
+    lines = [
+        "## The shipped flow",
+        "",
+        f"`flow.safetensors`: {a['name']}, {a['n_layers']} layers of {a['hidden']} units, in internal coordinates.",
+        "",
+        "```console",
+        f"$ openmm-regflow train {molecule.name} --config systems/{molecule.name}/train.toml --output runs/flow",
+        *([f"$ openmm-regflow refine runs/flow/flow.safetensors {flags} --output runs/refined"] if again else []),
+        f"$ openmm-regflow evaluate {last}/flow.safetensors --system {molecule.name} -n {SAMPLES} -o runs/card",
+        "```",
+        "",
+        f"`train` took, in minutes on one core shared with other work: {seconds}. Energies evaluated in all: "
+        f"{training.get('energies', 0):,}.",
+        "",
+        f"| figure ({found['n']:,} fresh samples, float64 energies of OpenMM) | |",
+        "|---|---|",
+        f"| ESS | {100 * found['ess']:.1f} ± {100 * found['ess_error']:.1f} % |",
+        f"| ESS, top 0.2 % dropped | {100 * found['ess_truncated']:.1f} ± {100 * found['ess_truncated_error']:.1f} % |",
+        f"| Pareto k̂ | {found['k_hat']:.2f} |",
+        f"| E-W1 plain / reweighted [kT] | {found['e_w1']:.3g} / {found['e_w1_reweighted']:.3g} |",
+        f"| T-W2 plain / reweighted / floor [rad] | {found['t_w2']:.3f} / {found['t_w2_reweighted']:.3f} / "
+        f"{found['t_w2_floor']:.3f} |",
+        f"| wrong chirality | {100 * found['wrong_chirality']:.3g} % |",
+        f"| ΔF of φ > 0, reweighted [kT] | {found['delta_f_phi_reweighted'][0]:.2f} ± "
+        f"{found['delta_f_phi_reweighted'][1]:.2f} |",
+        "",
+        f"Verdict on the weights: {found['verdict']}.",
+        "",
+        f"It must not be used for another force field, another solvent model, a temperature other than "
+        f"{molecule.temperature:g} K or another atom order (loading refuses), nor without its weights.",
+        "",
+    ]
+    return lines
+
+
+def write_card(name: str) -> None:
+    """README.md and ramachandran.png of one system."""
+    molecule = load_system(name)
+    folder = molecule.folder
+    if folder is None:
+        raise SystemExit(f"{name} has no folder")
+    lines = [f"# {name}", "", f"{molecule.description}; {molecule.n_atoms} atoms, {molecule.temperature:g} K. "]
+    lines[-1] += "Force field and non-bonded method are in `system.toml`."
+    lines.append("")
+    record = folder / "reference.json"
+    if record.is_file():
+        ramachandran(molecule, folder / "ramachandran.png")
+        lines += reference_part(molecule, json.loads(record.read_text()))
+    else:
+        lines += [f"No reference data are shipped; `python systems/make_reference.py {name}` makes them.", ""]
+    lines += flow_part(molecule, folder)
+    (folder / "README.md").write_text("\n".join(lines).rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    np.set_printoptions(precision=3)
+    for system in sys.argv[1:] or available_systems():
+        write_card(system)

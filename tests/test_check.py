@@ -1,0 +1,265 @@
+"""The checks of a user's molecule: a good flow passes, and every planted error is seen by the line that is for it."""
+
+import json
+import math
+
+import openmm
+import pytest
+import torch
+from analytic_molecules import TEMPERATURE, Chain, GaussianFlow, Well, cartesian_gaussian, chain_topology
+from openmm import app, unit
+from test_sampling import EnergyOnly, MissingJacobian, OtherState, WrongSign
+
+from openmm_regflow import check, flows
+from openmm_regflow.check import HybridMonteCarlo, kernel_test, largest_score, run_checks, system_findings, thinned
+from openmm_regflow.cli import main
+from openmm_regflow.errors import InputError
+from openmm_regflow.flows import FlowMetadata
+from openmm_regflow.potentials import TorchPotential
+from openmm_regflow.proposals import FlowProposal, ProposalBatch
+from openmm_regflow.systems import MolecularSystem
+
+TARGET = Chain(4)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def molecule(target=TARGET, topology=None):
+    """An analytic molecule as a user's own."""
+    x = target.sample(1, generator(2))[0].numpy()
+    return MolecularSystem("chain", topology or chain_topology(len(x)), target.system, x, TEMPERATURE)
+
+
+def spline(target=TARGET):
+    data = target.sample(2000, generator(1))
+    return flows.spline(flows.coordinates_for(chain_topology(data.shape[1]), data), n_layers=2, hidden=16)
+
+
+def finding(report, name):
+    return next(f for f in report.findings if f.name == name)
+
+
+def failed(report):
+    return {f.name for f in report.findings if f.passed is False}
+
+
+def test_a_good_flow_passes_everything():
+    report = run_checks(spline(), molecule(), n=4000)
+    assert report.passed and report.verdict.startswith("passed"), report.rows()
+    assert all(f.passed is True for f in report.findings)
+    assert json.loads(json.dumps(report.to_dict()))["passed"] is True
+
+
+def test_flows_on_cartesian_coordinates_pass():
+    """Free and in an external field, where the frame counts."""
+    target = Chain(3, bond_width=0.04, angle_width=0.5)
+    proposal = FlowProposal(cartesian_gaussian(target), TorchPotential(target.system), TEMPERATURE)
+    assert kernel_test(proposal, molecule(target), 4000).passed is True
+    well, flow = Well(), GaussianFlow(torch.tensor([[0.05, -0.1, 0.02]]), torch.diag(torch.full((3,), 0.04)))
+    proposal = FlowProposal(flow, TorchPotential(well.system), TEMPERATURE)
+    assert kernel_test(proposal, molecule(well), 4000).passed is True
+    cartesian = flows.real_nvp(flows.coordinates_for(None, TARGET.sample(2000, generator(1)), "cartesian"), n_layers=2)
+    report = run_checks(cartesian, molecule(), n=2000)
+    assert finding(report, "log-determinant").passed and finding(report, "round trip").passed
+
+
+@pytest.mark.parametrize("planted", [WrongSign, MissingJacobian, EnergyOnly, OtherState])
+def test_kernel_test_sees_planted_errors(planted):
+    """Each one is invisible to a round trip; the dynamics know nothing of the flow and give it away."""
+    assert kernel_test(FlowProposal(spline(), TorchPotential(TARGET.system), TEMPERATURE), molecule(), 4000).passed
+    found = kernel_test(planted(spline(), TorchPotential(TARGET.system), TEMPERATURE), molecule(), 4000)
+    assert found.passed is False, found
+
+
+def test_kernel_test_sees_a_kernel_that_is_wrong(monkeypatch):
+    """Steps that accept too much leave another distribution, though every density is right."""
+    original = check.run_chain
+
+    def too_often(proposal, positions, n_steps, **options):
+        options["n_proposals"] = 1
+        chain = original(proposal, positions, n_steps, **options)
+        fresh = proposal.sample(len(positions), options["generator"]).positions.double()
+        return chain.__class__(fresh[None], chain.u, chain.accepted, chain.statistics)
+
+    monkeypatch.setattr(check, "run_chain", too_often)
+    proposal = FlowProposal(spline(), TorchPotential(TARGET.system), TEMPERATURE)
+    assert kernel_test(proposal, molecule(), 4000).passed is False
+
+
+def test_a_wrong_volume_element_is_seen(monkeypatch):
+    """Consistent in both directions, so only the Jacobian can tell."""
+    flow = spline()
+    monkeypatch.setattr(type(flow.coordinates), "_log_volume", lambda self, raw: raw[:, 0] * 0.0)
+    report = run_checks(flow, molecule(), n=1000)
+    assert failed(report) == {"log-determinant"} and "FAILED" in report.verdict
+    assert finding(report, "kernel").passed is None
+
+
+class Drifting(flows.Flow):
+    """Says another density when it draws than when it is asked."""
+
+    def _sample(self, n, generator):
+        x, log_q = super()._sample(n, generator)
+        return x, log_q + 0.1 * torch.randn(n, generator=generator, dtype=log_q.dtype)
+
+
+def test_a_density_that_depends_on_the_way_is_seen():
+    flow = spline()
+    flow.__class__ = Drifting
+    assert failed(run_checks(flow, molecule(), n=1000)) == {"log q drawn = looked up"}
+
+
+def test_an_inverse_that_is_none_is_seen(monkeypatch):
+    flow = spline()
+    original = flows.Flow.inverse
+
+    def shifted(self, x):
+        z, log_det = original(self, x)
+        return z + 1e-4, log_det
+
+    monkeypatch.setattr(flows.Flow, "inverse", shifted)
+    assert "round trip" in failed(run_checks(flow, molecule(), n=1000))
+
+
+def test_another_energy_is_seen(monkeypatch):
+    class Doubled(TorchPotential):
+        def __call__(self, x):
+            return 1.01 * super().__call__(x)
+
+    monkeypatch.setattr(check, "TorchPotential", Doubled)
+    assert failed(run_checks(spline(), molecule(), n=1000)) == {"energies = Context's"}
+
+
+def test_another_system_or_temperature_is_seen():
+    flow = spline()
+    flow.metadata = FlowMetadata("chain", molecule().fingerprint, 350.0)
+    report = run_checks(flow, molecule(), n=1000)
+    assert failed(report) == {"belongs together"} and "350 K" in finding(report, "belongs together").result
+    report = run_checks(spline(Chain(4)), molecule(Chain(3)), n=1000)
+    assert failed(report) == {"belongs together"}
+    with pytest.raises(InputError, match="at least 30"):
+        run_checks(flow, molecule(), n=5)
+
+
+def test_too_few_effective_samples_decide_nothing():
+    report = run_checks(spline(), molecule(), n=30)
+    assert finding(report, "kernel").passed is None and "give more" in report.verdict
+
+
+def with_features(*features):
+    """A chain of four with things in its System that matter to a flow move."""
+    system = openmm.XmlSerializer.deserialize(openmm.XmlSerializer.serialize(TARGET.system))
+    if "periodic" in features:
+        force = openmm.NonbondedForce()
+        force.setNonbondedMethod(openmm.NonbondedForce.CutoffPeriodic)
+        for _ in range(4):
+            force.addParticle(0, 1, 0)
+        system.addForce(force)
+    if "virtual" in features:
+        system.setParticleMass(3, 0)
+        system.setVirtualSite(3, openmm.TwoParticleAverageSite(0, 1, 0.5, 0.5))
+    if "frozen" in features:
+        system.setParticleMass(3, 0)
+    if "constraint" in features:
+        system.addConstraint(0, 2, 0.2)
+    if "parameter" in features:
+        bias = openmm.CustomBondForce("strength*r^2")
+        bias.addGlobalParameter("strength", 5.0)
+        bias.addBond(0, 3, [])
+        system.addForce(bias)
+    added = {
+        "barostat": openmm.MonteCarloBarostat(1.0, 300.0),
+        "motion": openmm.CMMotionRemover(),
+        "thermostat": openmm.AndersenThermostat(300.0, 1.0),
+    }
+    for name, force in added.items():
+        if name in features:
+            system.addForce(force)
+    return system
+
+
+@pytest.mark.parametrize(
+    ("feature", "name", "word"),
+    [
+        ("constraint", "constraints", "refused"),
+        ("virtual", "virtual sites", "refused"),
+        ("frozen", "particles without mass", "refused"),
+        ("periodic", "periodic box", "refused"),
+        ("barostat", "barostat", "MonteCarloBarostat: refused"),
+        ("motion", "CMMotionRemover", "handled"),
+        ("thermostat", "thermostat", "handled"),
+        ("parameter", "Context parameters", "handled"),
+    ],
+)
+def test_what_a_system_has_is_found(feature, name, word):
+    findings = {f.name: f for f in system_findings(with_features(feature))}
+    assert word in findings[name].result and findings[name].passed is ("refused" not in word)
+    others = [f for key, f in findings.items() if key != name and not (feature == "periodic" and key == "barostat")]
+    assert all(f.result == "none" for f in others), others
+
+
+def test_handled_features_pass_the_kernel_test():
+    target = Chain(4)
+    target.system = with_features("motion", "thermostat", "parameter")
+    report = run_checks(spline(), molecule(target), n=4000)
+    assert report.passed, report.rows()
+
+
+def test_a_refused_system_fails_the_check():
+    target = Chain(4)
+    target.system = with_features("periodic", "constraint")
+    report = run_checks(spline(), molecule(target), n=1000)
+    assert failed(report) >= {"constraints", "periodic box"} and finding(report, "kernel").passed is None
+
+
+def test_hybrid_monte_carlo_samples_a_known_target():
+    """Independent short chains from exact draws stay exact, at a step where energy is badly conserved."""
+    target = Chain(4)
+    engine = HybridMonteCarlo(target.system, TEMPERATURE, timestep=0.02, seed=3)
+    start = target.sample(1500, generator(4))
+    end = torch.stack([torch.as_tensor(engine.trajectory(x, 8)) for x in start.numpy()])
+    assert 0.2 < engine.n_accepted / engine.n_proposed < 0.95
+    for name, (function, exact) in target.observables().items():
+        values = function(end)
+        assert abs(values.mean() - exact) < 4.5 * values.std() / math.sqrt(len(values)), name
+
+
+def test_thinning_keeps_weighted_means():
+    """Russian roulette: unbiased for weights over many orders of magnitude, and about as many rows as asked for."""
+    n, g = 200_000, generator(5)
+    x = torch.randn(n, generator=g, dtype=torch.float64)
+    batch = ProposalBatch(x[:, None, None].expand(-1, 1, 3), torch.zeros(n).double(), -1.5 * x)  # weights exp(1.5 x)
+    batch.u[0] = torch.inf
+    rows, log_w = thinned(batch, 5000, g)
+    assert abs(len(rows) - 5000) < 4.5 * math.sqrt(5000) and 0 not in rows
+    products = torch.as_tensor(log_w).exp() * (x[rows] - 1.5)  # E[exp(1.5 x) (x - 1.5)] = 0 for a normal x
+    assert abs(products.sum()) < 4.5 * products.square().sum().sqrt()
+    assert largest_score((x[rows, None] - 1.5).numpy(), torch.as_tensor(log_w).exp().numpy()) < 4.5
+
+
+def test_command_line(capsys, tmp_path):
+    """A user's own folder: exit code 0 and a table, 1 and FAILED, 2 and one line."""
+    x = molecule().positions
+    with open(tmp_path / "structure.pdb", "w") as file:
+        app.PDBFile.writeFile(chain_topology(4), x * unit.nanometer, file)
+    (tmp_path / "system.toml").write_text(f'system_xml = "system.xml"\ntemperature = {TEMPERATURE}\n')
+    (tmp_path / "system.xml").write_text(openmm.XmlSerializer.serialize(TARGET.system))
+    flow = tmp_path / "flow.safetensors"
+    spline().save(flow)
+    json_file = tmp_path / "findings.json"
+    assert run(capsys, "check", tmp_path, flow, "-o", json_file)[0] == 0
+    assert json.loads(json_file.read_text())["passed"]
+    (tmp_path / "system.xml").write_text(openmm.XmlSerializer.serialize(with_features("constraint")))
+    code, out, _ = run(capsys, "check", tmp_path, flow)
+    assert code == 1 and "FAILED: constraints" in out and "constraints=None" in " ".join(out.split())
+    code, _, err = run(capsys, "check", tmp_path / "nowhere", flow)
+    assert code == 2 and err.count("\n") == 1
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as exit_:
+        main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return exit_.value.code, captured.out, captured.err

@@ -1,0 +1,266 @@
+"""The command line as a user meets it: help, good runs, one line for every kind of bad input, Ctrl-C."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mdtraj
+import numpy as np
+import pytest
+import torch
+
+from openmm_regflow import flows
+from openmm_regflow.cli import app, main
+from openmm_regflow.flows import FlowMetadata
+from openmm_regflow.recipes import RunConfig, print_config
+from openmm_regflow.systems import load_system
+
+COMMANDS = [
+    "systems", "simulate", "pairs", "train", "refine", "sample", "evaluate", "check", "mcmc", "tfep", "benchmark",
+    "doctor", "demo",
+]  # fmt: skip
+
+
+def run(capsys, *arguments):
+    """(exit code, standard output, standard error) of a command."""
+    with pytest.raises(SystemExit) as exit_:
+        main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return exit_.value.code, captured.out, captured.err
+
+
+def refused(capsys, *arguments):
+    """The one line that a bad command prints."""
+    code, _, err = run(capsys, *arguments)
+    assert code == 2, err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+def small_config(steps=20):
+    train = {"steps": steps, "batch_size": 64, "warmup": 5, "checkpoint_every": 10}
+    return RunConfig.model_validate(
+        {
+            "flow": {"n_layers": 2, "hidden": 16},
+            "teacher": {"hidden": 16, "depth": 1, "train": train},
+            "pairs": {"n": 512, "n_steps": 2},
+            "regression": {"train": train},
+            "likelihood": {"train": train},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def molecule():
+    return load_system("alanine-dipeptide")
+
+
+@pytest.fixture(scope="module")
+def flow_file(molecule, tmp_path_factory):
+    """A poor but real flow: whitened internal coordinates with the identity as bijection."""
+    x = torch.as_tensor(molecule.reference("train")[:2000])
+    flow = flows.spline(flows.coordinates_for(molecule.topology, x), n_layers=2, hidden=8)
+    flow.metadata = FlowMetadata(molecule.name, molecule.fingerprint, molecule.temperature)
+    path = tmp_path_factory.mktemp("flow") / "flow.safetensors"
+    flow.save(path)
+    return path
+
+
+def test_every_command_has_help_with_an_example(capsys):
+    assert sorted(c.name or c.callback.__name__ for c in app.registered_commands) == sorted(COMMANDS)
+    for command in COMMANDS:
+        code, out, _ = run(capsys, command, "--help")
+        assert code == 0 and f"Example: openmm-regflow {command}" in " ".join(out.split())
+
+
+def test_systems(capsys):
+    code, out, _ = run(capsys, "systems")
+    assert code == 0
+    for name, atoms in (("dipeptide", 22), ("tripeptide", 33), ("tetrapeptide", 42), ("hexapeptide", 62)):
+        assert f"alanine-{name}" in out and str(atoms) in out
+
+
+def test_print_config_round_trip(capsys, tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(print_config(small_config()))
+    code, out, _ = run(capsys, "train", "--config", path, "--print-config")
+    assert code == 0 and out == path.read_text()
+
+
+def test_train_pairs_sample_mcmc_tfep_evaluate(capsys, tmp_path):
+    """One flow through every command."""
+    config = tmp_path / "run.toml"
+    config.write_text(print_config(small_config()))
+    code, _, err = run(capsys, "train", "alanine-dipeptide", "--config", config, "-o", tmp_path / "train")
+    assert code == 0, err
+    flow = tmp_path / "train" / "flow.safetensors"
+    teacher = tmp_path / "train" / "teacher.safetensors"
+    code, out, _ = run(capsys, "pairs", teacher, "-n", 300, "--n-steps", 2, "-o", tmp_path / "pairs")
+    assert code == 0 and "300 pairs of 60 dimensions" in out
+    code, out, _ = run(capsys, "sample", flow, "-n", 500, "-o", tmp_path / "sample")
+    assert code == 0 and "ESS" in out
+    trajectory = mdtraj.load(tmp_path / "sample" / "samples.dcd", top=tmp_path / "sample" / "samples.pdb")
+    table = np.load(tmp_path / "sample" / "samples.npz")
+    assert trajectory.n_frames == table["in_trajectory"].sum() and len(table["log_q"]) == 500
+    code, out, _ = run(capsys, "mcmc", flow, "--iterations", 10, "--md-steps", 10, "-o", tmp_path / "mcmc")
+    assert code == 0
+    assert json.loads((tmp_path / "mcmc" / "statistics.json").read_text())["n_proposed"] >= 10
+    assert mdtraj.load(tmp_path / "mcmc" / "chain.dcd", top=tmp_path / "mcmc" / "chain.pdb").n_frames == 10
+    code, out, _ = run(capsys, "tfep", flow, "-n", 3000, "-o", tmp_path / "tfep")
+    assert code == 0 and "kT" in out
+    assert json.loads((tmp_path / "tfep" / "tfep.json").read_text())["uncertainty"] > 0
+    code, out, _ = run(capsys, "evaluate", flow, "-n", 1000, "-o", tmp_path / "evaluate")
+    assert code == 0 and 0 < json.loads((tmp_path / "evaluate" / "metrics.json").read_text())["ess"] <= 1
+    assert (tmp_path / "evaluate" / "ramachandran.png").stat().st_size > 10_000
+
+
+def test_tfep_of_a_states_file(capsys, molecule, tmp_path):
+    """Two halves of the shipped validation run at one temperature: a difference of zero within its error."""
+    topology = mdtraj.Topology.from_openmm(molecule.topology)
+    frames = molecule.reference("validation")
+    for name, part in (("a", frames[::2]), ("b", frames[1::2])):
+        mdtraj.Trajectory(part, topology).save_dcd(str(tmp_path / f"{name}.dcd"))
+    state = '[{0}]\nsystem = "alanine-dipeptide"\ntrajectory = "{0}.dcd"\n'
+    path = tmp_path / "states.toml"
+    path.write_text('map = "identity"\nn_resamples = 20\n' + state.format("a") + state.format("b"))
+    code, _, err = run(capsys, "tfep", path, "-o", tmp_path / "out")
+    assert code == 0, err
+    assert json.loads((tmp_path / "out" / "tfep.json").read_text())["result"]["delta_f"] == pytest.approx(0, abs=1e-9)
+    path.write_text('maps = "identity"\n' + state.format("a") + state.format("b"))
+    assert "maps" in refused(capsys, "tfep", path, "-o", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_refine(capsys, flow_file, tmp_path):
+    command = ["refine", flow_file, "--rounds", 1, "--pool", 2100, "-o", tmp_path / "refined"]
+    code, out, err = run(capsys, *command)
+    assert code == 0 and "nat" in out, err
+    record = json.loads((tmp_path / "refined" / "refinement.json").read_text())
+    assert record[0]["energies"] == 12_100 and record[1]["divergence"] < record[0]["divergence"]
+    refined = flows.Flow.load(tmp_path / "refined" / "flow.safetensors")
+    assert refined.metadata.training["energies"] == 14_200 and refined.metadata.temperature == 300.0
+
+
+def test_seed_decides(capsys, flow_file, tmp_path):
+    drawn = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(capsys, "sample", flow_file, "-n", 50, "--seed", seed, "-o", tmp_path / name)
+        drawn.append(np.load(tmp_path / name / "samples.npz")["log_q"])
+    assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
+
+
+def test_simulate_resumes(capsys, tmp_path):
+    short = ["simulate", "alanine-dipeptide", "--steps", 10, "--replicas", 2, "--max-temperature", 350, "-o", tmp_path]
+    assert run(capsys, *short, "--iterations", 4, "--burn-in", 1)[0] == 0
+    code, out, err = run(capsys, *short, "--iterations", 8, "--burn-in", 1)
+    assert code == 0, err
+    assert mdtraj.load(tmp_path / "trajectory.h5").n_frames >= 4 and "acceptance" in out
+
+
+def test_simulate_batched(capsys, tmp_path):
+    command = ["simulate", "alanine-dipeptide", "--engine", "batched", "--copies", 2, "--replicas", 2, "--steps", 2]
+    command += ["--iterations", 3, "--burn-in", 1, "--scramble", 5, "-o", tmp_path / "run"]
+    code, out, err = run(capsys, *command)
+    assert code == 0, err
+    assert mdtraj.load(tmp_path / "run" / "trajectory.h5").n_frames == 4 and "acceptance" in out
+    assert "known: openmmtools, batched" in refused(capsys, *command[:3], "gromacs", "-o", tmp_path / "other")
+
+
+def test_unknown_system(capsys, flow_file, tmp_path):
+    assert "alanine-dipeptide" in refused(capsys, "train", "unobtainium", "-o", tmp_path / "x")
+    assert "alanine-dipeptide" in refused(capsys, "sample", flow_file, "--system", "nope", "-o", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_missing_and_corrupted_flow(capsys, flow_file, tmp_path):
+    assert "no file" in refused(capsys, "sample", tmp_path / "none.safetensors", "-o", tmp_path / "x")
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(flow_file.read_bytes()[:-100])
+    assert "damaged" in refused(capsys, "sample", broken, "-o", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_flow_of_another_system(capsys, flow_file, tmp_path):
+    line = refused(capsys, "sample", flow_file, "--system", "alanine-tetrapeptide", "-o", tmp_path / "x")
+    assert "22" in line and "42" in line
+
+
+def test_trajectory_of_another_molecule(capsys, tmp_path):
+    other = load_system("alanine-tetrapeptide")
+    frame = mdtraj.Trajectory(other.positions[None].astype(np.float32), mdtraj.Topology.from_openmm(other.topology))
+    path = tmp_path / "other.h5"
+    frame.save_hdf5(str(path))
+    line = refused(capsys, "train", "alanine-dipeptide", "--data", path, "-o", tmp_path / "x")
+    assert "42" in line and "22" in line and not (tmp_path / "x").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+@pytest.mark.parametrize("command", ["train", "demo"])
+def test_cuda_where_there_is_none(capsys, command, tmp_path):
+    assert "--device cpu" in refused(capsys, command, "--device", "cuda", "-o", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_output_folders(capsys, flow_file, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("precious")
+    assert "--output" in refused(capsys, "sample", flow_file, "-n", 10, "-o", tmp_path / "full")
+    assert "--output" in refused(capsys, "sample", flow_file, "-n", 10, "--overwrite", "-o", tmp_path / "full")
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "precious"
+    assert "--output" in refused(capsys, "sample", flow_file, "-n", 10, "-o", tmp_path / "full" / "thesis.txt" / "x")
+    again = ["sample", flow_file, "-n", 10, "-o", tmp_path / "run"]
+    assert run(capsys, *again)[0] == 0
+    assert "--overwrite" in refused(capsys, *again)
+    assert run(capsys, *again, "--overwrite")[0] == 0
+
+
+def test_bad_configuration(capsys, tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("[flow]\nn_layers = 0\n")
+    assert "flow.n_layers" in refused(capsys, "train", "--config", path, "-o", tmp_path / "x")
+
+
+def test_unknown_option_is_a_usage_error(capsys):
+    code, _, err = run(capsys, "train", "--stepz", "3")
+    assert code == 2 and "--stepz" in err
+
+
+def test_ctrl_c_in_training_and_a_second_run_that_continues(capsys, tmp_path):
+    config = tmp_path / "run.toml"
+    config.write_text(print_config(small_config(steps=400)))
+    command = ["train", "alanine-dipeptide", "--config", str(config), "-o", str(tmp_path / "run")]
+    program = [sys.executable, "-c", "from openmm_regflow.cli import main; main()", *command]
+    process = subprocess.Popen(
+        program,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job inherits it ignored
+    )
+    checkpoint = tmp_path / "run" / "work" / "teacher-checkpoint.safetensors"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert b"continues" in err and b"Traceback" not in err
+    assert not (tmp_path / "run" / "flow.safetensors").exists()
+    assert not list(Path(tmp_path / "run").rglob("*.part"))
+    before = checkpoint.stat().st_size
+    code, _, err = run(capsys, *command)
+    assert code == 0, err
+    assert before and (tmp_path / "run" / "flow.safetensors").exists()
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert history["teacher"]["step"][-1] == 400
+
+
+def test_import_is_silent_and_help_is_light():
+    code = "import sys, openmm_regflow; print([m for m in ('torch', 'openmm', 'openmmtools') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]" and done.stderr == ""
+    code = "import sys, openmm_regflow.cli; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

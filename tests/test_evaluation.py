@@ -1,0 +1,125 @@
+"""Evaluation of an analytic flow whose figures are known."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from openmm_regflow import evaluation, metrics
+from openmm_regflow.errors import InputError, InsufficientDataError
+from openmm_regflow.units import thermal_energy
+
+TEMPERATURE = 300.0
+KT = thermal_energy(TEMPERATURE)
+#: N, CA, C, CB and two more atoms: one torsion, one chiral centre, by construction.
+FRAME = torch.tensor(
+    [[0.0, 0, 0], [1, 0, 0], [1.4, 1.2, 0], [1.5, -0.6, 1.0], [0.4, 1.9, 0.5], [2.5, 1.4, -0.5]]
+).double()
+PHI, PSI, CENTRES = [[4, 0, 1, 2]], [[0, 1, 2, 5]], [[1, 0, 2, 3]]
+WIDTH = 0.1
+
+
+class GaussianFlow:
+    """Independent normals about fixed places: a Cartesian flow with an exact density."""
+
+    def __init__(self, width):
+        self.width = width
+
+    def log_prob(self, x):
+        z = ((x - FRAME) / self.width).flatten(1)
+        return -0.5 * (z**2).sum(1) - z.shape[1] * (math.log(self.width) + 0.5 * math.log(2 * math.pi))
+
+    def sample(self, n, generator=None):
+        x = FRAME + self.width * torch.randn((n, *FRAME.shape), generator=generator, dtype=torch.float64)
+        return x, self.log_prob(x)
+
+    def frame_log_density(self, x):
+        return x.new_zeros(len(x))
+
+
+def potential(x):
+    return KT * 0.5 * (((torch.as_tensor(x) - FRAME) / WIDTH) ** 2).flatten(1).sum(1)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def evaluate(width, n=4000, **keywords):
+    reference, _ = GaussianFlow(WIDTH).sample(3000, generator(1))
+    options = {"phi": PHI, "psi": PSI, "centres": CENTRES, "n_torsion_points": 300, **keywords}
+    return evaluation.evaluate_flow(
+        GaussianFlow(width), potential, TEMPERATURE, reference, n=n, sample_generator=generator(2), **options
+    )
+
+
+def test_a_perfect_flow():
+    result = evaluate(WIDTH)
+    assert result.ess == pytest.approx(1, abs=1e-9) and result.ess_truncated == pytest.approx(1, abs=1e-9)
+    # Energies of both samples have mean 9 and variance 9 [kT]; W1 of two samples is a few standard errors of a mean.
+    assert result.e_w1 < 4 * 3 * math.sqrt(1 / 4000 + 1 / 3000)
+    assert result.e_w1 <= result.e_w2
+    assert result.t_w2 < 1.5 * result.t_w2_floor
+    assert result.k_hat < 0.5 and result.verdict.startswith("reliable")
+    assert result.n == result.n_finite == 4000
+
+
+def test_a_flow_that_is_too_wide_has_the_exact_effective_sample_size():
+    scale = 1.15
+    result = evaluate(scale * WIDTH, n=20_000)
+    # Kish fraction of normals in d = 18 dimensions: (E w)^2/E w^2 = [sqrt(2 s^2 - 1)/s^2]^d.
+    exact = (math.sqrt(2 * scale**2 - 1) / scale**2) ** 18
+    assert abs(result.ess - exact) < 4 * result.ess_error
+    assert result.ess_truncated > result.ess
+    # E[u] grows from 9 to 9 s^2 kT, and reweighting takes it back.
+    assert result.e_w1 == pytest.approx(9 * (scale**2 - 1), abs=4 * 3 * scale**2 * math.sqrt(1 / 3000))
+    assert result.e_w1_reweighted < 0.2 * result.e_w1
+    assert result.e_w2_reweighted < result.e_w2
+
+
+def test_basins_chirality_and_failures_are_counted():
+    x, log_q = GaussianFlow(WIDTH).sample(1000, generator(3))
+    u = potential(x) / KT
+    x[:100] = FRAME - 2 * (FRAME - FRAME[1]) + 0 * x[:100]
+    x[100:110] = math.nan
+    u[100:110] = math.inf
+    reference, _ = GaussianFlow(WIDTH).sample(500, generator(4))
+    result = evaluation.evaluate(
+        x, log_q, u, reference, potential(reference) / KT, phi=PHI, psi=PSI, centres=CENTRES, n_torsion_points=200
+    )
+    assert result.wrong_chirality >= 0.11
+    fine = np.isfinite(u)
+    exact = metrics.energy_wasserstein(u[fine], potential(reference) / KT)
+    assert result.n_finite == 990 and result.e_w1 == pytest.approx(exact) and math.isfinite(result.e_w1_reweighted)
+    assert json.loads(json.dumps(result.to_dict()))["n_finite"] == 990
+
+
+def test_molecules_without_a_backbone_give_none():
+    result = evaluate(WIDTH, phi=(), psi=(), centres=())
+    assert result.t_w2 is result.delta_f_phi is result.wrong_chirality is None
+    assert "T-W2" not in dict(result.rows())
+    assert dict(result.rows())["verdict"] == result.verdict
+
+
+def test_delta_f_is_none_when_a_basin_is_empty():
+    result = evaluate(0.001)
+    assert result.delta_f_phi is None
+
+
+def test_frame_density_enters_the_weights_with_a_plus():
+    u, log_q, frame = np.array([1.0, 2.0, np.inf]), np.array([-1.0, -3.0, np.nan]), np.array([0.5, 0.0, 0.0])
+    assert list(evaluation.log_weights(u, log_q, frame)) == [0.5, 1.0, -np.inf]
+    with pytest.raises(InputError, match="log_q"):
+        evaluation.log_weights(np.zeros(2), np.array([0.0, np.nan]))
+    with pytest.raises(InputError, match="length"):
+        evaluation.log_weights(np.zeros(2), np.zeros(3))
+
+
+def test_no_finite_energy_is_insufficient():
+    reference, _ = GaussianFlow(WIDTH).sample(50, generator(4))
+    with pytest.raises(InsufficientDataError):
+        evaluation.evaluate(reference, np.zeros(50), np.full(50, np.inf), reference, np.zeros(50))
+    with pytest.raises(InputError, match="positions"):
+        evaluation.evaluate(reference[:10], np.zeros(50), np.zeros(50), reference, np.zeros(50))

@@ -1,0 +1,192 @@
+"""Flow moves in replica exchange: openmmtools with a built ladder, and OpenMM's own sampler."""
+
+import math
+import random
+
+import numpy as np
+import openmm
+import pytest
+import torch
+from analytic_molecules import TEMPERATURE, Chain
+from openmm import app, unit
+from openmmtools import cache, mcmc
+from openmmtools.multistate import MultiStateReporter, MultiStateSampler
+from test_moves import MOLECULE, forget, make_flow, make_move
+from test_sampling import SIGMAS, chain_z, generator, internal_proposal, make_simulation
+
+from openmm_regflow.errors import InputError
+from openmm_regflow.moves import exchange_acceptance, learned_replica_exchange, temperature_ladder
+from openmm_regflow.potentials import TorchPotential
+from openmm_regflow.sampling import FlowReplicaExchange
+
+TORSIONS = {k: v for k, v in MOLECULE.observables().items() if "torsion" in k}
+
+
+@pytest.fixture(autouse=True)
+def reference_platform():
+    cache.global_context_cache.empty()
+    cache.global_context_cache.platform = openmm.Platform.getPlatformByName("Reference")
+    yield
+    cache.global_context_cache.empty()
+
+
+@pytest.fixture
+def flow_path(tmp_path):
+    path = tmp_path / "flow.safetensors"
+    make_flow(temperature=TEMPERATURE).save(path)
+    return path
+
+
+@pytest.mark.parametrize(("ratio", "heat_capacity"), [(1.1, 30.0), (1.3, 30.0), (1.2, 120.0)])
+def test_predicted_acceptance(ratio, heat_capacity):
+    """Swaps between Gaussian energies with variance C (kT)^2, C such that the means fit detailed balance exactly."""
+    g, n = generator(), 200_000
+    difference = 1 - 1 / ratio  # of inverse temperatures, the colder one 1
+    spread = math.sqrt(heat_capacity * difference**2 * (1 + ratio**2))
+    log_ratio = -(spread**2) / 2 + spread * torch.randn(n, generator=g, dtype=torch.float64)
+    probability = log_ratio.exp().clamp(max=1)
+    error = probability.std() / math.sqrt(n)
+    assert abs(probability.mean() - exchange_acceptance(ratio, heat_capacity)) < SIGMAS * error
+
+
+def test_predicted_acceptance_against_exact_energies_of_two_temperatures():
+    """3N - 6 = 6 nearly harmonic degrees of freedom: the prediction is on the safe side of the truth."""
+    u, g = TorchPotential(MOLECULE.system), generator()
+    beta = [1 / Chain(4, t).kT for t in (300.0, 600.0)]
+    energies = [u(Chain(4, t).sample(20_000, g)) for t in (300.0, 600.0)]
+    probability = ((beta[0] - beta[1]) * (energies[0] - energies[1])).exp().clamp(max=1)
+    predicted = exchange_acceptance(2.0, (3 * 4 - 6) / 2)
+    error = probability.std() / math.sqrt(len(probability))
+    assert predicted > 0.2
+    assert predicted - SIGMAS * error < probability.mean() < 1
+
+
+def test_ladder():
+    ladder = temperature_ladder(300 * unit.kelvin, 1000, n_atoms=22, acceptance=0.3)
+    np.testing.assert_allclose(ladder[1:] / ladder[:-1], (1000 / 300) ** (1 / (len(ladder) - 1)))
+    assert ladder[0] == pytest.approx(300) and ladder[-1] == pytest.approx(1000)
+    fewer = (1000 / 300) ** (1 / (len(ladder) - 2))
+    assert exchange_acceptance(ladder[1] / ladder[0], 30) >= 0.3 > exchange_acceptance(fewer, 30)
+    assert len(temperature_ladder(300, 1000, 5)) == 5
+    assert len(temperature_ladder(300, 310, heat_capacity=1.0)) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((300, 200, 3), "above the minimum"),
+        ((300, 400, 1), "at least 2"),
+        ((300, 400), "n_atoms"),
+        ((0, 400, 3), "above zero"),
+    ],
+)
+def test_bad_ladders(arguments, message):
+    with pytest.raises(InputError, match=message):
+        temperature_ladder(*arguments)
+    with pytest.raises(InputError, match="between 0 and 1"):
+        temperature_ladder(300, 400, n_atoms=5, acceptance=1.5)
+
+
+def dynamics():
+    return mcmc.LangevinDynamicsMove(
+        timestep=2.0 * unit.femtosecond, collision_rate=5.0 / unit.picosecond, n_steps=10
+    )
+
+
+def counts(sampler):
+    """Flow moves attempted in each state, zero where there is none."""
+    sequences = [getattr(move, "move_list", None) for move in sampler.mcmc_moves]
+    return [0 if moves is None else moves[1].n_proposed for moves in sequences]
+
+
+def test_flow_in_the_hottest_state_alone(flow_path, tmp_path):
+    np.random.seed(3)
+    storage = MultiStateReporter(str(tmp_path / "hot.nc"), checkpoint_interval=1)
+    ladder = temperature_ladder(TEMPERATURE, 450, 3)
+    sampler = learned_replica_exchange(
+        MOLECULE.system, ladder, {-1: make_move(flow_path, 4)}, MOLECULE.sample(3, generator()).numpy(), storage,
+        dynamics=dynamics(), number_of_iterations=100, online_analysis_interval=None,
+    )  # fmt: skip
+    frames = []
+    for _ in range(100):
+        sampler.run(1)
+        cold = list(sampler._replica_thermodynamic_states).index(0)
+        frames.append(sampler.sampler_states[cold].positions._value.copy())
+    assert counts(sampler) == [0, 0, 100]
+    scores = chain_z(torch.as_tensor(np.array(frames)), TORSIONS)
+    assert max(map(abs, scores.values())) < SIGMAS, scores
+    swaps = sampler._n_accepted_matrix.sum()
+    assert swaps > 0
+
+
+def test_flow_in_every_state_and_another_sampler(flow_path, tmp_path):
+    sampler = learned_replica_exchange(
+        MOLECULE.system, [300, 350 * unit.kelvin], make_move(flow_path), MOLECULE.sample(1, generator())[0].numpy(),
+        str(tmp_path / "every.nc"), dynamics=dynamics(), sampler_class=MultiStateSampler, online_analysis_interval=None,
+    )  # fmt: skip
+    sampler.run(1)
+    assert type(sampler) is MultiStateSampler
+    assert counts(sampler) == [1, 1]
+    with pytest.raises(InputError, match="state 5"):
+        learned_replica_exchange(MOLECULE.system, [300, 350], {5: make_move(flow_path)}, np.zeros((4, 3)), "x.nc")
+    with pytest.raises(InputError, match="one per state"):
+        learned_replica_exchange(MOLECULE.system, [300, 350], {}, np.zeros((3, 4, 3)), "x.nc")
+    forget()
+
+
+def own_exchange(temperatures, seed=1, **options):
+    simulation = make_simulation(MOLECULE, seed=seed)
+    states = [{"temperature": t * unit.kelvin} for t in temperatures]
+    return FlowReplicaExchange(states, simulation, 10, internal_proposal(), seed=seed, **options)
+
+
+@pytest.mark.parametrize("flow_states", [None, [-1]])
+def test_openmm_replica_exchange_reproduces_the_cold_torsion(flow_states):
+    random.seed(2)
+    sampler = own_exchange((300.0, 450.0), flow_states=flow_states, n_proposals=4, pool_size=4000)
+    frames = []
+
+    def report(sampler):
+        cold = sampler.replicaStateIndex.index(0)
+        frames.append(sampler.replicaConformation[cold].getPositions(asNumpy=True)._value)
+
+    sampler.reporters.append(report)
+    sampler.simulate(500)
+    scores = chain_z(torch.as_tensor(np.array(frames)), TORSIONS)
+    assert max(map(abs, scores.values())) < SIGMAS, scores
+    assert [total.n_proposed for total in sampler.statistics] == ([500, 500] if flow_states is None else [0, 500])
+
+
+def test_openmm_replica_exchange_with_context_parameters():
+    """Two states that differ in a global parameter: each flow step uses its own state's energy."""
+    molecule = Chain(4)
+    force = openmm.CustomTorsionForce("tilt*cos(theta)")
+    force.addGlobalParameter("tilt", 0.0)
+    force.addTorsion(0, 1, 2, 3, [])
+    molecule.system.addForce(force)
+    simulation = make_simulation(molecule)
+    states = [{"temperature": 300 * unit.kelvin, "tilt": value} for value in (0.0, 4.0)]
+    sampler = FlowReplicaExchange(states, simulation, 10, internal_proposal(), n_proposals=4, pool_size=4000, seed=1)
+    frames = []
+
+    def report(sampler):
+        tilted = sampler.replicaStateIndex.index(1)
+        frames.append(sampler.replicaConformation[tilted].getPositions(asNumpy=True)._value)
+
+    sampler.reporters.append(report)
+    sampler.simulate(400)
+    grid = molecule.torsion
+    weight = np.exp(-4.0 * np.cos(grid.x) / molecule.kT)
+    exact = grid.mean(lambda p: weight * np.cos(p)) / grid.mean(lambda p: weight)
+    cosine = TORSIONS["cos torsion"][0]
+    assert abs(chain_z(torch.as_tensor(np.array(frames)), {"cos": (cosine, exact)})["cos"]) < SIGMAS
+    assert abs(chain_z(torch.as_tensor(np.array(frames)), {"cos": TORSIONS["cos torsion"]})["cos"]) > SIGMAS
+
+
+def test_openmm_replica_exchange_refusals():
+    with pytest.raises(InputError, match="name no states"):
+        own_exchange((300.0, 400.0), flow_states=[2])
+    simulation = make_simulation(MOLECULE)
+    with pytest.raises(InputError, match="force groups"):
+        FlowReplicaExchange([{"groups": {0}}, {"groups": {1}}], simulation, 10, internal_proposal())
+    assert isinstance(own_exchange((300.0, 400.0)), app.ReplicaExchangeSampler)

@@ -1,0 +1,181 @@
+"""Flows: densities that normalise, samples that follow them, files that survive or are refused."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from openmm_regflow import flows
+from openmm_regflow.bijections import wrap
+from openmm_regflow.coordinates import CartesianMap, InternalMap, build_zmatrix, topology_tables
+from openmm_regflow.errors import CorruptFileError, InputError
+from openmm_regflow.flows import Flow, FlowMetadata
+from openmm_regflow.systems import load_system
+
+SMALL = {"n_layers": 4, "hidden": 16, "depth": 1}
+
+
+@pytest.fixture(scope="module")
+def data():
+    mol = load_system("alanine-dipeptide")
+    g = torch.Generator().manual_seed(0)
+    x = torch.as_tensor(mol.positions) + 0.003 * torch.randn(500, 22, 3, generator=g, dtype=torch.float64)
+    return mol, x
+
+
+def internal(data):
+    mol, x = data
+    return InternalMap.fit(build_zmatrix(*topology_tables(mol.topology)), x)
+
+
+def stirred(flow, scale=0.05, seed=3):
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in flow.bijection.parameters():
+            p.add_(scale * torch.randn(p.shape, generator=g))
+    return flow
+
+
+@pytest.fixture(params=["real_nvp", "res_nvp", "spline", "jet"])
+def factory(request):
+    return getattr(flows, request.param)
+
+
+@pytest.fixture(params=["internal", "cartesian"])
+def flow(request, factory, data):
+    coordinates = internal(data) if request.param == "internal" else CartesianMap.fit(data[1])
+    return stirred(factory(coordinates, **SMALL))
+
+
+def test_sample_and_log_prob_agree(flow):
+    """log q of a sample is the same, drawn or asked for; a random relabelling does not change it."""
+    flow.bijection.double()
+    x, log_q = flow.sample(200, torch.Generator().manual_seed(1))
+    assert x.shape == (200, 22, 3) and log_q.shape == (200,)
+    fine = torch.isfinite(x).flatten(1).all(1)
+    assert fine.double().mean() > 0.9
+    assert (flow.log_prob(x[fine]) - log_q[fine]).abs().max() < 1e-6
+
+
+def test_forward_and_inverse_are_one_map(flow):
+    flow.bijection.double()
+    z = flow.prior.sample(100, torch.Generator().manual_seed(2), torch.float64)
+    x, log_det = flow(z)
+    fine = torch.isfinite(x).flatten(1).all(1)
+    back, log_det_back = flow.inverse(x[fine])
+    delta = back - z[fine]
+    assert torch.where(flow.prior.circular, wrap(delta), delta).abs().max() < 1e-8
+    assert (log_det[fine] + log_det_back).abs().max() < 1e-7
+
+
+def test_the_seed_decides(flow):
+    a, b, c = (flow.sample(20, torch.Generator().manual_seed(s))[0] for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_prior_normalises():
+    prior = flows.Prior(torch.tensor([False, True]))
+    z = torch.linspace(-10, 10, 4001, dtype=torch.float64)
+    grid = torch.stack([z, torch.zeros_like(z)], dim=1)
+    line = torch.trapezoid(prior.log_prob(grid).exp(), z)
+    assert float(line) * 2 * math.pi == pytest.approx(1.0, abs=1e-9)
+
+
+def test_harmonic_prior_is_the_gaussian_of_the_data(data):
+    """Against torch's own multivariate normal; pair distances and the centre have the data's mean squares."""
+    coordinates = CartesianMap.fit(data[1])
+    factor = flows.harmonic_factor(coordinates, data[1])
+    prior = flows.Prior(coordinates.circular, factor)
+    z = prior.sample(20_000, torch.Generator().manual_seed(0), torch.float64)
+    atoms = z.view(-1, 22, 3)
+    oracle = torch.distributions.MultivariateNormal(torch.zeros(22).double(), scale_tril=factor)
+    exact = oracle.log_prob(atoms[:50].transpose(1, 2)).sum(1)
+    assert (prior.log_prob(z[:50]) - exact).abs().max() < 1e-8
+    x = data[1] / coordinates.scale
+    drawn, real = (torch.cdist(v, v).square().mean(0) for v in (atoms[:5000], x.double()))
+    # A squared distance of three Gaussian components has the relative standard deviation sqrt(2/3).
+    assert ((drawn - real).abs() <= 5 * (2 / 3 / 5000) ** 0.5 * real + 1e-9).all()
+    assert float(atoms.mean(1).std()) == pytest.approx(coordinates.com_std / coordinates.scale, rel=0.02)
+
+
+def test_flow_with_a_harmonic_prior_travels(data, tmp_path):
+    coordinates = CartesianMap.fit(data[1])
+    architecture = {"name": "spline", "n_bins": 8, "bound": 5.0, "seed": 0, **SMALL}
+    flow = stirred(flows.build(coordinates, architecture, None, flows.harmonic_factor(coordinates, data[1])))
+    flow.save(tmp_path / "a.safetensors")
+    again = Flow.load(tmp_path / "a.safetensors")
+    (x, log_q), (y, log_p) = (f.sample(50, torch.Generator().manual_seed(5)) for f in (flow, again))
+    assert again.prior.kind == "harmonic" and torch.equal(x, y) and torch.equal(log_q, log_p)
+    again.bijection.double()
+    x, log_q = again.sample(50, torch.Generator().manual_seed(5))
+    assert (again.log_prob(x) - log_q).abs().max() < 1e-6
+
+
+def test_round_trip_through_a_file(flow, tmp_path):
+    flow = Flow(
+        flow.coordinates, flow.bijection, flow.architecture, FlowMetadata("x", {"n_atoms": 22}, 300.0, {"a": 1})
+    )
+    flow.save(tmp_path / "a.safetensors")
+    again = Flow.load(tmp_path / "a.safetensors")
+    x, log_q = flow.sample(50, torch.Generator().manual_seed(5))
+    y, log_p = again.sample(50, torch.Generator().manual_seed(5))
+    assert torch.equal(x.nan_to_num(), y.nan_to_num()) and torch.equal(log_q, log_p)
+    assert again.metadata == flow.metadata
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "text", "other", "newer"])
+def test_damaged_files_are_refused(damage, data, tmp_path):
+    path = tmp_path / "flow.safetensors"
+    flow = flows.spline(internal(data), **SMALL)
+    flow.save(path)
+    raw = bytearray(path.read_bytes())
+    if damage == "truncated":
+        path.write_bytes(raw[: len(raw) // 2])
+    elif damage == "flipped":
+        raw[-5] ^= 0xFF
+        path.write_bytes(raw)
+    elif damage == "text":
+        path.write_text("not a flow")
+    else:
+        from openmm_regflow.flows import write_safetensors
+
+        header = {"format": "something", "format_version": 1}
+        if damage == "newer":
+            header = {"format": "openmm_regflow.flow", "format_version": 99}
+        write_safetensors(path, dict(flow.state_dict()), header)
+    with pytest.raises(CorruptFileError, match=r"flow\.safetensors"):
+        Flow.load(path)
+
+
+def test_files_hold_no_pickle(data, tmp_path):
+    path = tmp_path / "flow.safetensors"
+    flows.spline(internal(data), **SMALL).save(path)
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    assert json.loads(raw[8 : 8 + size])["__metadata__"]["regflow"]
+
+
+def test_missing_file_and_unwritable_folder(data, tmp_path):
+    with pytest.raises(InputError, match="no file"):
+        Flow.load(tmp_path / "none.safetensors")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write"):
+        flows.spline(internal(data), **SMALL).save(tmp_path / "file" / "flow.safetensors")
+
+
+def test_wrong_atoms(flow):
+    with pytest.raises(InputError, match="22"):
+        flow.log_prob(torch.zeros(3, 21, 3))
+
+
+@pytest.mark.parametrize("key", ["n_layers", "hidden", "depth"])
+def test_bad_sizes(key, data):
+    with pytest.raises(InputError, match=key):
+        flows.spline(CartesianMap.fit(data[1]), **(SMALL | {key: 0}))
+
+
+def test_one_dimension_is_refused():
+    with pytest.raises(InputError, match="1-dimensional"):
+        flows.alternating_masks(torch.tensor([False]), 4, 0)

@@ -1,0 +1,252 @@
+"""NCMC flow moves: exact in a small bath with an exact sampler."""
+
+import math
+
+import numpy as np
+import openmm
+import pytest
+import torch
+from analytic_molecules import KT, MASSES, TEMPERATURE, Chain, distance
+from openmm import unit
+from openmmtools import cache, states
+from openmmtools.utils import deserialize, serialize
+from test_moves import COORDINATES, forget
+from test_sampling import SIGMAS, generator
+
+from openmm_regflow import flows
+from openmm_regflow.errors import InputError
+from openmm_regflow.moves import NCMCFlowMove
+from openmm_regflow.moves.ncmc import alchemical_system
+from openmm_regflow.potentials import OpenMMPotential
+from openmm_regflow.proposals import SubsetProposal
+
+N_SOLVENT, EPSILON, SIGMA = 3, 0.6, 0.25
+SPREAD = {"chain": 0.05, "solvent": 0.18}
+
+
+class Bath:
+    """A chain of four charged atoms among Lennard-Jones ions, all held near the origin.
+
+    Without the interaction between chain and bath, and within the bath, everything is independent and can be drawn
+    exactly; rejection with the interaction energy, bounded below, draws from the full distribution.
+    """
+
+    subset = (0, 1, 2, 3)
+
+    def __init__(self):
+        self.chain = Chain(4)
+        self.n_atoms = 4 + N_SOLVENT
+        self.system = openmm.System()
+        for mass in (*MASSES, *[18.0] * N_SOLVENT):
+            self.system.addParticle(mass)
+        for force in self.chain.system.getForces():
+            self.system.addForce(openmm.XmlSerializer.clone(force))
+        self.system.addForce(self._nonbonded())
+        holder = openmm.CustomExternalForce("k*(x^2+y^2+z^2)/2")
+        holder.addPerParticleParameter("k")
+        holder.addParticle(0, [KT / SPREAD["chain"] ** 2])
+        for i in range(N_SOLVENT):
+            holder.addParticle(4 + i, [KT / SPREAD["solvent"] ** 2])
+        self.system.addForce(holder)
+
+    def _nonbonded(self):
+        force = openmm.NonbondedForce()
+        force.setNonbondedMethod(openmm.NonbondedForce.NoCutoff)
+        for charge in (0.15, -0.15, 0.15, -0.15):
+            force.addParticle(charge, SIGMA, EPSILON)
+        for i in range(N_SOLVENT):
+            force.addParticle(0.05 if i % 2 else -0.05, SIGMA, EPSILON)
+        for i in range(4):
+            for j in range(i):
+                force.addException(i, j, 0.0, 1.0, 0.0)
+        for i in range(4, self.n_atoms):
+            for j in range(4, i):
+                force.addException(i, j, 0.0, 1.0, 0.0)
+        return force
+
+    def interaction(self, x):
+        """Between chain and bath [kJ/mol]."""
+        r = torch.cdist(x[:, :4], x[:, 4:])
+        charge = torch.tensor([0.15, -0.15, 0.15, -0.15])[:, None] * torch.tensor([-0.05, 0.05, -0.05])
+        s6 = (SIGMA / r) ** 6
+        return (4 * EPSILON * (s6**2 - s6) + 138.93545764438198 * charge / r).sum((1, 2))
+
+    def sample(self, n, g, bound=-5.0):
+        kept, total = [], 0
+        while total < n:
+            m = 400_000
+            chain = self.chain.sample(m, g)
+            chain = chain - chain[:, :1] + SPREAD["chain"] * torch.randn(m, 1, 3, generator=g, dtype=torch.float64)
+            bath = SPREAD["solvent"] * torch.randn(m, N_SOLVENT, 3, generator=g, dtype=torch.float64)
+            x = torch.cat([chain, bath], 1)
+            log_p = bound - self.interaction(x) / KT
+            if float(log_p.max()) > 0:
+                raise RuntimeError("the bound of the rejection sampler is too high")
+            kept.append(x[torch.rand(m, generator=g, dtype=torch.float64).log() < log_p])
+            total += len(kept[-1])
+        return torch.cat(kept)[:n]
+
+    def observables(self):
+        chain = {k: v[0] for k, v in self.chain.observables().items()}
+        return chain | {
+            "nearest": lambda x: torch.cdist(x[:, :4], x[:, 4:]).flatten(1).min(1).values,
+            "contact": lambda x: distance(x, 3, 4),
+            "interaction": lambda x: self.interaction(x).clamp(max=50.0),
+        }
+
+
+BATH = Bath()
+
+
+@pytest.fixture(autouse=True)
+def reference_platform():
+    cache.global_context_cache.empty()
+    cache.global_context_cache.platform = openmm.Platform.getPlatformByName("Reference")
+    yield
+    cache.global_context_cache.empty()
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """Exact configurations: the first ones start the moves, the others are the reference."""
+    return BATH.sample(6000, generator(3))
+
+
+def make_proposal(kind=SubsetProposal):
+    flow = flows.spline(COORDINATES, n_layers=2, hidden=16).double()
+    return kind(flow, OpenMMPotential(BATH.system, "Reference"), TEMPERATURE, BATH.subset)
+
+
+def state():
+    return states.ThermodynamicState(BATH.system, TEMPERATURE * unit.kelvin)
+
+
+def after_one_move(move, start):
+    moved = []
+    for x in start.numpy():
+        frame = states.SamplerState(x * unit.nanometer)
+        move.apply(state(), frame)
+        moved.append(frame.positions._value.copy())
+    return torch.as_tensor(np.array(moved))
+
+
+def z_scores(moved, reference):
+    """Difference of two independent sample means over its standard error."""
+    scores = {}
+    for name, function in BATH.observables().items():
+        a, b = function(moved), function(reference)
+        scores[name] = float((a.mean() - b.mean()) / (a.var() / len(a) + b.var() / len(b)).sqrt())
+    return scores
+
+
+def test_the_bath_is_what_openmm_says(exact):
+    """The oracle: interaction plus the independent parts is the System's energy."""
+    x = exact[:5]
+    energies = OpenMMPotential(BATH.system, "Reference")(x) - OpenMMPotential(BATH.chain.system, "Reference")(x[:, :4])
+    held = (x[:, 0] ** 2).sum(1) / SPREAD["chain"] ** 2 + (x[:, 4:] ** 2).sum((1, 2)) / SPREAD["solvent"] ** 2
+    torch.testing.assert_close(energies, BATH.interaction(x) + KT / 2 * held, rtol=1e-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_steps", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_move_leaves_the_exact_distribution_invariant(exact, n_steps):
+    move = NCMCFlowMove(make_proposal(), n_steps, pool_size=2000, seed=1)
+    moved = after_one_move(move, exact[:400])
+    assert move.n_accepted > 50
+    scores = z_scores(moved, exact[400:])
+    assert max(map(abs, scores.values())) < SIGMAS, scores
+
+
+class WrongSign(NCMCFlowMove):
+    """The planted error: log q enters with the wrong sign."""
+
+    def _jump(self, context, kT):
+        x = torch.as_tensor(np.array(context.getState(getPositions=True).getPositions(asNumpy=True)._value))[None]
+        log_ratio = super()._jump(context, kT)
+        y = torch.as_tensor(np.array(context.getState(getPositions=True).getPositions(asNumpy=True)._value))[None]
+        proposal = self._step.proposal
+        return log_ratio - 2 * float(proposal.log_q(x) - proposal.log_q(y))
+
+
+class NoWork(NCMCFlowMove):
+    """The planted error: the work of the protocol is forgotten."""
+
+    def _integrator(self, thermodynamic_state):
+        integrator = super()._integrator(thermodynamic_state)
+        integrator.get_total_work = lambda dimensionless: 0.0
+        return integrator
+
+
+def fluctuation_z(kind, exact, n_steps, n=400):
+    """Crooks' theorem for a protocol that is its own reverse, as a z-score.
+
+    With L the log acceptance ratio from equilibrium, ``p(L) = p(-L) exp(-L)``, so ``exp(L)`` where L < 0 and ``-1``
+    where L > 0 average to zero together (both bounded by one).
+    """
+    ratios = []
+
+    class Recorded(kind):
+        def _decide(self, log_ratio):
+            ratios.append(log_ratio)
+            return super()._decide(log_ratio)
+
+    after_one_move(Recorded(make_proposal(), n_steps, pool_size=2000, seed=1), exact[:n])
+    ratio = torch.tensor(ratios)
+    values = torch.where(ratio < 0, ratio.exp(), -1.0)
+    return float(values.mean() / (values.std() / math.sqrt(n)))
+
+
+@pytest.mark.parametrize("n_steps", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_acceptance_ratios_obey_the_fluctuation_theorem(exact, n_steps):
+    assert abs(fluctuation_z(NCMCFlowMove, exact, n_steps)) < SIGMAS
+
+
+def test_a_wrong_density_is_seen(exact):
+    assert abs(fluctuation_z(WrongSign, exact, 2)) > SIGMAS
+
+
+@pytest.mark.slow
+def test_forgotten_work_is_seen(exact):
+    """Configurations that clash with the bath are then accepted like any other."""
+    move, frames = NoWork(make_proposal(), 2, pool_size=2000, seed=1), exact[:600]
+    for _ in range(2):
+        frames = after_one_move(move, frames)
+    scores = z_scores(frames, exact[600:])
+    assert max(map(abs, scores.values())) > SIGMAS, scores
+
+
+def test_alchemical_system_agrees_at_full_coupling(exact):
+    switched = OpenMMPotential(alchemical_system(BATH.system, list(BATH.subset)), "Reference")
+    real = OpenMMPotential(BATH.system, "Reference")
+    # Alchemical forces are sums of other expressions and constants of OpenMM's ONE_4PI_EPS0: equal to nine digits.
+    torch.testing.assert_close(switched(exact[:20]), real(exact[:20]), rtol=1e-6, atol=1e-4)
+
+
+def test_storage_and_statistics(tmp_path, exact):
+    path = tmp_path / "flow.safetensors"
+    proposal = make_proposal()
+    proposal.flow.save(path)
+    move = NCMCFlowMove(proposal, 10, flow_path=path, seed=1)
+    after_one_move(move, exact[:5])
+    stored = serialize(move)
+    forget()
+    back = deserialize(stored)
+    assert type(back) is NCMCFlowMove and back.n_steps == 10 and back.n_proposed == 5
+    after_one_move(back, exact[:5])
+    assert back.n_proposed == 10
+
+
+def test_a_protocol_that_blows_up_is_a_counted_rejection(exact):
+    move = NCMCFlowMove(make_proposal(), 10, timestep=5.0, seed=1)
+    moved = after_one_move(move, exact[:5])
+    assert torch.equal(moved, exact[:5])
+    assert move.n_accepted == 0 and move.n_proposed == 5
+
+
+def test_refusals():
+    with pytest.raises(InputError, match="even"):
+        NCMCFlowMove(make_proposal(), 7)
+    from openmm_regflow.proposals import FlowProposal
+
+    flow = flows.spline(COORDINATES, n_layers=2, hidden=16)
+    with pytest.raises(InputError, match="SubsetProposal"):
+        NCMCFlowMove(FlowProposal(flow, OpenMMPotential(Chain(4).system), TEMPERATURE))

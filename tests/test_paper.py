@@ -1,0 +1,116 @@
+"""The paper's table on seconds: every kind of run, one budget, resumable, errors over seeds."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from openmm_regflow import paper
+from openmm_regflow.cli import main
+from openmm_regflow.errors import IncompatibleFlowError, InputError
+from openmm_regflow.paper import Cell, PaperConfig, cells, run_table, table
+
+TINY = {
+    "seconds": 1.0, "seeds": 1, "n_layers": 2, "hidden": 8, "depth": 1, "teacher_hidden": 16, "teacher_depth": 1,
+    "ode_steps": 2, "batch_size": 64, "n": 200, "n_teacher": 100, "torsion_points": 50,
+}  # fmt: skip
+
+
+def tiny(**changes):
+    return PaperConfig.model_validate(TINY | changes)
+
+
+def test_every_run_of_the_table_is_listed_once():
+    config = tiny(seeds=3, systems=("alanine-dipeptide", "alanine-tetrapeptide"), ablations=True)
+    found = list(cells(config))
+    assert len(found) == len(set(found)) == len({c.name for c in found}) == 3 * 2 * (1 + 9 + 4 + 3)
+    assert Cell("a", "spline", "regflow-reflow", "pairs-10000", 0).n_pairs == 10_000
+    assert Cell("a", "spline", "regflow-reflow", "log-det", 0).regularisers == {"log_det": 1e-5}
+
+
+def test_teacher_has_the_density_that_it_says():
+    """Exact log q of the sampler against a brute-force Jacobian of its map, in float64."""
+    from openmm_regflow.coordinates import CartesianMap
+    from openmm_regflow.teachers import VectorField, integrate
+
+    coordinates = CartesianMap(2, 0.2)
+    field = VectorField(coordinates.circular, hidden=8, depth=1).double()
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in field.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=g))
+    sampler = paper.TeacherSampler(field, coordinates, 60)
+    _, log_q = sampler.sample(3, torch.Generator().manual_seed(1))
+    z = field.prior.sample(3, torch.Generator().manual_seed(1), torch.float64)
+    h = 1e-5
+    for k in range(3):
+        steps = torch.cat([z[k] + h * torch.eye(6).double(), z[k] - h * torch.eye(6).double()])
+        ends = coordinates.to_positions(integrate(field, steps, n_steps=60)[0])[0].flatten(1)
+        log_det = torch.linalg.slogdet((ends[:6] - ends[6:]) / (2 * h))[1]
+        assert float(log_q[k]) == pytest.approx(float(field.prior.log_prob(z[k : k + 1])[0] - log_det), abs=1e-3)
+    assert not sampler.sample(3, torch.Generator().manual_seed(1), log_q=False)[1].any()
+
+
+def test_one_row_of_each_method_end_to_end(capsys, tmp_path):
+    """The command: teacher, MLE, OT and reflow of one architecture; a second call only reads."""
+    options = [x for k, v in TINY.items() if k not in ("seconds", "seeds", "n") for x in ("--set", f"{k}={v}")]
+    command = ["benchmark", "paper", "--seconds", "1", "--seeds", "1", "-n", "200", "-o", str(tmp_path / "t"), *options]
+    command += ["--set", 'architectures=["spline"]']
+    with pytest.raises(SystemExit) as done:
+        main(command)
+    out = capsys.readouterr().out
+    assert done.value.code == 0 and "4 of 4" in out
+    records = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "t").glob("*.json")}
+    assert len(records) == 4 and not any("failed" in r for r in records.values())
+    for record in records.values():
+        # A second of training, and the last step, batch of pairs or transport that ran over it.
+        assert 0.9 < record["training_seconds"] < 6.0
+        assert math.isfinite(record["round_trip_rms"]) and record["seconds_200k"] > 0
+    assert set(records["alanine-dipeptide-spline-regflow-reflow-seed0"]["seconds"]) == {"teacher", "pairs", "student"}
+    assert records["alanine-dipeptide-cnf-flow-matching-seed0"]["n_weights"] == 100
+    assert len(list((tmp_path / "t").glob("*.png"))) == 4
+    with open(tmp_path / "t" / "table.csv", newline="") as handle:
+        assert [row["method"] for row in csv.DictReader(handle)] == [
+            "flow-matching", "mle", "regflow-ot", "regflow-reflow",
+        ]  # fmt: skip
+    assert "1 s of training" in (tmp_path / "t" / "table.md").read_text()
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "t").glob("*seed0.json")}
+    with pytest.raises(SystemExit):
+        main(command)
+    assert all(p.stat().st_mtime_ns == t for p, t in before.items())
+    with pytest.raises(IncompatibleFlowError, match="hidden"):
+        run_table(tmp_path / "t", tiny(hidden=12))
+
+
+def test_numbers_of_pairs(tmp_path):
+    config = tiny(seconds=0.5)
+    cell = Cell("alanine-dipeptide", "spline", "regflow-reflow", "pairs-300", 0)
+    record, _ = paper.run_cell(cell, config)
+    assert record["n_pairs"] == 300 and record["seconds"]["student"] == pytest.approx(0.2, abs=0.3)
+
+
+def test_errors_are_over_seeds():
+    base = {"system": "a", "architecture": "spline", "method": "mle", "variant": ""}
+    runs = [{"cell": base | {"seed": k}, "e_w1": v, "ess": 0.1, "t_w2": None} for k, v in enumerate((1.0, 2.0, 4.5))]
+    runs.append({"cell": base | {"seed": 3}, "failed": "diverged"})
+    header, row = table(runs)
+    cell = dict(zip(header, row))
+    assert cell["E-W1 [kT]"] == f"2.5 ± {np.std([1, 2, 4.5], ddof=1) / 3**0.5:.2g}"
+    assert cell["T-W2 [rad]"] == "–" and cell["seeds"] == "4 (1 failed)" and cell["ESS [%]"] == "10 ± 0"
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(InputError, match="hiden"):
+        paper.load_config({}, ["hiden=3"])
+    with pytest.raises(InputError, match="alanine-dipeptide"):
+        run_table(tmp_path / "x", tiny(systems=("unobtainium",)))
+    assert not (tmp_path / "x").exists()
+
+
+def test_unknown_benchmark(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["benchmark", "papers"])
+    assert done.value.code == 2 and "known: speed, paper" in capsys.readouterr().err

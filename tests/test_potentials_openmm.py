@@ -1,0 +1,179 @@
+"""OpenMMPotential: platforms, executors, dead workers, exact keys, bad rows."""
+
+import os
+import signal
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+import openmm
+import pytest
+import torch
+
+from openmm_regflow.errors import InputError
+from openmm_regflow.potentials import OpenMMPotential
+from openmm_regflow.potentials import openmm_potential as module
+
+
+def chain(n=6, k=1000.0):
+    """A small chain with bonds and charges."""
+    system = openmm.System()
+    bond, force = openmm.HarmonicBondForce(), openmm.NonbondedForce()
+    for i in range(n):
+        system.addParticle(1.0)
+        force.addParticle((-1) ** i * 0.2, 0.1, 0.3)
+        if i:
+            bond.addBond(i - 1, i, 0.1, k)
+    system.addForce(bond)
+    system.addForce(force)
+    return system
+
+
+def positions(n=40, n_atoms=6):
+    return np.random.default_rng(3).uniform(-0.5, 0.5, size=(n, n_atoms, 3))
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return OpenMMPotential(chain(), platform="Reference").energy_and_forces(positions())
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as executor:
+        yield executor
+
+
+def assert_same(result, expected):
+    for mine, reference in zip(result, expected):
+        torch.testing.assert_close(mine, reference, rtol=1e-12, atol=1e-9)
+
+
+def test_float64_on_the_cpu(expected):
+    energy, forces = expected
+    assert energy.dtype == forces.dtype == torch.float64 and energy.device.type == "cpu"
+    assert energy.shape == (40,) and forces.shape == (40, 6, 3)
+
+
+def test_spawned_processes_of_the_user(pool, expected):
+    assert_same(OpenMMPotential(chain(), "Reference", pool).energy_and_forces(positions()), expected)
+
+
+def test_threads(expected):
+    with ThreadPoolExecutor(1) as executor:
+        assert_same(OpenMMPotential(chain(), "Reference", executor).energy_and_forces(positions()), expected)
+
+
+def test_a_worker_that_dies_costs_a_warning_only(expected):
+    with OpenMMPotential(chain(), "Reference", 1) as potential:
+        assert_same(potential.energy_and_forces(positions()), expected)
+        (pid,) = potential._executor._processes
+        os.kill(pid, signal.SIGKILL)
+        with pytest.warns(UserWarning, match="lost with a worker"):
+            assert_same(potential.energy_and_forces(positions()), expected)
+        assert_same(potential.energy_and_forces(positions()), expected)
+
+
+def test_a_dead_pool_of_the_user_is_replaced_by_this_process(expected):
+    executor = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+    potential = OpenMMPotential(chain(), "Reference", executor)
+    potential(positions())
+    os.kill(next(iter(executor._processes)), signal.SIGKILL)
+    with pytest.warns(UserWarning, match="lost with a worker"):
+        assert_same(potential.energy_and_forces(positions()), expected)
+    executor.shutdown()
+
+
+def test_contexts_are_keyed_by_the_exact_system():
+    """Systems that print alike but differ in the last bit of one number have their own Contexts."""
+    x = positions(1)
+    one = OpenMMPotential(chain(), "Reference")
+    other = OpenMMPotential(chain(k=np.nextafter(1000.0, 2000.0)), "Reference")
+    assert one.engine(x).key != other.engine(x).key
+    assert one.engine(x).key == OpenMMPotential(chain(), "Reference").engine(x).key
+    assert one(x) != other(x)
+
+
+def test_positions_that_print_alike_are_evaluated_apart():
+    x = positions(1)
+    y = x.copy()
+    y[0, 0, 0] += 1e-9
+    potential = OpenMMPotential(chain(), "Reference")
+    first, second = potential(x), potential(y)
+    assert first != second
+    assert potential(x) == first
+
+
+def test_two_potentials_with_parameters_share_a_context_without_mixing():
+    system = chain()
+    force = openmm.CustomBondForce("k*r^2")
+    force.addGlobalParameter("k", 1.0)
+    force.addBond(0, 3, [])
+    system.addForce(force)
+    x = positions(3)
+    one, other = OpenMMPotential(system, "Reference"), OpenMMPotential(system, "Reference")
+    before = other(x)
+    one.set_parameter("k", 100.0)
+    changed = one(x)
+    assert (changed != before).all()
+    torch.testing.assert_close(other(x), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e200])
+def test_bad_rows_are_infinite_and_counted(bad, expected):
+    x = positions()
+    x[7, 2, 1] = bad
+    x[9, 1] = x[9, 0] = 0.25
+    potential = OpenMMPotential(chain(), "Reference")
+    energy, forces = potential.energy_and_forces(x)
+    assert torch.isinf(energy[[7, 9]]).all() and (energy[[7, 9]] > 0).all() and (forces[[7, 9]] == 0).all()
+    assert potential.non_finite == 2
+    good = [k for k in range(40) if k not in (7, 9)]
+    assert_same((energy[good], forces[good]), (expected[0][good], expected[1][good]))
+
+
+def test_empty_batch():
+    energy, forces = OpenMMPotential(chain()).energy_and_forces(np.empty((0, 6, 3)))
+    assert energy.shape == (0,) and forces.shape == (0, 6, 3)
+
+
+def test_the_platform_named_is_the_one_used():
+    x = positions(2)
+    for name in ("Reference", "CPU"):
+        potential = OpenMMPotential(chain(), platform=name)
+        potential(x)
+        assert potential.engine(x).context().getPlatform().getName() == name
+
+
+def test_an_unknown_platform_is_refused():
+    with pytest.raises(InputError, match=r"'Abacus'.*Reference"):
+        OpenMMPotential(chain(), platform="Abacus")
+
+
+def test_the_fastest_platform_is_probed_once():
+    module._FASTEST.clear()
+    x = positions(4)
+    potential = OpenMMPotential(chain())
+    platform = potential.engine(x).platform
+    assert list(module._FASTEST) == [potential.engine(x).digest]
+    module._FASTEST[potential.engine(x).digest] = ("CPU", {"Threads": "1"})  # would be lost by a second probe
+    assert OpenMMPotential(chain()).engine(x).platform == "CPU"
+    assert platform in ("Reference", "CPU")
+    module._FASTEST.clear()
+
+
+def test_virtual_sites_are_placed_anew():
+    system = chain()
+    system.setParticleMass(5, 0.0)
+    system.setVirtualSite(5, openmm.TwoParticleAverageSite(0, 1, 0.5, 0.5))
+    x = positions(3)
+    y = x.copy()
+    y[:, 5] = 0.0
+    potential = OpenMMPotential(system, "Reference")
+    torch.testing.assert_close(potential(x), potential(y), rtol=0, atol=0)
+
+
+def test_gradient_is_minus_the_force(expected):
+    x = torch.tensor(positions(), requires_grad=True)
+    OpenMMPotential(chain(), "Reference")(x).sum().backward()
+    torch.testing.assert_close(x.grad, -expected[1])

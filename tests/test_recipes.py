@@ -1,0 +1,200 @@
+"""The whole training path on a small budget, its configuration file, its resumption."""
+
+import pytest
+import torch
+
+from openmm_regflow import recipes
+from openmm_regflow.errors import IncompatibleFlowError, InputError
+from openmm_regflow.potentials import TorchPotential
+from openmm_regflow.recipes import RunConfig
+from openmm_regflow.systems import load_system
+
+
+def config(**changes):
+    short = {"steps": 30, "batch_size": 64, "checkpoint_every": 10, "warmup": 5}
+    base = {
+        "flow": {"n_layers": 2, "hidden": 16},
+        "teacher": {"hidden": 16, "depth": 1, "train": short},
+        "pairs": {"n": 256, "n_steps": 2},
+        "regression": {"train": short},
+        "likelihood": {"train": short},
+    }
+    return RunConfig.model_validate(base | changes)
+
+
+@pytest.fixture(scope="module")
+def data():
+    mol = load_system("alanine-dipeptide")
+    g = torch.Generator().manual_seed(0)
+    x = torch.as_tensor(mol.positions) + 0.003 * torch.randn(500, 22, 3, generator=g, dtype=torch.float64)
+    return mol.topology, x[:400], x[400:]
+
+
+@pytest.mark.parametrize("coordinates", ["internal", "cartesian"])
+@pytest.mark.parametrize("name", ["real_nvp", "res_nvp", "spline", "jet"])
+def test_every_architecture_trains(data, coordinates, name):
+    result = recipes.fit(*data, config(coordinates=coordinates, flow={"name": name, "n_layers": 2, "hidden": 16}))
+    assert set(result.histories) == {"teacher", "regression", "likelihood"}
+    x, log_q = result.flow.sample(10, torch.Generator().manual_seed(0))
+    assert x.shape == (10, 22, 3) and torch.isfinite(log_q).any()
+
+
+CARTESIAN = {"coordinates": "cartesian", "flow": {"n_layers": 2, "hidden": 16, "prior": "harmonic"}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pairs": {"source": "ot", "n": 200}},
+        {"pairs": {"source": "hierarchical", "n": 200}},
+        {"objective": "mle"},
+        CARTESIAN | {"pairs": {"source": "ot", "n": 100, "align": True}},
+    ],
+    ids=["ot", "hierarchical", "mle", "aligned"],
+)
+def test_other_sources(data, changes):
+    result = recipes.fit(*data, config(**changes))
+    assert result.field is None and "likelihood" in result.histories
+    assert result.flow.prior.kind == changes.get("flow", {}).get("prior", "normal")
+
+
+def test_streamed_pairs(data, tmp_path):
+    """A stream makes no folder of pairs, and its teacher's log-determinant is a target like any other."""
+    pairs = {"source": "stream", "n_steps": 2, "log_det": "hutchinson"}
+    regression = {"log_det": 1e-3, "train": config().regression.train.model_dump()}
+    result = recipes.fit(*data, config(pairs=pairs, regression=regression), folder=tmp_path)
+    assert result.histories["regression"].step[-1] == 30 and not (tmp_path / "pairs").exists()
+
+
+def test_regression_is_judged_by_pairs_that_it_does_not_see(data):
+    train = config().regression.train.model_dump() | {"validate_every": 10, "patience": 1, "learning_rate": 1e-9}
+    result = recipes.fit(*data, config(regression={"held_out": 0.25, "train": train}))
+    history = result.histories["regression"]
+    assert history.validation_step == sorted(set(history.validation_step)) and len(history.validation) >= 2
+    assert history.stopped in ("patience", "steps")
+    with pytest.raises(InputError, match="held_out"):
+        recipes.fit(*data, config(regression={"train": train}))
+    with pytest.raises(InputError, match=r"63 samples .* regression"):
+        recipes.fit(*data, config(regression={"held_out": 0.25}, pairs={"n": 84}, likelihood={"train": train}))
+
+
+def test_equivariant_teacher_with_a_harmonic_prior(data, tmp_path):
+    short = {"steps": 4, "batch_size": 16}
+    teacher = {"kind": "equivariant", "hidden": 4, "depth": 1, "train": short}
+    result = recipes.fit(*data, config(**CARTESIAN, teacher=teacher, pairs={"n": 64, "n_steps": 1}))
+    recipes.save_teacher(tmp_path / "t.safetensors", result.field)
+    again = recipes.load_teacher(tmp_path / "t.safetensors")
+    assert again.prior.kind == "harmonic" and torch.equal(again.prior.factor, result.field.prior.factor)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"flow": {"prior": "harmonic"}}, {"teacher": {"kind": "equivariant"}}, {"pairs": {"align": True, "source": "ot"}}],
+)
+def test_choices_for_atoms_need_cartesian_coordinates(data, changes):
+    with pytest.raises(InputError, match='coordinates = "cartesian"'):
+        recipes.fit(*data, config(**changes))
+
+
+def test_alignment_needs_exact_transport(data):
+    with pytest.raises(InputError, match=r"pairs\.source"):
+        recipes.fit(*data, config(coordinates="cartesian", pairs={"align": True}))
+
+
+def test_interrupted_fit_continues(data, tmp_path):
+    straight = recipes.fit(*data, config())
+
+    class Killed(Exception):
+        pass
+
+    def stage(name, total):
+        def progress(step, total, figures):
+            if name == "regression" and step == 17:
+                raise Killed
+
+        return progress
+
+    with pytest.raises(Killed):
+        recipes.fit(*data, config(), folder=tmp_path, stage=stage)
+    resumed = recipes.fit(*data, config(), folder=tmp_path)
+    assert resumed.histories["regression"].loss == straight.histories["regression"].loss
+    pairs = zip(straight.flow.state_dict().values(), resumed.flow.state_dict().values())
+    assert all(torch.equal(a, b) for a, b in pairs)
+    with pytest.raises(IncompatibleFlowError, match="another configuration"):
+        recipes.fit(*data, config(objective="mle"), folder=tmp_path)
+
+
+BAD = {
+    "teacher batch": ({"teacher": {"train": {"batch_size": 401}}}, lambda x: x, "400 samples .* teacher"),
+    "pairs batch": ({"pairs": {"n": 63}}, lambda x: x, "63 samples .* regression"),
+    "likelihood batch": ({"likelihood": {"train": {"batch_size": 500}}}, lambda x: x, "400 samples .* likelihood"),
+    "transport batch": ({"pairs": {"source": "ot", "n": 50}}, lambda x: x, "50 samples .* regression"),
+    "precision": ({"regression": {"train": {"precision": "bfloat16"}}}, lambda x: x, "inverse"),
+    "shape": ({}, lambda x: x[:, :, 0], r"\(400, 22\)"),
+    "empty": ({}, lambda x: x[:0], r"\(0, 22, 3\)"),
+    "nan": ({}, lambda x: torch.where(torch.arange(400)[:, None, None] == 7, torch.nan, x), "training frame 7"),
+}
+
+
+@pytest.mark.parametrize("coordinates", ["internal", "cartesian"])
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_before_any_training(data, coordinates, name, tmp_path):
+    changes, spoil, words = BAD[name]
+    heard = []
+    with pytest.raises(InputError, match=words):
+        recipes.fit(
+            data[0],
+            spoil(data[1]),
+            data[2],
+            config(coordinates=coordinates, **changes),
+            folder=tmp_path / "work",
+            stage=lambda stage, total: heard.append(stage),
+        )
+    assert not heard and not (tmp_path / "work").exists()
+
+
+def test_bad_validation_frames(data):
+    with pytest.raises(InputError, match="validation frames"):
+        recipes.fit(*data[:2], data[2][:, :21], config())
+
+
+def test_teacher_in_mixed_precision(data):
+    train = config().teacher.train.model_dump() | {"precision": "bfloat16", "steps": 60, "batch_size": 64}
+    half = recipes.fit(*data, config(teacher={"hidden": 16, "depth": 1, "train": train})).histories["teacher"]
+    train["precision"] = "float32"
+    full = recipes.fit(*data, config(teacher={"hidden": 16, "depth": 1, "train": train})).histories["teacher"]
+    # Eight bits of mantissa: a per cent, and another curve.
+    assert half.loss == pytest.approx(full.loss, rel=0.03) and half.loss != full.loss
+
+
+def test_refinement_needs_a_potential(data):
+    changes = {"refinement": {"enabled": True, "rounds": 1, "pool": 1000, "batch_size": 100}}
+    with pytest.raises(InputError, match="reduced_potential"):
+        recipes.fit(*data, config(**changes))
+    mol = load_system("alanine-dipeptide")
+    potential = TorchPotential(mol.system)
+    result = recipes.fit(*data, config(**changes), reduced_potential=lambda x: potential(x) / 2.49)
+    assert [r.energies for r in result.rounds] == [1000, 2000] and "refinement" in result.phases
+
+
+def test_configuration_file(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(recipes.print_config(config()))
+    assert recipes.load_config(path) == config()
+    path.write_text("[flow]\nlayerz = 3\n")
+    with pytest.raises(InputError, match=r"flow\.layerz"):
+        recipes.load_config(path)
+    path.write_text("flow = [")
+    with pytest.raises(InputError, match="not TOML"):
+        recipes.load_config(path)
+    with pytest.raises(InputError, match="print-config"):
+        recipes.load_config(tmp_path / "none.toml")
+
+
+def test_teacher_file(data, tmp_path):
+    result = recipes.fit(*data, config())
+    recipes.save_teacher(tmp_path / "t.safetensors", result.field)
+    again = recipes.load_teacher(tmp_path / "t.safetensors")
+    x = torch.zeros(3, result.flow.dim)
+    t = torch.full((3,), 0.5)
+    assert torch.equal(again(t, x), result.field(t, x))

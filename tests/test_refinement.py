@@ -1,0 +1,114 @@
+"""Refinement on a target whose density is known: another flow."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from openmm_regflow import flows, refinement
+from openmm_regflow.errors import IncompatibleFlowError, InputError
+from openmm_regflow.refinement import RefineConfig, refine, truncate
+from openmm_regflow.systems import load_system
+
+
+@pytest.fixture(scope="module")
+def coordinates():
+    mol = load_system("alanine-dipeptide")
+    g = torch.Generator().manual_seed(0)
+    x = torch.as_tensor(mol.positions) + 0.003 * torch.randn(500, 22, 3, generator=g, dtype=torch.float64)
+    return flows.coordinates_for(mol.topology, x)
+
+
+def pair(coordinates):
+    """A flow to be refined, and the reduced potential whose Boltzmann density is that of another flow."""
+    target = flows.spline(coordinates, n_layers=2, hidden=8)
+    flow = flows.spline(coordinates, n_layers=2, hidden=8, seed=1)
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in flow.bijection.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=g))
+    return flow, lambda x: -target.log_prob(x)
+
+
+def config(rate, rounds=3):
+    return RefineConfig(rounds=rounds, pool=4000, batch_size=200, learning_rate=rate, ema=0.9)
+
+
+def test_ess_grows_and_populations_are_watched(coordinates):
+    flow, potential = pair(coordinates)
+    records = refine(flow, potential, config(3e-3), watch=[lambda x: torch.ones(len(x), dtype=torch.bool)])
+    assert records[-1].ess > records[0].ess + 0.1
+    assert [r.energies for r in records] == [4000, 8000, 12000, 16000]
+    assert all(r.occupied[0] == pytest.approx(1.0) for r in records)
+
+
+def test_a_round_that_makes_it_worse_is_undone(coordinates):
+    flow, potential = pair(coordinates)
+    before = {k: v.clone() for k, v in flow.bijection.state_dict().items()}
+    records = refine(flow, potential, config(0.3, rounds=1))
+    assert records[1].undone
+    assert all(torch.equal(v, before[k]) for k, v in flow.bijection.state_dict().items())
+
+
+def test_a_refinement_that_was_stopped_goes_on_as_if_it_had_not(coordinates, tmp_path):
+    flow, potential = pair(coordinates)
+    whole = refine(flow, potential, config(3e-3))
+    again, _ = pair(coordinates)
+    path = tmp_path / "refinement.safetensors"
+
+    def stop(k, total, figures):
+        if k == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        refine(again, potential, config(3e-3), checkpoint=path, progress=stop)
+    fresh, _ = pair(coordinates)
+    assert refine(fresh, potential, config(3e-3), checkpoint=path) == whole
+    for a, b in zip(flow.bijection.state_dict().values(), fresh.bijection.state_dict().values()):
+        assert torch.equal(a, b)
+    with pytest.raises(IncompatibleFlowError, match="other settings"):
+        refine(fresh, potential, config(1e-3), checkpoint=path)
+
+
+def test_anchors_give_the_divergence_and_bounded_weights(coordinates):
+    """KL(p || q) from a mixed pool against its mean over fresh samples of the target."""
+    target = flows.spline(coordinates, n_layers=2, hidden=8)
+    flow, potential = pair(coordinates)
+    data, _ = target.sample(3000, torch.Generator().manual_seed(5))
+    fresh, log_p = target.sample(20_000, torch.Generator().manual_seed(6))
+    ratio = (log_p - flow.log_prob(fresh)).numpy()
+    records = refine(flow, potential, config(1e-9, rounds=1), data=data)
+    error = ratio.std() * (1 / len(ratio) + 1 / 3000) ** 0.5
+    assert ratio.mean() > 10 * error
+    assert all(abs(r.divergence - ratio.mean()) < 4 * error for r in records)
+    assert records[0].energies == 7000
+    anchors = refinement._Anchors(data, potential, RefineConfig(anchors=1000))
+    x, log_q = flow.sample(4000, torch.Generator().manual_seed(7))
+    log_w = refinement._log_weights(flow, x, log_q, potential)
+    pool = anchors.mix(flow, x, log_q, log_w, torch.Generator())
+    assert len(pool.x) == 5000 and pool.log_w.max() <= np.log(5.0) + 1e-6
+    # The mean weight is one, up to the error of the pool and that of the normalisation.
+    w, plain = np.exp(pool.log_w), np.exp(log_w - log_w.max())
+    error = (w.var() / len(w) + plain.var() / plain.mean() ** 2 / len(plain)) ** 0.5
+    assert abs(w.mean() - 1.0) < 4 * error
+
+
+def test_hopeless_pool(coordinates):
+    flow, _ = pair(coordinates)
+    with pytest.raises(InputError, match="finite weight"):
+        refine(flow, lambda x: torch.full((len(x),), torch.inf), config(1e-3))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-300, 300), min_size=2, max_size=200))
+def test_truncated_weights_are_weights(values):
+    w = truncate(np.asarray(values))
+    assert w.mean() == pytest.approx(1.0) and (w >= 0).all() and w.max() <= len(w) * (1 + 1e-12)
+
+
+def test_truncation_bounds_the_largest_weight():
+    log_w = np.zeros(10_000)
+    log_w[0] = 8.0
+    rest = 9999 / (np.exp(8.0) + 9999)
+    assert truncate(log_w)[0] == pytest.approx(10_000 * 0.01 / (0.01 + rest), rel=1e-9)

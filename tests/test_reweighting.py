@@ -1,0 +1,229 @@
+"""Importance weights against exact Gaussian and discrete results."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from openmm_regflow import reweighting as rw
+from openmm_regflow.errors import InputError, InsufficientDataError
+
+finite = st.floats(-300, 300, allow_nan=False)
+log_weight_lists = st.lists(st.one_of(finite, st.just(-math.inf)), min_size=1, max_size=60).filter(
+    lambda values: any(math.isfinite(v) for v in values)
+)
+
+
+@given(log_weight_lists)
+def test_effective_sample_size_is_between_one_and_n(values):
+    ess = rw.effective_sample_size(values)
+    rounding = 4 * len(values) * np.finfo(float).eps
+    assert 1 - rounding <= len(values) * ess <= len(values)
+
+
+@given(log_weight_lists, st.floats(-1000, 1000))
+def test_effective_sample_size_ignores_a_shift(values, shift):
+    # The shifted sum is rounded at the size of the shift, and exp passes that error on.
+    tolerance = 8 * np.finfo(float).eps * (1 + abs(shift) + 300)
+    shifted = np.asarray(values) + shift
+    assert rw.effective_sample_size(shifted) == pytest.approx(rw.effective_sample_size(values), rel=tolerance)
+
+
+@given(st.integers(2, 500), st.data())
+def test_degenerate_weights_give_one_over_n(n, data):
+    log_w_n = np.full(n, -np.inf)
+    log_w_n[data.draw(st.integers(0, n - 1))] = 17.0
+    assert rw.effective_sample_size(log_w_n) == pytest.approx(1 / n, rel=1e-14)
+
+
+def test_equal_weights_are_fully_effective():
+    assert rw.effective_sample_size(np.full(1000, -3.3)) == pytest.approx(1, rel=1e-13)
+    assert rw.truncated_effective_sample_size(np.full(1000, -3.3)) == pytest.approx(1, rel=1e-13)
+
+
+@given(st.lists(finite, min_size=30, max_size=200))
+@settings(max_examples=50)
+def test_dropping_the_top_leaves_the_smaller_weights_in_order(values):
+    kept = rw.drop_top(values, 0.1)
+    assert len(kept) == len(values) - math.ceil(0.1 * len(values) - 1e-9)
+    assert sorted(kept) == sorted(values)[: len(kept)]
+
+
+def test_truncation_drops_twenty_of_ten_thousand():
+    log_w_n = np.zeros(10_000)
+    log_w_n[:20] = 9.0
+    assert rw.truncated_effective_sample_size(log_w_n) == pytest.approx(1, rel=1e-13)
+    log_w_n[20] = 9.0
+    assert rw.truncated_effective_sample_size(log_w_n) < 0.1
+    assert rw.truncated_effective_sample_size(log_w_n, top=0.0) == rw.effective_sample_size(log_w_n)
+
+
+@pytest.mark.parametrize("bad", [[0.0, np.nan], [np.inf, 0.0], [[0.0, 1.0]], 3.0])
+def test_unusable_weights_are_refused(bad):
+    with pytest.raises(InputError):
+        rw.effective_sample_size(bad)
+
+
+@pytest.mark.parametrize("empty", [[], [-np.inf, -np.inf]])
+def test_no_weight_at_all_is_insufficient(empty):
+    with pytest.raises(InsufficientDataError):
+        rw.normalised_weights(empty)
+
+
+def test_tensors_are_accepted():
+    log_w = torch.tensor([0.1, 0.4, -math.inf], dtype=torch.float32, requires_grad=True)
+    assert rw.effective_sample_size(log_w) == rw.effective_sample_size(log_w.detach().numpy())
+
+
+def gaussian_weights(n, rng, scale=1.3, mean=0.4):
+    """Samples of N(0, scale^2) and their absolute log-weights towards exp(-(x - mean)^2/2)."""
+    x_n = scale * rng.standard_normal(n)
+    log_q_n = -0.5 * (x_n / scale) ** 2 - math.log(scale * math.sqrt(2 * math.pi))
+    return x_n, -0.5 * (x_n - mean) ** 2 - log_q_n
+
+
+def z_scores(estimates, exact):
+    return np.array([(e.value - exact) / e.error for e in estimates])
+
+
+def test_expectation_and_free_energy_are_calibrated():
+    rng = np.random.default_rng(1)
+    draws = [gaussian_weights(1500, rng) for _ in range(400)]
+    for z in (
+        z_scores([rw.expectation(x, lw) for x, lw in draws], 0.4),
+        z_scores([rw.free_energy(lw) for _, lw in draws], -0.5 * math.log(2 * math.pi)),
+    ):
+        # Standard errors of the mean and of the spread of 400 unit normals: 0.05 and 0.035; four of each.
+        assert abs(z.mean()) < 4 / math.sqrt(400)
+        assert abs(z.std(ddof=1) - 1) < 4 / math.sqrt(800)
+
+
+def test_a_dropped_constant_shows_in_the_free_energy():
+    x_n, log_w_n = gaussian_weights(2000, np.random.default_rng(2))
+    wrong = rw.free_energy(log_w_n + 0.5)
+    assert abs(wrong.value + 0.5 * math.log(2 * math.pi)) > 5 * wrong.error
+    assert rw.expectation(x_n, log_w_n + 0.5).value == pytest.approx(
+        rw.expectation(x_n, log_w_n).value, rel=1e-12
+    )
+
+
+def test_delta_and_bootstrap_errors_agree():
+    x_n, log_w_n = gaussian_weights(4000, np.random.default_rng(3))
+    delta = rw.expectation(x_n, log_w_n).error
+    bootstrap = rw.expectation(x_n, log_w_n, error="bootstrap", n_resamples=400, generator=5).error
+    assert abs(bootstrap / delta - 1) < 4 / math.sqrt(2 * 400)
+    with pytest.raises(InputError, match="bootstrap"):
+        rw.expectation(x_n, log_w_n, error="jackknife")
+
+
+def test_expectation_of_vectors_and_of_values_without_weight():
+    values = np.array([[1.0, 2.0], [3.0, 6.0], [np.nan, np.inf]])
+    result = rw.expectation(values, [0.0, 0.0, -np.inf])
+    assert np.array_equal(result.value, [2.0, 4.0])
+    assert np.allclose(result.error, np.sqrt(0.5) * np.array([1.0, 2.0]), rtol=1e-14)
+    with pytest.raises(InputError, match="NaN"):
+        rw.expectation(values, [0.0, 0.0, 0.0])
+    with pytest.raises(InputError, match="one value per weight"):
+        rw.expectation(values[:2], [0.0, 0.0, 0.0])
+
+
+def test_population_delta_f_is_calibrated_with_and_without_weights():
+    rng = np.random.default_rng(4)
+    plain, weighted = [], []
+    for _ in range(300):
+        x_n, log_w_n = gaussian_weights(2000, rng)
+        weighted.append(rw.population_delta_f(x_n < 0, x_n > 0, log_w_n))
+        y_n = rng.standard_normal(2000) + 0.4
+        plain.append(rw.population_delta_f(y_n < 0, y_n > 0))
+    below = 0.5 * math.erfc(0.4 / math.sqrt(2))
+    exact = -math.log((1 - below) / below)
+    for z in (z_scores(plain, exact), z_scores(weighted, exact)):
+        assert abs(z.mean()) < 4 / math.sqrt(300)
+        assert abs(z.std(ddof=1) - 1) < 4 / math.sqrt(600)
+
+
+def test_an_empty_basin_is_insufficient():
+    with pytest.raises(InsufficientDataError, match="both basins"):
+        rw.population_delta_f([True, True], [False, False])
+
+
+def test_bootstrap_blocks_recover_the_error_of_a_correlated_mean():
+    rng, n, rho = np.random.default_rng(6), 20_000, 0.9
+    noise = rng.standard_normal(n)
+    x_n = np.empty(n)
+    x_n[0] = noise[0] / math.sqrt(1 - rho**2)
+    for i in range(1, n):
+        x_n[i] = rho * x_n[i - 1] + noise[i]
+    exact = math.sqrt((1 + rho) / (1 - rho) / (1 - rho**2) / n)
+    blocked = rw.bootstrap_error(np.mean, x_n, n_resamples=400, block=400, generator=0)
+    # Spread from 400 replicas and from the 50 blocks themselves.
+    assert abs(blocked / exact - 1) < 4 * math.sqrt(1 / 800 + 1 / 100)
+    assert rw.bootstrap_error(np.mean, x_n, n_resamples=400, generator=0) < 0.5 * exact
+
+
+def test_bootstrap_refuses_unequal_arrays_and_single_resamples():
+    with pytest.raises(InputError, match="equal lengths"):
+        rw.bootstrap_error(np.mean, np.zeros(3), np.zeros(4))
+    with pytest.raises(InputError, match="at least 2"):
+        rw.bootstrap_error(np.mean, np.zeros(3), n_resamples=1)
+
+
+def pareto_log_weights(shape, n, seed):
+    """Weights whose tail is exactly generalised Pareto of the given shape."""
+    return -shape * np.log(np.random.default_rng(seed).random(n))
+
+
+@pytest.mark.parametrize("shape", [0.2, 0.5, 0.9])
+def test_pareto_shape_is_recovered(shape):
+    n, repeats = 20_000, 20
+    k = np.array([rw.pareto_k(pareto_log_weights(shape, n, s)) for s in range(repeats)])
+    # A shape fitted by maximum likelihood to m tail points has standard error (1 + k)/sqrt(m); the fit's
+    # prior (ten points at 0.5) shifts it by up to |0.5 - k| 10/(m + 10).
+    m = 3 * math.sqrt(n)
+    prior = abs(0.5 - shape) * 10 / (m + 10)
+    assert abs(k.mean() - shape) < 4 * (1 + shape) / math.sqrt(m * repeats) + prior
+
+
+def test_smoothed_weights_are_normalised_and_keep_the_body():
+    log_w_n = pareto_log_weights(0.6, 5000, 1)
+    smooth, _ = rw.pareto_smooth(np.append(log_w_n, -np.inf))
+    assert np.exp(smooth).sum() == pytest.approx(1, rel=1e-12)
+    assert smooth[-1] == -np.inf
+    body = np.argsort(log_w_n)[:4000]
+    assert np.ptp(smooth[body] - log_w_n[body]) < 1e-12
+
+
+def test_equal_and_too_few_weights():
+    assert rw.pareto_k(np.zeros(100)) == 0.0
+    with pytest.raises(InsufficientDataError, match="25"):
+        rw.pareto_k(np.zeros(24))
+
+
+@pytest.mark.parametrize(
+    ("log_weights", "words"),
+    [
+        (np.random.default_rng(0).normal(0, 0.3, 5000), "reliable"),
+        (np.random.default_rng(0).normal(0, 4.0, 5000), "do not trust"),
+        (np.random.default_rng(0).normal(0, 0.3, 60), "do not trust"),
+        (np.random.default_rng(0).normal(0, 0.3, 300), "use with care"),
+        (np.zeros(10), "do not trust"),
+    ],
+)
+def test_verdict_in_words(log_weights, words):
+    assert rw.verdict(log_weights).startswith(words)
+    assert str(log_weights.size) in rw.verdict(log_weights)
+
+
+def test_systematic_resampling_copies_within_one():
+    rng = np.random.default_rng(8)
+    log_w_n = rng.normal(0, 2, 300)
+    counts = np.bincount(rw.resample(log_w_n, 1000, 3), minlength=300)
+    assert counts.sum() == 1000
+    assert np.abs(counts - 1000 * rw.normalised_weights(log_w_n)).max() < 1 + 1e-9
+
+
+def test_estimate_prints_its_error():
+    assert str(rw.Estimate(1.23456, 0.0211, 100, 0.5)) == "1.235 ± 0.021 (n = 100, ESS 0.5)"

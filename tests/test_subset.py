@@ -1,0 +1,212 @@
+"""Flows over a part of a System: frame and surroundings kept, exact for any number of proposals."""
+
+import numpy as np
+import openmm
+import pytest
+import torch
+from analytic_molecules import TEMPERATURE, SolvatedChain, cartesian_gaussian, chain_topology, z_scores
+from openmm import unit
+from openmmtools import cache, mcmc, states
+from openmmtools.utils import deserialize, serialize
+from test_moves import COORDINATES, forget
+from test_sampling import SIGMAS, chain_z, generator
+
+from openmm_regflow import flows
+from openmm_regflow.errors import IncompatibleFlowError, InputError, UnsupportedForceError
+from openmm_regflow.moves import FlowMove
+from openmm_regflow.potentials import OpenMMPotential, TorchPotential
+from openmm_regflow.proposals import SubsetProposal, check_subset_supported, local_frame
+from openmm_regflow.sampling import FlowSimulation, FlowStep
+
+MOLECULE = SolvatedChain()
+
+
+@pytest.fixture(autouse=True)
+def reference_platform():
+    cache.global_context_cache.empty()
+    cache.global_context_cache.platform = openmm.Platform.getPlatformByName("Reference")
+    yield
+    cache.global_context_cache.empty()
+
+
+def make_flow():
+    return flows.spline(COORDINATES, n_layers=2, hidden=16).double()
+
+
+def make_proposal(kind=SubsetProposal, potential=None, **options):
+    options = {"frame_atoms": (1, 2, 3)} | options
+    potential = TorchPotential(MOLECULE.system) if potential is None else potential
+    return kind(make_flow(), potential, TEMPERATURE, MOLECULE.subset, **options)
+
+
+def one_step(step, n, molecule=MOLECULE):
+    start = molecule.sample(n, generator(5)).numpy()
+    moved = [(x, step(x)) for x in start]
+    return torch.as_tensor(np.array([x if new is None else new for x, new in moved])), moved
+
+
+@pytest.mark.parametrize(
+    ("n_proposals", "frame_atoms"), [(1, (1, 2, 3)), (4, (1, 2, 3)), (4, (0, 1, 2)), (4, (3, 0, 2)), (64, (1, 2, 3))]
+)
+def test_a_subset_step_leaves_the_exact_distribution_invariant(n_proposals, frame_atoms):
+    step = FlowStep(make_proposal(frame_atoms=frame_atoms), n_proposals, 5000, generator())
+    frames, _ = one_step(step, 300 if n_proposals == 64 else 600)
+    assert step.statistics.acceptance_rate > 0.15
+    scores = z_scores(frames, MOLECULE.observables())
+    assert max(map(abs, scores.values())) < SIGMAS, scores
+
+
+class MissingVolume(SubsetProposal):
+    """The planted error: a density on bare internal coordinates, without bond lengths squared."""
+
+    @staticmethod
+    def volume(x):
+        return 2 * sum(torch.log((x[:, k + 1] - x[:, k]).norm(dim=1)) for k in range(3))
+
+    def _draw(self, n, g):
+        batch = super()._draw(n, g)
+        return batch._replace(log_q=batch.log_q + self.volume(batch.positions))
+
+    def _log_q(self, positions):
+        return super()._log_q(positions) + self.volume(positions[:, self.atom_subset])
+
+
+class ForgottenSurroundings(SubsetProposal):
+    """The planted error: the proposals' energies ignore where the rest of the System is."""
+
+    def in_place(self, drawn, current):
+        whole = super().in_place(drawn, current)
+        if len(drawn) > 1 or drawn.shape[1] == 4:
+            whole[:, MOLECULE.solvent] = whole[:, MOLECULE.subset[0]]
+        return whole
+
+
+@pytest.mark.parametrize("planted", [MissingVolume, ForgottenSurroundings])
+def test_planted_errors_are_seen(planted):
+    step = FlowStep(make_proposal(planted), 8, 20_000, generator())
+    frames, _ = one_step(step, 2500 if planted is MissingVolume else 300)
+    assert max(map(abs, z_scores(frames, MOLECULE.observables()).values())) > 2 * SIGMAS
+
+
+def test_frame_and_surroundings_stay():
+    step = FlowStep(make_proposal(), 4, 500, generator())
+    _, moved = one_step(step, 40)
+    accepted = [(x, new) for x, new in moved if new is not None]
+    assert len(accepted) > 5
+    for x, new in accepted:
+        np.testing.assert_array_equal(new[MOLECULE.solvent], x[MOLECULE.solvent])
+        frames = [local_frame(torch.as_tensor(y[list(MOLECULE.subset)][[1, 2, 3]])[None]) for y in (x, new)]
+        torch.testing.assert_close(frames[0][0], frames[1][0])
+        torch.testing.assert_close(frames[0][1], frames[1][1])
+
+
+def test_the_density_does_not_depend_on_frame_or_surroundings():
+    proposal = make_proposal()
+    x = MOLECULE.sample(5, generator())
+    y = x.flip(2) * torch.tensor([1.0, 1.0, -1.0]) + 3.0  # a rotation and a shift
+    y[:, MOLECULE.solvent] = 0.0
+    torch.testing.assert_close(proposal.log_q(y), proposal.log_q(x))
+
+
+@pytest.mark.parametrize("pressure", [None, 1.0])
+def test_in_a_box_with_openmmtools(tmp_path, pressure):
+    """A molecule across the boundary of a triclinic box, constant volume or pressure, through storage and back."""
+    box = [[1.6, 0, 0], [0.3, 1.7, 0], [-0.4, 0.5, 1.8]]
+    molecule = SolvatedChain(box)
+    if pressure is not None:
+        molecule.system.addForce(openmm.MonteCarloBarostat(pressure, TEMPERATURE, 0))
+    path = tmp_path / "flow.safetensors"
+    flow = make_flow()
+    flow.save(path)
+    proposal = SubsetProposal(flow, OpenMMPotential(molecule.system), TEMPERATURE, molecule.subset)
+    pressure = None if pressure is None else pressure * unit.bar
+    state = states.ThermodynamicState(molecule.system, TEMPERATURE * unit.kelvin, pressure)
+    move = FlowMove(proposal, 4, 5000, flow_path=path, seed=1)
+    sampled, boxes = [], unit.Quantity(np.array(box), unit.nanometer)
+    for k, x in enumerate(molecule.sample(700, generator(2)).numpy()):
+        if k == 300:
+            stored = serialize(move)
+            forget()
+            move = deserialize(stored)
+        wrapped = x - np.array([[0, 0, 1], [1, 0, 0], [0, 0, 0], [0, 1, 0], [-1, 0, 1]]) @ np.array(box)
+        frame = states.SamplerState(wrapped * unit.nanometer, box_vectors=boxes)
+        move.apply(state, frame)
+        x = proposal.make_whole(frame.positions._value, np.array(box))
+        lattice = np.array(box)
+        delta = x[molecule.solvent] - x[molecule.subset[0]]
+        for axis in (2, 1, 0):
+            delta -= np.round(delta[axis] / lattice[axis, axis]) * lattice[axis]
+        x[molecule.solvent] = x[molecule.subset[0]] + delta
+        sampled.append(x)
+    assert move.n_accepted > 200
+    scores = z_scores(torch.as_tensor(np.array(sampled)), molecule.observables())
+    assert max(map(abs, scores.values())) < SIGMAS, scores
+
+
+def test_only_the_subset_gets_new_velocities():
+    move, state = FlowMove(make_proposal(), 4), states.ThermodynamicState(MOLECULE.system, TEMPERATURE * unit.kelvin)
+    frame = states.SamplerState(MOLECULE.sample(1, generator())[0].numpy() * unit.nanometer)
+    frame.velocities = unit.Quantity(np.ones((5, 3)), unit.nanometer / unit.picosecond)
+    while move.n_accepted == 0:
+        move.apply(state, frame)
+    kept = (frame.velocities._value == 1).all(1)
+    assert kept.tolist() == [atom == MOLECULE.solvent for atom in range(5)]
+
+
+def test_mixed_with_dynamics_in_a_simulation():
+    from openmm import app
+
+    integrator = openmm.LangevinMiddleIntegrator(TEMPERATURE, 5.0, 0.002)
+    integrator.setRandomNumberSeed(1)
+    topology = chain_topology(5)
+    simulation = app.Simulation(topology, MOLECULE.system, integrator, openmm.Platform.getPlatformByName("Reference"))
+    simulation.context.setPositions(MOLECULE.sample(1, generator())[0].numpy())
+    mixed = FlowSimulation(simulation, make_proposal(), 4, 2000, seed=2)
+    frames = []
+    for _ in range(1200):
+        mixed.run(1, 10)
+        frames.append(simulation.context.getState(getPositions=True).getPositions(asNumpy=True)._value)
+    observables = {k: v for k, v in MOLECULE.observables().items() if "torsion" in k or "basin" in k}
+    scores = chain_z(torch.as_tensor(np.array(frames)), observables)
+    assert max(map(abs, scores.values())) < SIGMAS, scores
+
+
+def test_constraints_and_virtual_sites_elsewhere_do_not_matter():
+    system = SolvatedChain().system
+    system.addParticle(1.0)
+    system.addConstraint(3, 5, 0.1)
+    check_subset_supported(system, MOLECULE.subset)
+    system.addConstraint(2, 0, 0.15)
+    with pytest.raises(UnsupportedForceError, match="atoms 2 and 0"):
+        check_subset_supported(system, MOLECULE.subset)
+    with_site = SolvatedChain().system
+    with_site.addParticle(0.0)
+    with_site.setVirtualSite(5, openmm.TwoParticleAverageSite(0, 3, 0.5, 0.5))
+    with pytest.raises(UnsupportedForceError, match="virtual site 5"):
+        check_subset_supported(with_site, MOLECULE.subset)
+
+
+@pytest.mark.parametrize(
+    ("subset", "options", "message"),
+    [
+        ((0, 1, 2), {}, "3 atoms, the flow generates 4"),
+        ((0, 1, 1, 2), {}, "repeats"),
+        ((0, 1, 2, 9), {}, "5 atoms"),
+        ((0, 1, 2, 4), {"frame_atoms": (0, 1, 1)}, "three places"),
+    ],
+)
+def test_bad_subsets(subset, options, message):
+    with pytest.raises(InputError, match=message):
+        SubsetProposal(make_flow(), TorchPotential(MOLECULE.system), TEMPERATURE, subset, **options)
+
+
+def test_other_refusals():
+    with pytest.raises(IncompatibleFlowError, match="internal"):
+        SubsetProposal(cartesian_gaussian(MOLECULE.chain), TorchPotential(MOLECULE.system), 300, MOLECULE.subset)
+    with pytest.raises(InputError, match="n_atoms"):
+        SubsetProposal(make_flow(), lambda x: x[:, 0, 0], 300, MOLECULE.subset)
+    flow = make_flow()
+    flow.metadata = flows.FlowMetadata(temperature=350.0)
+    with pytest.raises(IncompatibleFlowError, match="350 K"):
+        SubsetProposal(flow, TorchPotential(MOLECULE.system), 300, MOLECULE.subset)
+    assert mcmc.SequenceMove([FlowMove(make_proposal())]).statistics[0]["n_proposed"] == 0

@@ -1,0 +1,106 @@
+"""A map learned by regression on optimal-transport pairs, on a system with an exact answer."""
+
+import pytest
+import torch
+
+from openmm_regflow import tfep
+from openmm_regflow.coordinates import CartesianMap
+from openmm_regflow.errors import InputError, InsufficientDataError
+from openmm_regflow.systems import harmonic_well, skewed_double_well
+from openmm_regflow.tfep.learned import transport_pairs
+from openmm_regflow.training import TrainConfig
+
+
+def basins(n, seed=1):
+    well = skewed_double_well(barrier=12.0, skew=3.0)
+    x = well.sample(n, torch.Generator().manual_seed(seed))
+    a = tfep.State(well.energy, well.temperature, lambda x: x[:, 0, 0] <= 0)
+    b = tfep.State(well.energy, well.temperature, lambda x: x[:, 0, 0] > 0)
+    return well, a, b, x[x[:, 0, 0] <= 0], x[x[:, 0, 0] > 0]
+
+
+def learn(samples, n_steps, **keywords):
+    """A small map from the first half of each set, and its result on the second halves."""
+    _, a, b, left, right = samples
+    (left_train, left_test), (right_train, right_test) = tfep.split(left), tfep.split(right)
+    learned = tfep.fit_map(
+        CartesianMap(1, scale=0.05), left_train, right_train, n_layers=4, hidden=16, max_pairs=400,
+        config=TrainConfig(steps=n_steps, batch_size=128, learning_rate=3e-3, ema=0.98), **keywords,
+    )  # fmt: skip
+    result = tfep.free_energy_difference(
+        learned, a, b, left_test, right_test, trained_on=(left_train, right_train), compare_plain=False
+    )
+    return learned, result, left_test
+
+
+def test_learned_map_finds_delta_f():
+    samples = basins(3000)
+    learned, result, x = learn(samples, 150, architecture="real_nvp")
+    assert abs(result.delta_f - samples[0].delta_f()) < 4 * result.uncertainty
+    assert not result.verdict.startswith("do not trust")
+    y, log_det = learned.forward(x)
+    back, reverse = learned.inverse(y)
+    assert (back - x).abs().max() < 1e-7 and (log_det + reverse).abs().max() < 1e-6
+
+
+@pytest.mark.slow
+def test_refinement_raises_the_overlap():
+    samples = basins(4000)
+    refined = TrainConfig(steps=200, batch_size=128, learning_rate=1e-3, ema=0.98)
+    _, plain, _ = learn(samples, 250)
+    _, better, _ = learn(samples, 250, refine=samples[1:3], refine_config=refined)
+    for result in (plain, better):
+        assert abs(result.delta_f - samples[0].delta_f()) < 4 * result.uncertainty
+    assert better.overlap > plain.overlap
+
+
+def test_too_few_samples_and_mismatched_atoms_are_refused():
+    _, _, _, left, right = basins(400)
+    with pytest.raises(InsufficientDataError, match="at least 20"):
+        tfep.fit_map(CartesianMap(1), left, right[:5])
+    with pytest.raises(InputError, match="atoms"):
+        tfep.fit_map(CartesianMap(2), left, right)
+
+
+def test_torsional_coupling_keeps_the_widths_of_stiff_features():
+    """Regression targets have the moments of B in stiff directions and the distribution of B in torsions."""
+    rng = torch.Generator().manual_seed(3)
+    circular = torch.tensor([False] * 6 + [True])
+    a, b = torch.randn((2, 400, 7), generator=rng)
+    b[:, :6] = 0.5 * b[:, :6] + 1.0
+    a[:, 6], b[:, 6] = 0.3 * a[:, 6] - 1.0, 0.3 * b[:, 6] + 1.5
+    pairs = transport_pairs(a, b, circular, "torsional")
+    assert torch.equal(pairs.z, a)
+    assert torch.equal(pairs.y[:, 6].sort().values, b[:, 6].sort().values)
+    assert (pairs.y[:, :6].mean(0) - b[:, :6].mean(0)).abs().max() < 1e-5
+    assert (torch.cov(pairs.y[:, :6].T) - torch.cov(b[:, :6].T)).abs().max() < 1e-5
+    # The full coupling has the marginals of B too, but its targets hardly depend on where they came from.
+    full = transport_pairs(a, b, circular, "full")
+
+    def explained(y):
+        return float(1 - (y[:, :6] - torch.cat([a, torch.ones(400, 1)], 1) @ torch.linalg.lstsq(
+            torch.cat([a, torch.ones(400, 1)], 1), y[:, :6]).solution).var() / y[:, :6].var())  # fmt: skip
+
+    assert explained(pairs.y) > 0.999 > 0.95 > explained(full.y)
+    with pytest.raises(InputError, match="coupling"):
+        transport_pairs(a, b, circular, "partial")
+
+
+def test_rows_outside_the_chart_count_as_infinite_works():
+    well = harmonic_well(2)
+    state = tfep.State(well.energy, well.temperature)
+
+    class Chart:
+        """Leaves everything in place, except that a negative first coordinate is outside."""
+
+        def to_features(self, x):
+            return x.flatten(1), x.new_zeros(len(x))
+
+        def to_positions(self, z):
+            x = torch.where(z[:, :1] < 0, torch.nan, z)
+            return x.reshape(-1, 2, 3), z.new_zeros(len(z))
+
+    x = well.sample(200, torch.Generator().manual_seed(0))
+    works = tfep.works(tfep.CoordinatesMap(Chart(), tfep.IdentityMap()), state, state, x, x)
+    outside = (x[:, 0, 0] < 0).numpy()
+    assert (works.forward[outside] == float("inf")).all() and (works.forward[~outside] == 0).all()

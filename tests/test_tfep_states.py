@@ -1,0 +1,144 @@
+"""Two states from files, with real OpenMM trajectories of alanine dipeptide."""
+
+import json
+import math
+
+import mdtraj
+import numpy as np
+import openmm
+import pytest
+
+from openmm_regflow import tfep
+from openmm_regflow.errors import CorruptFileError, InputError, InsufficientDataError
+from openmm_regflow.potentials import TorchPotential
+from openmm_regflow.systems import load_system
+
+MOLECULE = load_system("alanine-dipeptide")
+
+
+def dynamics(temperature, n_frames, seed):
+    integrator = openmm.LangevinMiddleIntegrator(temperature, 10.0, 0.001)
+    integrator.setRandomNumberSeed(seed)
+    context = openmm.Context(MOLECULE.system, integrator, openmm.Platform.getPlatformByName("Reference"))
+    context.setPositions(MOLECULE.positions)
+    context.setVelocitiesToTemperature(temperature, seed)
+    integrator.step(1000)
+    frames = []
+    for _ in range(n_frames):
+        integrator.step(50)
+        frames.append(context.getState(getPositions=True).getPositions(asNumpy=True)._value)
+    return np.array(frames)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Trajectories at 300 K (HDF5) and at 330 K (DCD)."""
+    path = tmp_path_factory.mktemp("states")
+    topology = mdtraj.Topology.from_openmm(MOLECULE.topology)
+    for temperature, name in ((300.0, "cold.h5"), (330.0, "hot.dcd")):
+        mdtraj.Trajectory(dynamics(temperature, 400, int(temperature)), topology).save(str(path / name))
+    return path
+
+
+def states(folder, **changes):
+    a = {"system": "alanine-dipeptide", "trajectory": "cold.h5", "temperature": 300.0, **changes.pop("a", {})}
+    b = {"system": "alanine-dipeptide", "trajectory": "hot.dcd", "temperature": 330.0, **changes.pop("b", {})}
+    return tfep.StatesConfig.model_validate({"a": a, "b": b, "map": "identity", "n_resamples": 50, **changes})
+
+
+def test_two_temperatures_from_files_equal_the_call_on_arrays(folder, tmp_path):
+    result = tfep.run_states(states(folder), folder, tmp_path)
+    u = TorchPotential(MOLECULE.system)
+    x, y = (mdtraj.load(str(folder / n), top=mdtraj.Topology.from_openmm(MOLECULE.topology)).xyz
+            for n in ("cold.h5", "hot.dcd"))  # fmt: skip
+    direct = tfep.free_energy_difference(
+        tfep.IdentityMap(), tfep.State(u, 300.0), tfep.State(u, 330.0), x, y, trained_on=None, n_resamples=50,
+        generator=0, compare_plain=False,
+    )  # fmt: skip
+    assert result.delta_f == pytest.approx(direct.delta_f, abs=1e-9)
+    # Between temperatures d(delta_f)/d(beta) = <U>: bounded by the mean energies at either end.
+    kt = [8.31446261815324e-3 * t for t in (300.0, 330.0)]
+    step = 1 / kt[1] - 1 / kt[0]
+    ends = [float(u(v).mean()) * step for v in (x, y)]
+    errors = 5 * max(float(u(v).std()) for v in (x, y)) * abs(step) / math.sqrt(min(result.n_independent))
+    assert min(ends) - errors < result.delta_f < max(ends) + errors
+    written = json.loads((tmp_path / "tfep.json").read_text())
+    assert written["result"]["delta_f"] == result.delta_f
+    assert {p.name for p in tmp_path.iterdir()} == {"tfep.json", "works.npz", "works.png", "convergence.png"}
+
+
+def test_basin_filters_frames_and_an_empty_one_is_named(folder, tmp_path):
+    phi = MOLECULE.torsions("phi")[0].tolist()
+    negative = {"basin": {"torsion": phi, "range": [-180.0, 0.0]}}
+    result = tfep.run_states(states(folder, a=negative, b=negative), folder, tmp_path)
+    assert result.n_forward <= 400
+    nowhere = {"basin": {"torsion": phi, "range": [5.0, 6.0]}}
+    with pytest.raises(InsufficientDataError, match="basin"):
+        tfep.run_states(states(folder, a=nowhere), folder, tmp_path)
+
+
+def test_states_that_are_simulated(tmp_path):
+    """The same short run twice: made the first time, read the second, with zero difference between equal states."""
+    ladder = {"n_copies": 2, "n_replicas": 2, "max_temperature": 400.0, "n_iterations": 14, "steps_per_iteration": 5,
+              "scramble_steps": 20, "compile": False}  # fmt: skip
+    side = {"system": "alanine-dipeptide", "simulate": ladder, "burn_in": 2}
+    config = tfep.StatesConfig.model_validate({"a": side, "b": side, "map": "identity", "n_resamples": 10})
+    first = tfep.run_states(config, tmp_path, tmp_path / "out")
+    assert (tmp_path / "out" / "run-a" / "run.json").is_file()
+    assert (first.n_forward, first.delta_f) == (24, 0.0)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("run-*/chunk-*")}
+    assert tfep.run_states(config, tmp_path, tmp_path / "out").delta_f == 0.0
+    assert before == {p: p.stat().st_mtime_ns for p in before} and before
+    wrong = config.model_copy(update={"a": config.a.model_copy(update={"simulate": {"speed": 3}})})
+    with pytest.raises(InputError, match="speed"):
+        tfep.run_states(wrong, tmp_path, tmp_path / "other")
+
+
+def test_exactly_one_source_of_samples():
+    for sources in ({}, {"trajectory": "a.h5", "storage": "b.nc"}):
+        with pytest.raises(ValueError, match="give one of"):
+            tfep.StatesConfig.model_validate({"a": {"system": "x", **sources}, "b": {"system": "x"}})
+
+
+@pytest.mark.slow
+def test_learned_map_between_temperatures_agrees_with_plain_perturbation(folder, tmp_path):
+    config = states(
+        folder, map="learned", folds=2, max_pairs=200, architecture="real_nvp",
+        train={"steps": 200, "batch_size": 100, "learning_rate": 1e-3, "ema": 0.98},
+    )  # fmt: skip
+    result = tfep.run_states(config, folder, tmp_path)
+    assert result.plain is not None
+    error = math.hypot(result.uncertainty, result.plain.uncertainty)
+    assert result.verdict.startswith("do not trust") or abs(result.delta_f - result.plain.delta_f) < 4 * error
+
+
+def test_toml_is_validated(tmp_path):
+    good = '[a]\nsystem="x"\ntrajectory="a.h5"\n[b]\nsystem="x"\ntrajectory="b.h5"\n'
+    file = tmp_path / "states.toml"
+    file.write_text(good)
+    assert tfep.load_states(file).folds == 5
+    for text, words in ((good + "speed = 3\n", "speed"), ("[a", "not TOML"), ("folds = 1\n" + good, "folds"),
+                        ('map = "identity"\nrefine = true\n' + good, "refine")):  # fmt: skip
+        file.write_text(text)
+        with pytest.raises(InputError, match=words):
+            tfep.load_states(file)
+    with pytest.raises(InputError, match="cannot be read"):
+        tfep.load_states(tmp_path / "missing.toml")
+
+
+def test_unusable_trajectories_are_refused(folder, tmp_path):
+    (folder / "rounded.xtc").write_bytes(b"")
+    (folder / "torn.dcd").write_bytes((folder / "hot.dcd").read_bytes()[:100])
+    small = mdtraj.load(str(folder / "cold.h5")).atom_slice(range(5))
+    small.save(str(folder / "small.dcd"))
+    for name, error, words in (
+        ("missing.dcd", InputError, "no trajectory"),
+        ("rounded.xtc", InputError, "rounds"),
+        ("torn.dcd", CorruptFileError, "cannot be read"),
+        ("small.dcd", InputError, "atoms"),
+    ):
+        with pytest.raises(error, match=words):
+            tfep.run_states(states(folder, a={"trajectory": name}), folder, tmp_path / "out")
+    with pytest.raises(InputError, match="atoms"):
+        tfep.run_states(states(folder, b={"system": "alanine-tripeptide"}), folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,163 @@
+"""States from a real openmmtools sampler: temperatures, alchemical ends, a restraint, each against quadrature."""
+
+import math
+import shutil
+
+import numpy as np
+import openmm
+import pytest
+from openmm import unit
+from openmmtools import alchemy, cache, forces, mcmc, multistate, states
+
+from openmm_regflow import tfep
+from openmm_regflow.errors import CorruptFileError, InputError, InsufficientDataError
+from openmm_regflow.simulate import load_multistate
+from openmm_regflow.units import thermal_energy
+
+#: (temperature [K], electrostatics, sterics, restraint)
+ROWS = [(300, 1.0, 1.0, 0.0), (360, 1.0, 1.0, 0.0), (300, 0.0, 1.0, 0.0), (300, 0.0, 0.0, 0.0), (300, 1.0, 1.0, 1.0)]
+BURN_IN = 10
+
+
+class Restraint(states.GlobalParameterState):
+    """The parameter of openmmtools' restraint forces."""
+
+    lambda_restraints = states.GlobalParameterState.GlobalParameter("lambda_restraints", standard_value=1.0)
+
+
+def pair():
+    """Two opposite charges with Lennard-Jones spheres on a soft spring, their alchemical form, and a restraint."""
+    system, nonbonded = openmm.System(), openmm.NonbondedForce()
+    spring = openmm.CustomBondForce("0.5*300*(r-0.45)^2")
+    spring.addBond(0, 1, [])
+    for charge in (0.15, -0.15):
+        system.addParticle(20.0)
+        nonbonded.addParticle(charge, 0.3, 0.8)
+    system.addForce(nonbonded)
+    system.addForce(spring)
+    # Decoupled and annihilated are the same with one alchemical particle.
+    alchemical = alchemy.AbsoluteAlchemicalFactory().create_alchemical_system(
+        system, alchemy.AlchemicalRegion(alchemical_atoms=[0])
+    )
+    restraint = forces.HarmonicRestraintBondForce(
+        spring_constant=300 * unit.kilojoule_per_mole / unit.nanometer**2, restrained_atom_index1=0,
+        restrained_atom_index2=1,
+    )  # fmt: skip
+    alchemical.addForce(restraint)
+    return alchemical
+
+
+def exchange(path, rows, n, particles):
+    """Replica exchange of openmmtools over some rows, written to ``path``."""
+    system = pair()
+    points = [
+        states.CompoundThermodynamicState(
+            states.ThermodynamicState(system, kelvin * unit.kelvin),
+            [
+                alchemy.AlchemicalState(lambda_electrostatics=charges, lambda_sterics=spheres),
+                Restraint(lambda_restraints=restraint),
+            ],
+        )
+        for kelvin, charges, spheres, restraint in rows
+    ]
+    integrator = openmm.LangevinMiddleIntegrator(300, 5.0, 0.01)
+    integrator.setRandomNumberSeed(1)
+    sampler = multistate.ReplicaExchangeSampler(
+        mcmc_moves=mcmc.IntegratorMove(integrator, 200, reassign_velocities=True), number_of_iterations=n,
+        online_analysis_interval=None,
+    )  # fmt: skip
+    sampler._have_displayed_citations_before = True
+    reporter = multistate.MultiStateReporter(str(path), checkpoint_interval=5, analysis_particle_indices=particles)
+    np.random.seed(3)
+    sampler.create(points, states.SamplerState(np.array([[0, 0, 0], [0.4, 0, 0]]) * unit.nanometer), reporter)
+    contexts = cache.ContextCache(capacity=None, time_to_live=None, platform=openmm.Platform.getPlatform("Reference"))
+    contexts.get_context(points[0], integrator)
+    sampler.energy_context_cache = sampler.sampler_context_cache = contexts
+    sampler.run()
+    reporter.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Short runs: positions at every iteration, and at checkpoints only."""
+    folder = tmp_path_factory.mktemp("storage")
+    for name, particles in (("dense.nc", [0, 1]), ("sparse.nc", ())):
+        exchange(folder / name, [ROWS[0], ROWS[3], ROWS[4]], 15, particles)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    """A run that is long enough for free energies."""
+    return exchange(tmp_path_factory.mktemp("long") / "exchange.nc", ROWS, 150 + BURN_IN, [0, 1])
+
+
+def exact(run):
+    """Free energies of all states relative to the first: -log of the integral of r^2 exp(-u(r)), by OpenMM."""
+    grid = np.linspace(0.15, 1.4, 400)
+    f = []
+    for index in range(len(ROWS)):
+        context = openmm.Context(
+            run.system(index), openmm.VerletIntegrator(0.001), openmm.Platform.getPlatform("Reference")
+        )
+        u = []
+        for r in grid:
+            context.setPositions([[0, 0, 0], [r, 0, 0]])
+            u.append(context.getState(energy=True).getPotentialEnergy()._value)
+        f.append(-math.log(np.sum(grid**2 * np.exp(-np.array(u) / thermal_energy(run.temperature(index))))))
+    return np.array(f) - f[0]
+
+
+@pytest.mark.slow
+def test_mbar_over_all_states_agrees_with_quadrature(storage):
+    run = load_multistate(storage)
+    result = tfep.storage_reference(run, burn_in=BURN_IN, generator=1)
+    assert (np.abs(result.delta_f - exact(run))[1:] < 4 * result.uncertainty[1:]).all()
+    assert result.uncertainty.max() < 0.2
+    assert result.verdict.startswith("reliable")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("index", "name"), [(1, "hot"), (2, "charges off"), (3, "spheres off"), (4, "restrained")])
+def test_ends_from_storage_agree_with_quadrature(storage, index, name):
+    run = load_multistate(storage)
+    (a, x), (b, y) = (tfep.state_from_storage(run, k, burn_in=BURN_IN) for k in (0, index))
+    assert b.temperature == ROWS[index][0]
+    result = tfep.free_energy_difference(tfep.IdentityMap(), a, b, x, y, trained_on=None, generator=1)
+    assert abs(result.delta_f - exact(run)[index]) < 4 * result.uncertainty, name
+
+
+def test_potentials_are_those_that_the_sampler_stored(folder):
+    for name in ("dense.nc", "sparse.nc"):
+        run = load_multistate(folder / name)
+        assert list(run.stored) == (list(range(15)) if name == "dense.nc" else [4, 9, 14])
+        for index in range(3):
+            state, x = tfep.state_from_storage(run, index)
+            stored = run.energies[run.stored, :, index][run.states[run.stored] == index]
+            # Positions are stored in single precision.
+            assert np.abs(state.reduced(x) - stored).max() < 1e-3
+
+
+def test_negative_indices_burn_in_and_stride(folder):
+    run = load_multistate(folder / "dense.nc")
+    assert np.array_equal(run.frames(-1), run.frames(2))
+    assert len(run.frames(0, burn_in=5, stride=2)) == 5
+
+
+def test_bad_storage_is_refused(folder, tmp_path):
+    with pytest.raises(InputError, match="no storage"):
+        load_multistate(tmp_path / "missing.nc")
+    (tmp_path / "torn.nc").write_bytes((folder / "dense.nc").read_bytes()[:2000])
+    with pytest.raises(CorruptFileError):
+        load_multistate(tmp_path / "torn.nc")
+    shutil.copy(folder / "sparse.nc", tmp_path / "alone.nc")
+    with pytest.raises(CorruptFileError, match="checkpoint"):
+        load_multistate(tmp_path / "alone.nc")
+    run = load_multistate(folder / "dense.nc")
+    with pytest.raises(InputError, match="3 states"):
+        tfep.state_from_storage(run, 3)
+    with pytest.raises(InsufficientDataError, match="stored frames"):
+        tfep.state_from_storage(run, 0, burn_in=10_000)
+    with pytest.raises(InsufficientDataError, match="at least ten"):
+        tfep.storage_reference(run, burn_in=10_000)
