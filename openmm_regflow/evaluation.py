@@ -286,9 +286,18 @@ def _basin_figures(x: np.ndarray, x_ref: np.ndarray, log_w_n: np.ndarray, phi: A
     calls = (
         lambda: metrics.basin_delta_f(angle),
         lambda: metrics.basin_delta_f(angle, log_weights=log_w_n[there]),
-        lambda: metrics.basin_delta_f(reference, block=metrics.block_length(np.where(reference > 0, 1.0, 0.0))),
+        lambda: metrics.basin_delta_f(reference, block=_reference_block(reference)),
     )
     return {name: _pair(_or_none(call)) for name, call in zip(names, calls)}
+
+
+def _reference_block(angle: np.ndarray) -> int:
+    """Length of a bootstrap block of reference frames, a twentieth of them at least.
+
+    In replica exchange the number of replicas beyond a barrier changes far more slowly than the lowest state forgets
+    which of them it holds, so its correlation time alone is too short.
+    """
+    return max(metrics.block_length(np.where(angle > 0, 1.0, 0.0)), len(angle) // 20)
 
 
 def _pair(estimate: Estimate | None) -> tuple[float, float] | None:

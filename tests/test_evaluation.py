@@ -123,3 +123,16 @@ def test_no_finite_energy_is_insufficient():
         evaluation.evaluate(reference, np.zeros(50), np.full(50, np.inf), reference, np.zeros(50))
     with pytest.raises(InputError, match="positions"):
         evaluation.evaluate(reference[:10], np.zeros(50), np.zeros(50), reference, np.zeros(50))
+
+
+def test_error_of_replica_exchange_frames_covers_their_slow_mode():
+    """Uncorrelated frames whose basin population drifts: the correlation time sees nothing, the blocks must."""
+    g = np.random.default_rng(5)
+    n, spell, z = 4000, 100, []
+    for _ in range(100):
+        population = np.repeat(g.choice([0.02, 0.10], n // spell), spell)
+        angle = np.where(g.random(n) < population, 1.0, -1.0)
+        estimate = metrics.basin_delta_f(angle, block=evaluation._reference_block(angle), generator=g)
+        z.append((estimate.value - math.log(0.94 / 0.06)) / estimate.error)
+    # With 20 blocks z is Student's t, sd sqrt(19/17) = 1.06, known to 7 % from 100 repeats: four standard errors.
+    assert np.std(z) == pytest.approx(1.06, abs=0.3)
