@@ -4,12 +4,14 @@ bar.
 * arrays of works -> result: :func:`estimate` (BAR, MBAR, exponential averages), :func:`estimate_states`;
 * positions, potentials and a map -> works -> result: :func:`free_energy_difference`, :func:`cross_fit`;
 * two states described in a file -> result on disk: :func:`load_states`, :func:`run_states`;
+* the state that dynamics of a System sample, constraints included: :func:`state_of`;
 * states of an openmmtools sampler: :func:`state_from_storage`, MBAR over all of them: :func:`storage_reference`;
 * no map, but a flow that covers both states: :func:`basin_free_energy`, :func:`through_prior`.
 """
 
 from openmm_regflow.tfep.bennett import crooks_slope
 from openmm_regflow.tfep.bridge import FlowWorks, basin_free_energy, flow_works, through_prior
+from openmm_regflow.tfep.ensembles import ConstrainedEnergy, potential_of, shared_bonds, state_of
 from openmm_regflow.tfep.estimators import (
     MultistateFreeEnergy,
     TargetedFreeEnergy,
@@ -33,10 +35,11 @@ from openmm_regflow.tfep.pipeline import (
     works,
 )
 from openmm_regflow.tfep.states import StatesConfig, load_states, run_states
-from openmm_regflow.tfep.storage import potential_of, state_from_storage, storage_reference
+from openmm_regflow.tfep.storage import state_from_storage, storage_reference
 
 __all__ = [
     "AffineMap",
+    "ConstrainedEnergy",
     "CoordinatesMap",
     "FlowWorks",
     "IdentityMap",
@@ -62,8 +65,10 @@ __all__ = [
     "load_states",
     "potential_of",
     "run_states",
+    "shared_bonds",
     "split",
     "state_from_storage",
+    "state_of",
     "storage_reference",
     "through_prior",
     "torsion_basin",

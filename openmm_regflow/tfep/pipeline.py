@@ -50,7 +50,8 @@ class AffineMap:
 
     ``T = C_a^-1/2 (C_a^1/2 C_b C_a^1/2)^1/2 C_a^-1/2`` (Peyré & Cuturi 2019, remark 2.31). Exact where both
     states are Gaussian in these coordinates; a baseline elsewhere. Molecules in Cartesian coordinates drift
-    and turn, so fit it to internal coordinates (:class:`CoordinatesMap`) or to restrained systems.
+    and turn, so fit it to internal coordinates (:class:`CoordinatesMap`) or to restrained systems. It is no bijection
+    of a circle: a torsion that goes all the way round must be left as it is (:func:`openmm_regflow.tfep.fit_map` does).
 
     Args:
         mean_a: `(d,)`.

@@ -24,7 +24,8 @@ Instead of ``trajectory`` a state may name one state of an openmmtools sampler (
 :class:`~openmm_regflow.simulate.BatchedSettings`. ``burn_in`` leaves out that many iterations of either.
 
 Relative paths are taken from the folder of the TOML file. States may differ in system (force field, restraints),
-temperature and basin; the atoms and their order must be the same.
+temperature and basin; the atoms and their order, and the constraints, must be the same. A map keeps constrained
+bonds at their length, and the metric term of constrained dynamics is included.
 """
 
 import json
@@ -43,6 +44,7 @@ from openmm_regflow.errors import CorruptFileError, InputError, InsufficientData
 from openmm_regflow.flows import coordinates_for
 from openmm_regflow.simulate import BatchedSettings, batched_tempering, load_runs
 from openmm_regflow.systems import MolecularSystem, load_system, load_trajectory
+from openmm_regflow.tfep.ensembles import shared_bonds, state_of
 from openmm_regflow.tfep.estimators import TargetedFreeEnergy, convergence, estimate
 from openmm_regflow.tfep.learned import fit_map
 from openmm_regflow.tfep.pipeline import (
@@ -55,7 +57,7 @@ from openmm_regflow.tfep.pipeline import (
     torsion_basin,
     works,
 )
-from openmm_regflow.tfep.storage import potential_of, state_from_storage
+from openmm_regflow.tfep.storage import state_from_storage
 from openmm_regflow.training import TrainConfig
 
 _HDF5 = (".h5", ".hdf5")
@@ -214,7 +216,7 @@ def _source(config: StateConfig, folder: Path, run_folder: Path, molecule: Molec
                 f"{config.temperature} K; leave temperature out"
             )
         return state, x
-    state = State(potential_of(molecule.system), molecule.temperature)
+    state = state_of(molecule.system, molecule.temperature)
     if config.simulate is None:
         return state, read_positions(folder / str(config.trajectory), molecule, config.stride)
     batched_tempering(molecule, run_folder, BatchedSettings.create(**config.simulate))
@@ -261,13 +263,14 @@ def run_states(config: StatesConfig, folder: str | Path, output: str | Path) -> 
 def _solve(
     config: StatesConfig, molecule: MolecularSystem, state_a: State, state_b: State, x_a: np.ndarray, x_b: np.ndarray
 ) -> tuple[TargetedFreeEnergy, Works]:
+    fixed = shared_bonds(state_a, state_b)
     options: dict[str, Any] = {"method": config.method, "n_resamples": config.n_resamples, "generator": config.seed}
     if config.map == "identity":
         same = works(IdentityMap(), state_a, state_b, x_a, x_b)
         return estimate(same.forward, same.reverse, temperature=state_a.temperature, **options), same
 
     def fit(a: torch.Tensor, b: torch.Tensor) -> CoordinatesMap:
-        coordinates = coordinates_for(molecule.topology, torch.cat([a, b]), config.coordinates)
+        coordinates = coordinates_for(molecule.topology, torch.cat([a, b]), config.coordinates, fixed)
         return fit_map(
             coordinates, a, b, architecture=config.architecture, max_pairs=config.max_pairs, config=config.train,
             target_noise=config.target_noise, refine=(state_a, state_b) if config.refine else None,

@@ -7,22 +7,13 @@ restraint on and off. :func:`storage_reference` gives MBAR over all of its state
 from pathlib import Path
 
 import numpy as np
-from openmm import System
 
-from openmm_regflow.errors import InsufficientDataError, UnsupportedForceError
-from openmm_regflow.potentials import OpenMMPotential, Potential, TorchPotential
+from openmm_regflow.errors import InsufficientDataError
 from openmm_regflow.reweighting import Seed
 from openmm_regflow.simulate import MultistateRun, load_multistate
+from openmm_regflow.tfep.ensembles import state_of
 from openmm_regflow.tfep.estimators import MultistateFreeEnergy, estimate_states, load_pymbar, quiet
 from openmm_regflow.tfep.pipeline import State
-
-
-def potential_of(system: System) -> Potential:
-    """The batched torch potential, or OpenMM's own where a force has no torch form."""
-    try:
-        return TorchPotential(system)
-    except UnsupportedForceError:
-        return OpenMMPotential(system)
 
 
 def state_from_storage(
@@ -46,7 +37,7 @@ def state_from_storage(
     """
     run = storage if isinstance(storage, MultistateRun) else load_multistate(storage)
     frames = run.frames(index, burn_in, stride)
-    return State(potential_of(run.system(index)), run.temperature(index)), frames
+    return state_of(run.system(index), run.temperature(index)), frames
 
 
 def storage_reference(

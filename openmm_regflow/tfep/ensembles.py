@@ -1,0 +1,107 @@
+"""The thermodynamic state of an OpenMM System: its potential and, with constraints, their metric term."""
+
+from typing import Any
+
+import openmm
+import torch
+from torch import Tensor
+
+from openmm_regflow.constraints import Constraints
+from openmm_regflow.errors import InputError, UnsupportedForceError
+from openmm_regflow.potentials import OpenMMPotential, Potential, TorchPotential
+from openmm_regflow.tfep.pipeline import Basin, State
+from openmm_regflow.units import thermal_energy
+
+#: Relative difference at which the lengths of a constraint in two Systems count as one.
+SAME_LENGTH = 1e-9
+#: Relative deviation from a constrained length that dynamics (1e-5 by default) and float32 frames stay below.
+ON_SURFACE = 1e-3
+
+
+def potential_of(system: openmm.System) -> Potential:
+    """The batched torch potential, or OpenMM's own where a force has no torch form."""
+    try:
+        return TorchPotential(system)
+    except UnsupportedForceError:
+        return OpenMMPotential(system)
+
+
+class ConstrainedEnergy:
+    """``U(x) - kT log sqrt(det Z(x))`` [kJ/mol]: minus kT times the log-density of constrained dynamics.
+
+    The density is on the constraint surface, in the internal coordinates that are left with their usual volume element
+    (:mod:`openmm_regflow.constraints`; Sprik & Ciccotti 1998, equation 9). A map has to keep the constrained lengths:
+    fit it in ``coordinates_for(..., fixed=fixed_bonds(system))``.
+
+    Args:
+        system: with constraints.
+        temperature: [K].
+        potential: of the same System.
+    """
+
+    def __init__(self, system: openmm.System, temperature: Any, potential: Potential) -> None:
+        self.potential, self.metric, self.kt = potential, Constraints.of(system), thermal_energy(temperature)
+
+    @property
+    def fixed_bonds(self) -> tuple[tuple[int, int, float], ...]:
+        """Constraints ``(i, j, length [nm])``."""
+        return self.metric.bonds
+
+    def __call__(self, x: Any) -> Tensor:
+        """Energies `(n,)` of positions `(n, n_atoms, 3)` [nm].
+
+        Raises:
+            InputError: positions off the constraint surface.
+        """
+        positions = torch.as_tensor(x)
+        self._check(positions)
+        u = torch.as_tensor(self.potential(positions))
+        return u - self.kt * self.metric.log_metric(positions).to(u)
+
+
+    def _check(self, x: Tensor) -> None:
+        first, second = (torch.tensor([bond[k] for bond in self.fixed_bonds], device=x.device) for k in (0, 1))
+        length = torch.tensor([bond[2] for bond in self.fixed_bonds], device=x.device)
+        off = ((x[:, first] - x[:, second]).norm(dim=-1) / length - 1.0).abs()
+        worst = float(off.nan_to_num(0.0).max()) if len(x) else 0.0
+        if worst > ON_SURFACE:
+            raise InputError(
+                f"a constrained bond is off its length by {worst:.1%}; samples must come from constrained dynamics, "
+                "and maps be fitted in coordinates_for(..., fixed=constraints.fixed_bonds(system))"
+            )
+
+
+def state_of(system: openmm.System, temperature: Any, basin: Basin | None = None) -> State:
+    """The state that dynamics of a System sample at one temperature.
+
+    Args:
+        system: non-periodic where a map is learned.
+        temperature: [K or Quantity].
+        basin: indicator, or None for the whole space.
+
+    Returns:
+        A :class:`State`; its potential carries the metric term of the constraints, if there are any.
+    """
+    potential = potential_of(system)
+    if not system.getNumConstraints():
+        return State(potential, temperature, basin)
+    return State(ConstrainedEnergy(system, temperature, potential), temperature, basin)
+
+
+def shared_bonds(state_a: State, state_b: State) -> list[tuple[int, int, float]]:
+    """Constraints ``(i, j, length [nm])`` of both states, for the coordinates of a map between them.
+
+    Raises:
+        InputError: they differ; a free energy between different constraint surfaces depends on the unit of length.
+    """
+    held = [
+        {(min(i, j), max(i, j)): d for i, j, d in getattr(s.potential, "fixed_bonds", ())} for s in (state_a, state_b)
+    ]
+    a, b = held
+    differing = sorted(set(a) ^ set(b)) + [k for k in set(a) & set(b) if abs(a[k] - b[k]) > SAME_LENGTH * a[k]]
+    if differing:
+        raise InputError(
+            f"the states differ in {len(differing)} constraints (atoms {differing[0][0]} and {differing[0][1]} are the "
+            "first); build both Systems with the same constraints and lengths, or with constraints=None"
+        )
+    return [(i, j, d) for (i, j), d in a.items()]
