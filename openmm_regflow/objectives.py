@@ -141,8 +141,11 @@ class GeneralisedKLLoss(SplitLoss):
 class FlowMatchingLoss(SplitLoss):
     """Conditional flow matching with straight paths (arXiv 2210.02747, equation 23), per dimension.
 
+    A batch is data alone, with paths from the prior, or samples of two ensembles, with paths from the first to the
+    second (stochastic interpolants, arXiv 2209.15571).
+
     Attributes:
-        prior: of the start points.
+        prior: of the start points where a batch brings none, and of what is circular.
         couple: matches a batch of start points to the data (minibatch OT); None leaves them independent.
     """
 
@@ -150,9 +153,12 @@ class FlowMatchingLoss(SplitLoss):
     couple: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def draw(self, batch: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Times, points and velocities of the paths to a batch (y `(n, dim)`,)."""
-        y = batch[0]
-        z = self.prior.sample(y.shape[0], generator, y.dtype)
+        """Times, points and velocities of the paths to a batch (y `(n, dim)`,), or from x to y of a batch (x, y)."""
+        y = batch[-1]
+        if len(batch) == 1:
+            z = self.prior.sample(y.shape[0], generator, y.dtype)
+        else:  # paired anew each time: the rows of a batch belong together in no way
+            z = batch[0][torch.randperm(len(y), generator=generator).to(y.device)]
         if self.couple is not None:
             z = self.couple(z, y)
         t = torch.rand(y.shape[0], generator=generator, dtype=y.dtype).to(y.device)

@@ -1,5 +1,7 @@
 """A map learned by regression on optimal-transport pairs, on a system with an exact answer."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from openmm_regflow import tfep
 from openmm_regflow.coordinates import CartesianMap
 from openmm_regflow.errors import InputError, InsufficientDataError
 from openmm_regflow.systems import harmonic_well, skewed_double_well
-from openmm_regflow.tfep.learned import transport_pairs
+from openmm_regflow.tfep.learned import reflow_between, transport_pairs
 from openmm_regflow.training import TrainConfig
 
 
@@ -33,14 +35,38 @@ def learn(samples, n_steps, **keywords):
     return learned, result, left_test
 
 
-def test_learned_map_finds_delta_f():
+@pytest.mark.parametrize("coupling", ["torsional", "reflow"])
+def test_learned_map_finds_delta_f(coupling):
     samples = basins(3000)
-    learned, result, x = learn(samples, 150, architecture="real_nvp")
+    learned, result, x = learn(samples, 150, architecture="real_nvp", coupling=coupling)
     assert abs(result.delta_f - samples[0].delta_f()) < 4 * result.uncertainty
     assert not result.verdict.startswith("do not trust")
     y, log_det = learned.forward(x)
     back, reverse = learned.inverse(y)
     assert (back - x).abs().max() < 1e-7 and (log_det + reverse).abs().max() < 1e-6
+
+
+def test_reflow_pairs_join_the_two_ensembles():
+    """Ends of the teacher's paths are distributed as the other state's samples; pairs on a circle go the short way."""
+    g = torch.Generator().manual_seed(0)
+    circular = torch.tensor([False, True])
+    a = torch.randn(1000, 2, generator=g) * torch.tensor([0.5, 0.3]) + torch.tensor([0.0, 2.8])
+    b = torch.randn(1000, 2, generator=g) * torch.tensor([1.0, 0.3]) + torch.tensor([1.0, -2.8])
+    a, b = (torch.stack([v[:, 0], torch.remainder(v[:, 1] + math.pi, 2 * math.pi) - math.pi], 1) for v in (a, b))
+    config = TrainConfig(steps=400, batch_size=256, learning_rate=3e-3, ema=0.98)
+    pairs = reflow_between(a, b, circular, config, hidden=32, depth=2)
+    ends, starts = pairs.y[:1000], pairs.z[1000:]
+    for found, wanted in ((ends, b), (starts, a)):
+        # Means of 1000 samples on either side, 4 standard errors, and a tenth of a width for a short training.
+        tolerance = (4 * math.sqrt(2 / 1000) + 0.1) * wanted[:, 0].std()
+        assert abs(found[:, 0].mean() - wanted[:, 0].mean()) < tolerance
+        assert found[:, 0].std() == pytest.approx(float(wanted[:, 0].std()), rel=4 * math.sqrt(1 / 1000) + 0.1)
+        assert torch.exp(1j * found[:, 1]).mean().angle() == pytest.approx(
+            float(torch.exp(1j * wanted[:, 1]).mean().angle()), abs=(4 * math.sqrt(2 / 1000) + 0.1) * 0.3
+        )
+    along = torch.remainder(pairs.y[:, 1] - pairs.z[:, 1] + math.pi, 2 * math.pi) - math.pi
+    assert along.mean() == pytest.approx(2 * math.pi - 5.6, abs=0.1)
+    assert torch.corrcoef(torch.stack([pairs.z[:1000, 0], ends[:, 0]]))[0, 1] > 0.95  # a map, nearly monotone
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
-"""Maps learned from samples of the two states: RegFlow regression on optimal-transport pairs, refined if wished.
+"""Maps learned from samples of the two states: RegFlow regression on optimal-transport or reflow pairs, refined if
+wished.
 
-The regression needs no energies. The refinement minimises the two-sided variational bound: the mean forward work is
+The regression needs no energies. Reflow pairs are ends of the paths of a teacher trained by flow matching between the
+two ensembles. The refinement minimises the two-sided variational bound: the mean forward work is
 at least delta_f and the mean reverse work at least -delta_f, with equality for a perfect map (Wirnsberger et al.
 2020, arXiv 2002.04913, section III); it needs potentials that torch can differentiate.
 """
@@ -15,8 +17,9 @@ from openmm_regflow import flows
 from openmm_regflow.bijections import Bijection
 from openmm_regflow.coordinates import CoordinateMap
 from openmm_regflow.errors import InputError, InsufficientDataError
-from openmm_regflow.objectives import RegFlowLoss
-from openmm_regflow.targets import MAX_EXACT, Pairs, optimal_transport_pairs
+from openmm_regflow.objectives import FlowMatchingLoss, RegFlowLoss
+from openmm_regflow.targets import MAX_EXACT, Pairs, minibatch_coupling, optimal_transport_pairs
+from openmm_regflow.teachers import VectorField, integrate
 from openmm_regflow.tfep.pipeline import AffineMap, CoordinatesMap, State, _tensor
 from openmm_regflow.training import Batches, TrainConfig, train
 from openmm_regflow.units import thermal_energy
@@ -91,7 +94,7 @@ def transport_pairs(a: Tensor, b: Tensor, circular: Tensor, coupling: str) -> Pa
         InsufficientDataError: fewer samples than stiff features.
     """
     if coupling not in ("full", "torsional"):
-        raise InputError(f"coupling is {coupling!r}; choose 'full' or 'torsional'")
+        raise InputError(f"coupling is {coupling!r}; choose 'full', 'torsional' or 'reflow'")
     if coupling == "full" or not bool(circular.any()) or bool(circular.all()):
         return optimal_transport_pairs(a, b, circular)
     pairs = optimal_transport_pairs(a[:, circular], b[:, circular], circular[circular])
@@ -100,6 +103,41 @@ def transport_pairs(a: Tensor, b: Tensor, circular: Tensor, coupling: str) -> Pa
     stiff = a[:, ~circular].double()
     y[:, ~circular] = AffineMap.fit(stiff, b[:, ~circular]).forward(stiff)[0].to(y.dtype)
     return Pairs(a, y)
+
+
+def reflow_between(
+    a: Tensor, b: Tensor, circular: Tensor, config: TrainConfig, *, hidden: int = 128, depth: int = 3, n_steps: int = 20
+) -> Pairs:
+    """Pairs of features at both ends of the paths of a teacher between two ensembles, from samples of either.
+
+    The teacher is trained by flow matching with minibatch optimal-transport coupling, so its paths are nearly straight;
+    its map is deterministic, and regression on it does not shrink the stiff coordinates.
+
+    Args:
+        a: features of A `(n, dim)`.
+        b: features of B `(m, dim)`.
+        circular: `(dim,)` bool.
+        config: training of the teacher.
+        hidden: width of its residual MLP.
+        depth: its blocks.
+        n_steps: midpoint steps of the ODE.
+
+    Returns:
+        ``n + m`` pairs (of A, of B).
+
+    Raises:
+        DivergenceError: training did not recover.
+    """
+    teacher = VectorField(circular, "mlp", hidden, depth, config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    n = max(len(a), len(b))
+    data = _matched(n, a, generator), _matched(n, b, generator)
+    loss: Any = FlowMatchingLoss(teacher.prior, minibatch_coupling(circular))
+    train(teacher, loss, Batches(data, min(config.batch_size, n), config.seed), config)
+    with torch.no_grad():
+        ends = integrate(teacher.eval(), a, n_steps=n_steps)[0]
+        starts = integrate(teacher, b, n_steps=n_steps, reverse=True)[0]
+    return Pairs(torch.cat([a, starts]), torch.cat([ends, b]))
 
 
 def fit_map(
@@ -117,14 +155,16 @@ def fit_map(
     target_noise: float = 0.0,
     refine: tuple[State, State] | None = None,
     refine_config: TrainConfig | None = None,
+    teacher_config: TrainConfig | None = None,
 ) -> CoordinatesMap:
-    """Train a map A -> B by regression on the exact optimal-transport coupling of samples (RegFlow, OT targets).
+    """Train a map A -> B by regression on pairs of their samples (RegFlow with OT or reflow targets).
 
     Args:
         coordinates: features <-> positions, fitted to samples of both states.
         positions_a: `(n, n_atoms, 3)` [nm or Quantity] training samples of A.
         positions_b: `(m, n_atoms, 3)` training samples of B.
-        coupling: see :func:`transport_pairs`; for coordinates without torsions both are the same.
+        coupling: ``torsional`` or ``full``, exact optimal transport, see :func:`transport_pairs` (the same for
+            coordinates without torsions); or ``reflow``, see :func:`reflow_between`.
         architecture: ``spline``, ``real_nvp``, ``res_nvp`` or ``jet``.
         n_layers: couplings.
         hidden: width of the conditioners.
@@ -135,12 +175,13 @@ def fit_map(
         target_noise: standard deviation of noise added to the targets [features].
         refine: (state_a, state_b) with differentiable potentials, to go on with the variational bound.
         refine_config: of that phase.
+        teacher_config: training of the teacher of ``reflow``; ``config`` by default.
 
     Returns:
         The map, in evaluation mode. Evaluate it on samples that are not among the ones given here.
 
     Raises:
-        InputError: mismatched atoms, or an unknown architecture.
+        InputError: mismatched atoms, an unknown architecture or coupling.
         InsufficientDataError: fewer than 20 samples of a state.
         DivergenceError: training did not recover.
     """
@@ -156,10 +197,13 @@ def fit_map(
     bijection = flows.build(coordinates, size).bijection
     a, b = (coordinates.to_features(x)[0].float() for x in (x_a, x_b))
     generator = torch.Generator().manual_seed(config.seed)
-    n = min(max(len(a), len(b)), max_pairs, MAX_EXACT)
-    pairs = transport_pairs(_matched(n, a, generator), _matched(n, b, generator), coordinates.circular, coupling)
+    if coupling == "reflow":
+        pairs = reflow_between(a, b, coordinates.circular, teacher_config or config)
+    else:
+        n = min(max(len(a), len(b)), max_pairs, MAX_EXACT)
+        pairs = transport_pairs(_matched(n, a, generator), _matched(n, b, generator), coordinates.circular, coupling)
     loss: Any = RegFlowLoss(coordinates.circular, forward_backward=forward_backward, target_noise=target_noise)
-    train(bijection, loss, Batches((pairs.z, pairs.y), min(config.batch_size, n), config.seed), config)
+    train(bijection, loss, Batches((pairs.z, pairs.y), min(config.batch_size, len(pairs.z)), config.seed), config)
     if refine is not None:
         _refine(bijection, coordinates, a, b, refine, refine_config or config)
     # Trained in float32, evaluated in float64: inverse and log-determinant then agree to rounding.

@@ -107,6 +107,7 @@ class StatesConfig(_Section):
     gap: int = Field(0, ge=0, description="frames beside a held-out fold that train nothing")
     coordinates: Literal["internal", "cartesian"] = "internal"
     architecture: Literal["spline", "real_nvp", "res_nvp", "jet"] = "spline"
+    coupling: Literal["torsional", "full", "reflow"] = Field("torsional", description="pairs that train the map")
     max_pairs: int = Field(3000, ge=2)
     target_noise: float = Field(0.0, ge=0)
     refine: bool = Field(False, description="go on with the variational bound (differentiable potentials)")
@@ -272,8 +273,8 @@ def _solve(
     def fit(a: torch.Tensor, b: torch.Tensor) -> CoordinatesMap:
         coordinates = coordinates_for(molecule.topology, torch.cat([a, b]), config.coordinates, fixed)
         return fit_map(
-            coordinates, a, b, architecture=config.architecture, max_pairs=config.max_pairs, config=config.train,
-            target_noise=config.target_noise, refine=(state_a, state_b) if config.refine else None,
+            coordinates, a, b, coupling=config.coupling, architecture=config.architecture,
+            max_pairs=config.max_pairs, config=config.train, target_noise=config.target_noise, refine=(state_a, state_b) if config.refine else None,
         )  # fmt: skip
 
     mapped = cross_fit_works(fit, state_a, state_b, x_a, x_b, folds=config.folds, gap=config.gap)
