@@ -36,7 +36,7 @@ class NCMCFlowMove(FlowMove):
     in the middle), so the ratio of path probabilities is ``exp(-W/kT)`` with the protocol and shadow work of the
     dynamics, and the jump from x to y at zero coupling adds ``u_0(y) - u_0(x) + log q(y) - log q(x)`` to ``W/kT``.
     Switching from the state's System to the alchemical one at full coupling, and back, counts as work too, so
-    approximations in the alchemical System (reciprocal space, dispersion) cost acceptance and nothing else. After a
+    approximations in the alchemical System (reaction fields, dispersion) cost acceptance and nothing else. After a
     rejection the old positions and velocities stay.
 
     Args:
@@ -202,13 +202,25 @@ def _energy_of(context: openmm.Context) -> float:
 def alchemical_system(system: openmm.System, subset: list[int]) -> openmm.System:
     """The System with a subset whose nonbonded interactions with the rest scale with two global parameters.
 
-    Interactions within the subset stay. Reciprocal-space electrostatics of the subset and its part of the dispersion
-    correction are left out; :class:`NCMCFlowMove` corrects for both.
+    With Ewald sums the charges of the subset are scaled, reciprocal space included, so electrostatics within the subset
+    vanish as well; otherwise interactions within the subset stay. The subset's part of the dispersion correction is
+    left out: a constant at constant volume. So is a CMMotionRemover, whose changes of velocities no work accounts for.
     """
     from openmmtools.alchemy import AbsoluteAlchemicalFactory, AlchemicalRegion
 
-    region = AlchemicalRegion(alchemical_atoms=subset, annihilate_electrostatics=False, annihilate_sterics=False)
-    factory = AbsoluteAlchemicalFactory(
-        alchemical_pme_treatment="direct-space", disable_alchemical_dispersion_correction=True
+    region = AlchemicalRegion(
+        alchemical_atoms=subset, annihilate_electrostatics=_has_ewald_sum(system), annihilate_sterics=False
     )
-    return factory.create_alchemical_system(system, region)
+    factory = AbsoluteAlchemicalFactory(alchemical_pme_treatment="exact", disable_alchemical_dispersion_correction=True)
+    switched = factory.create_alchemical_system(system, region)
+    for k in reversed(range(switched.getNumForces())):
+        if isinstance(switched.getForce(k), openmm.CMMotionRemover):
+            switched.removeForce(k)
+    return switched
+
+
+def _has_ewald_sum(system: openmm.System) -> bool:
+    """Whether charges interact through reciprocal space."""
+    methods = (openmm.NonbondedForce.Ewald, openmm.NonbondedForce.PME)
+    forces = (force for force in system.getForces() if isinstance(force, openmm.NonbondedForce))
+    return any(force.getNonbondedMethod() in methods for force in forces)

@@ -121,7 +121,7 @@ def describe(
 
 def register(description: Description, proposal: FlowProposal) -> Shared:
     """Make a live proposal what copies with this description use; starts a fresh pool and random state."""
-    generator = torch.Generator().manual_seed(_fresh_seed() if description.seed is None else description.seed)
+    generator = torch.Generator().manual_seed(_seed(description.seed))
     shared = Shared(proposal, new_pool(proposal, description.pool_size, generator), generator)
     _SHARED[description.key] = shared
     return shared
@@ -211,11 +211,16 @@ def _build_proposal(description: Description, flow: Flow, system: openmm.System)
     return SubsetProposal(flow, potential, description.temperature, description.atom_subset, **options)
 
 
-def _fresh_seed() -> int:
-    """A seed from NumPy's global state (what openmmtools users set) and the MPI rank, so that ranks differ."""
+def _seed(seed: int | None) -> int:
+    """The seed of this MPI rank, from the user's or from NumPy's global state (what openmmtools users set).
+
+    Ranks run the same program, but each draws for its own replicas: with one seed they would all propose the same.
+    """
     import mpiplus
 
     communicator = mpiplus.get_mpicomm()
     rank = 0 if communicator is None else communicator.rank
-    entropy = [*np.random.randint(0, 2**31 - 1, size=2).tolist(), rank]
-    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
+    if seed is not None and rank == 0:
+        return seed
+    entropy = np.random.randint(0, 2**31 - 1, size=2).tolist() if seed is None else [seed % 2**64]
+    return int(np.random.SeedSequence([*entropy, rank]).generate_state(1, np.uint64)[0] >> 1)

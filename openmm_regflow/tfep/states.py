@@ -274,7 +274,8 @@ def _solve(
         coordinates = coordinates_for(molecule.topology, torch.cat([a, b]), config.coordinates, fixed)
         return fit_map(
             coordinates, a, b, coupling=config.coupling, architecture=config.architecture,
-            max_pairs=config.max_pairs, config=config.train, target_noise=config.target_noise, refine=(state_a, state_b) if config.refine else None,
+            max_pairs=config.max_pairs, config=config.train, target_noise=config.target_noise,
+            refine=(state_a, state_b) if config.refine else None,
         )  # fmt: skip
 
     mapped = cross_fit_works(fit, state_a, state_b, x_a, x_b, folds=config.folds, gap=config.gap)
