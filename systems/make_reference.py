@@ -4,8 +4,8 @@ Usage: ``python systems/make_reference.py {trajectories,free-energy} [runs]`` fo
 ``python systems/make_reference.py alanine-tetrapeptide [runs]`` (or another name of ``PEPTIDES``) for a longer one.
 
 ``trajectories``: four runs of parallel tempering (train, validation, and two for test), about five CPU hours.
-``free-energy``: runs under a bias that flattens phi, two of openmmtools and one of 64 batched ladders, for a sharper
-free energy of its basins, about forty CPU minutes; it reads the shipped trajectories.
+``free-energy``: two runs under a bias that flattens phi, for a sharper free energy of its basins, about thirty CPU
+minutes; it reads the shipped trajectories.
 Runs that were stopped continue when the command is given again. A run can be made alone, beside others:
 ``python systems/make_reference.py free-energy runs aldp-biased-5005``.
 
@@ -54,10 +54,6 @@ RUNS = {
 }
 #: folder -> (iterations, seed)
 BIASED_RUNS = {"aldp-biased-5005": (8_000, 5005), "aldp-biased-6006": (8_000, 6006)}
-#: the same with many short ladders of the batched engine
-BATCHED_RUN = "aldp-batched-64"
-BATCHED_LADDER = {"n_copies": 64, "n_replicas": 3, "max_temperature": 400.0, "scramble_steps": 5000, "seed": 1}
-BATCHED_ITERATIONS = 500
 #: name -> split -> (iterations, seed)
 PEPTIDES = {
     "alanine-tripeptide": {"train": (650, 31), "validation": (250, 32), "test": (650, 33)},
@@ -139,29 +135,20 @@ def free_energy(output: Path, only: str | None = None) -> None:
         finished(biased, output / name, TemperingSettings.create(**BIASED_LADDER, n_iterations=n, seed=seed))
         for name, (n, seed) in wanted.items()
     ]
-    print(json.dumps(analysis_record(analyse(runs, phi, bias)), indent=1))
+    analysis = analyse(runs, phi, bias)
+    print(json.dumps(analysis_record(analysis), indent=1))
     if only is not None:
         return
-    bias_system = torsion_bias_system(molecule.n_atoms, [(phi, bias)])
-    settings = BatchedSettings.create(**BATCHED_LADDER, n_iterations=BATCHED_ITERATIONS)
-    batched_tempering(molecule, output / BATCHED_RUN, settings, bias=bias_system)
-    ladders = load_runs(output / BATCHED_RUN, burn_in=50)
-    analyses = {"biased": analyse(runs, phi, bias), "batched": analyse(ladders, phi)}
     path = molecule.folder / "reference.json"
     record = json.loads(path.read_text())
     if "unbiased" not in record:
         record["unbiased"] = {key: record.pop(key) for key in ESTIMATES + MIXING}
-    made = {
-        "biased": {"ladder": BIASED_LADDER, "runs": BIASED_RUNS},
-        "batched": {"ladder": BATCHED_LADDER, "iterations": BATCHED_ITERATIONS},
-    }
-    for name, analysis in analyses.items():
-        record[name] = {**analysis_record(analysis), "bias": bias.round(6).tolist(), **made[name]}
+    made = {"ladder": BIASED_LADDER, "runs": BIASED_RUNS}
+    record["biased"] = {**analysis_record(analysis), "bias": bias.round(6).tolist(), **made}
     for suffix, basins in (("", "phi > 0) - F(phi < 0)"), ("_core", "0 < phi < 2 rad) - F(elsewhere)")):
         plain = record["unbiased"][f"delta_f_phi{suffix}_mbar"]
-        parts = [getattr(a, f"delta_f{suffix}_mbar") for a in analyses.values()]
-        parts.append(Estimate(plain["value"], plain["error"], 0))
-        record[f"delta_f_phi{suffix}"] = combined(parts, f"F({basins} [kT], MBAR; all runs combined")
+        parts = [getattr(analysis, f"delta_f{suffix}_mbar"), Estimate(plain["value"], plain["error"], 0)]
+        record[f"delta_f_phi{suffix}"] = combined(parts, f"F({basins} [kT], MBAR; unbiased and biased runs combined")
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps({key: record[key] for key in ("delta_f_phi", "delta_f_phi_core")}, indent=1))
 
