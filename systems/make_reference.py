@@ -56,8 +56,8 @@ RUNS = {
 BIASED_RUNS = {"aldp-biased-5005": (8_000, 5005), "aldp-biased-6006": (8_000, 6006)}
 #: name -> split -> (iterations, seed)
 PEPTIDES = {
-    "alanine-tripeptide": {"train": (650, 31), "validation": (250, 32), "test": (650, 33)},
-    "alanine-tetrapeptide": {"train": (650, 41), "validation": (200, 42), "test": (400, 43)},
+    "alanine-tripeptide": {"train": (500, 31), "validation": (200, 32), "test": (450, 33)},
+    "alanine-tetrapeptide": {"train": (650, 41), "validation": (350, 42), "test": (400, 43)},
     "alanine-hexapeptide": {"train": (400, 61), "validation": (150, 62), "test": (400, 63)},
 }
 PEPTIDE_LADDER = {"n_copies": 24, "n_replicas": 4, "max_temperature": 450.0, "scramble_steps": 50_000}
