@@ -8,15 +8,15 @@ import pytest
 import torch
 from analytic_molecules import KT, MASSES, TEMPERATURE, Chain, distance
 from openmm import unit
-from openmmtools import cache, states
+from openmmtools import cache, states, testsystems
 from openmmtools.utils import deserialize, serialize
 from test_moves import COORDINATES, forget
 from test_sampling import SIGMAS, generator
 
 from openmm_regflow import flows
-from openmm_regflow.errors import InputError
+from openmm_regflow.errors import CorruptFileError, InputError
 from openmm_regflow.moves import NCMCFlowMove
-from openmm_regflow.moves.ncmc import alchemical_system
+from openmm_regflow.moves.ncmc import alchemical_system, schedule
 from openmm_regflow.potentials import OpenMMPotential
 from openmm_regflow.proposals import SubsetProposal
 
@@ -147,9 +147,11 @@ def test_the_bath_is_what_openmm_says(exact):
     torch.testing.assert_close(energies, BATH.interaction(x) + KT / 2 * held, rtol=1e-7, atol=1e-6)
 
 
-@pytest.mark.parametrize("n_steps", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_move_leaves_the_exact_distribution_invariant(exact, n_steps):
-    move = NCMCFlowMove(make_proposal(), n_steps, pool_size=2000, seed=1)
+@pytest.mark.parametrize(
+    ("n_steps", "least"), [(2, (0.0, 0.5)), (2, (0.0, 0.0)), pytest.param(20, (0.3, 0.5), marks=pytest.mark.slow)]
+)
+def test_a_move_leaves_the_exact_distribution_invariant(exact, n_steps, least):
+    move = NCMCFlowMove(make_proposal(), n_steps, pool_size=2000, least_coupling=least, seed=1)
     moved = after_one_move(move, exact[:400])
     assert move.n_accepted > 50
     scores = z_scores(moved, exact[400:])
@@ -221,30 +223,71 @@ def test_alchemical_system_agrees_at_full_coupling(exact):
     torch.testing.assert_close(switched(exact[:20]), real(exact[:20]), rtol=1e-6, atol=1e-4)
 
 
+def test_ewald_sums_are_switched_whole():
+    """Reciprocal space included: at full coupling only a constant (of the dispersion correction) is missing."""
+    box = testsystems.AlanineDipeptideExplicit(constraints=None)
+    switched = alchemical_system(box.system, list(range(22)))
+    assert not any(isinstance(force, openmm.CMMotionRemover) for force in switched.getForces())
+    x = torch.as_tensor(box.positions.value_in_unit(unit.nanometer)).repeat(4, 1, 1)
+    x[1:, :22] += 0.02 * torch.randn(3, 22, 3, generator=generator(), dtype=torch.float64)
+    energies = OpenMMPotential(box.system, "CPU")(x)
+    difference = OpenMMPotential(switched, "CPU")(x) - energies
+    # Single precision of sums of some 1e5 kJ/mol; direct space alone differs by hundreds of kJ/mol.
+    assert float(difference.max() - difference.min()) < 1e-5 * float(energies.abs().max())
+
+
+@pytest.mark.parametrize("least", [(0.0, 0.0), (0.3, 0.5)])
+def test_couplings_are_their_own_reverse(least):
+    integrator = NCMCFlowMove(make_proposal(), 40, least_coupling=least)._integrator(state())
+    context = openmm.Context(alchemical_system(BATH.system, list(BATH.subset)), integrator)
+    context.setPositions(BATH.sample(1, generator())[0].numpy())
+    seen = [[1.0, 1.0]]
+    for _ in range(40):
+        integrator.step(1)
+        seen.append([context.getParameter(name) for name in schedule()])
+    np.testing.assert_allclose(seen, seen[::-1], atol=1e-12)
+    np.testing.assert_allclose(seen[20], least, atol=1e-12)
+
+
 def test_storage_and_statistics(tmp_path, exact):
     path = tmp_path / "flow.safetensors"
     proposal = make_proposal()
     proposal.flow.save(path)
-    move = NCMCFlowMove(proposal, 10, flow_path=path, seed=1)
+    move = NCMCFlowMove(proposal, 10, least_coupling=(0.1, 0.2), flow_path=path, seed=1)
     after_one_move(move, exact[:5])
     stored = serialize(move)
     forget()
     back = deserialize(stored)
     assert type(back) is NCMCFlowMove and back.n_steps == 10 and back.n_proposed == 5
+    assert back.least_coupling == (0.1, 0.2)
     after_one_move(back, exact[:5])
     assert back.n_proposed == 10
+    damaged = serialize(back)
+    damaged["ncmc"].pop("timestep")
+    with pytest.raises(CorruptFileError, match="lacks timestep"):
+        deserialize(damaged)
 
 
 def test_a_protocol_that_blows_up_is_a_counted_rejection(exact):
-    move = NCMCFlowMove(make_proposal(), 10, timestep=5.0, seed=1)
+    couplings = []
+
+    class Watched(NCMCFlowMove):
+        def _redraw_velocities(self, context, state):
+            couplings.append([context.getParameter(name) for name in schedule()])
+            super()._redraw_velocities(context, state)
+
+    move = Watched(make_proposal(), 10, timestep=5.0, seed=1)
     moved = after_one_move(move, exact[:5])
     assert torch.equal(moved, exact[:5])
+    assert couplings == [[1.0, 1.0]] * 5  # whatever the one before has left
     assert move.n_accepted == 0 and move.n_proposed == 5
 
 
 def test_refusals():
     with pytest.raises(InputError, match="even"):
         NCMCFlowMove(make_proposal(), 7)
+    with pytest.raises(InputError, match="least_coupling"):
+        NCMCFlowMove(make_proposal(), 8, least_coupling=(0.0, 1.0))
     from openmm_regflow.proposals import FlowProposal
 
     flow = flows.spline(COORDINATES, n_layers=2, hidden=16)

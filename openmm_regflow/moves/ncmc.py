@@ -1,8 +1,8 @@
 """``NCMCFlowMove``: a flow proposal in solvent, with the solvent given time to make room.
 
 Nonequilibrium candidate Monte Carlo (Nilmeier, Crooks, Minh and Chodera, PNAS 108, E1009 (2011)): the interactions
-between the subset and its surroundings are switched off over half of a protocol, the flow proposes the subset's
-internal coordinates while it does not feel the surroundings, and the interactions are switched on again. Dynamics run
+between the subset and its surroundings are weakened over half of a protocol, the flow proposes the subset's
+internal coordinates while it hardly feels the surroundings, and the interactions are switched on again. Dynamics run
 all the time; the total work decides.
 """
 
@@ -15,17 +15,28 @@ import openmm
 import torch
 from openmm import unit
 
-from openmm_regflow.errors import InputError
+from openmm_regflow.errors import CorruptFileError, InputError
 from openmm_regflow.moves.flow_move import FlowMove
 from openmm_regflow.proposals import ProposalBatch, SubsetProposal
 from openmm_regflow.sampling import KernelInfo, context_potential, redrawn, system_masses
 from openmm_regflow.units import thermal_energy, to_float
 
-#: Coupling c = |2 lambda - 1| falls from 1 to 0 and rises again; charges go first and return last.
-SCHEDULE = {
-    "lambda_electrostatics": "max(0, 2*abs(2*lambda-1)-1)",
-    "lambda_sterics": "min(1, 2*abs(2*lambda-1))",
-}
+#: Share of either half of the protocol in which the sterics change; the charges, whose work is larger, have the rest.
+STERIC_SHARE = 0.25
+
+
+def schedule(electrostatics: float = 0.0, sterics: float = 0.0) -> dict[str, str]:
+    """Couplings as functions of lambda in [0, 1]: from 1 to their least values and back, charges first and last.
+
+    Args:
+        electrostatics: least coupling of the charges.
+        sterics: least coupling of the Lennard-Jones interactions.
+    """
+    c, share = "abs(2*lambda-1)", STERIC_SHARE
+    return {
+        "lambda_electrostatics": f"{electrostatics}+{1 - electrostatics}*max(0, ({c}-{share})/{1 - share})",
+        "lambda_sterics": f"{sterics}+{1 - sterics}*min(1, {c}/{share})",
+    }
 
 
 class NCMCFlowMove(FlowMove):
@@ -34,7 +45,8 @@ class NCMCFlowMove(FlowMove):
     Exactness. Fresh velocities are drawn, so that the state is in equilibrium with respect to them. The protocol is
     its own time reverse (palindromic splitting ``O V R H R V O``, a schedule symmetric about its middle, and the jump
     in the middle), so the ratio of path probabilities is ``exp(-W/kT)`` with the protocol and shadow work of the
-    dynamics, and the jump from x to y at zero coupling adds ``u_0(y) - u_0(x) + log q(y) - log q(x)`` to ``W/kT``.
+    dynamics, and the jump from x to y at the least coupling, where the reduced energy is ``u_0``, adds
+    ``u_0(y) - u_0(x) + log q(y) - log q(x)`` to ``W/kT``.
     Switching from the state's System to the alchemical one at full coupling, and back, counts as work too, so
     approximations in the alchemical System (reaction fields, dispersion) cost acceptance and nothing else. After a
     rejection the old positions and velocities stay.
@@ -44,12 +56,15 @@ class NCMCFlowMove(FlowMove):
         n_steps: dynamics steps of a whole protocol, an even number.
         timestep: [ps or Quantity].
         collision_rate: [1/ps or Quantity].
+        least_coupling: of electrostatics and of sterics at the jump, each in [0, 1). Soft cores at half coupling let
+            atoms overlap for a few kT, and still keep the solvent from filling the place of the subset.
         pool_size: see :class:`FlowMove`.
         flow_path: see :class:`FlowMove`.
         seed: see :class:`FlowMove`.
 
     Raises:
-        InputError: not a subset proposal, one with bonds of fixed length, or an odd or too small number of steps.
+        InputError: not a subset proposal, one with bonds of fixed length, an odd or too small number of steps, or
+            couplings outside [0, 1).
     """
 
     __module__ = "openmm_regflow.moves"
@@ -62,6 +77,7 @@ class NCMCFlowMove(FlowMove):
         collision_rate: Any = 1.0,
         pool_size: int = 256,
         *,
+        least_coupling: tuple[float, float] = (0.0, 0.5),
         flow_path: str | Path | None = None,
         seed: int | None = None,
     ) -> None:
@@ -74,8 +90,10 @@ class NCMCFlowMove(FlowMove):
             )
         if n_steps < 2 or n_steps % 2:
             raise InputError(f"n_steps is {n_steps}; an even number is needed, as the flow jumps in the middle")
+        if len(least_coupling) != 2 or not all(0 <= c < 1 for c in least_coupling):
+            raise InputError(f"least_coupling is {least_coupling}; two numbers from 0 to below 1 are needed")
         super().__init__(proposal, 1, pool_size, flow_path=flow_path, energy="context", seed=seed)
-        self.n_steps = n_steps
+        self.n_steps, self.least_coupling = n_steps, tuple(float(c) for c in least_coupling)
         self.timestep, self.collision_rate = to_float(timestep, "time"), to_float(collision_rate, "rate")
         self._switched: Any = None
 
@@ -103,13 +121,17 @@ class NCMCFlowMove(FlowMove):
             sampler_state.velocities = unit.Quantity(velocities, unit.nanometer / unit.picosecond)
 
     def __getstate__(self, **kwargs: Any) -> dict[str, Any]:
-        settings = {"n_steps": self.n_steps, "timestep": self.timestep, "collision_rate": self.collision_rate}
+        settings = {name: getattr(self, name) for name in ("n_steps", "timestep", "collision_rate")}
+        settings["least_coupling"] = list(self.least_coupling)
         return super().__getstate__(**kwargs) | {"ncmc": settings}
 
     def __setstate__(self, serialization: dict[str, Any]) -> None:
         super().__setstate__(serialization)
-        for name in ("n_steps", "timestep", "collision_rate"):
-            setattr(self, name, serialization["ncmc"][name])
+        settings = serialization.get("ncmc", {})
+        if missing := sorted({"n_steps", "timestep", "collision_rate", "least_coupling"} - set(settings)):
+            raise CorruptFileError(f"a stored NCMCFlowMove lacks {', '.join(missing)}; the storage file is damaged")
+        for name, value in settings.items():
+            setattr(self, name, tuple(value) if name == "least_coupling" else value)
         self._switched = None
 
     def _decide(self, log_ratio: float) -> bool:
@@ -127,13 +149,15 @@ class NCMCFlowMove(FlowMove):
     def _protocol(
         self, context: openmm.Context, sampler_state: Any, positions: np.ndarray, energy: Any, state: Any
     ) -> tuple[np.ndarray, np.ndarray, float]:
-        """Switch off, jump, switch on: final positions, velocities and the log acceptance ratio."""
+        """Weaken, jump, restore: final positions, velocities and the log acceptance ratio."""
         kT, integrator = thermal_energy(state.temperature), context.getIntegrator()
         try:
             if sampler_state.box_vectors is not None:
                 context.setPeriodicBoxVectors(*sampler_state.box_vectors)
             context.setPositions(positions)
             integrator.reset()
+            for name in schedule():  # a protocol that blew up has left them on its way
+                context.setParameter(name, 1.0)
             self._redraw_velocities(context, state)
             log_ratio = float(energy(torch.as_tensor(np.array(positions))[None])) - _energy_of(context) / kT
             integrator.step(self.n_steps // 2)
@@ -156,7 +180,7 @@ class NCMCFlowMove(FlowMove):
         context.applyVelocityConstraints(1e-8)
 
     def _jump(self, context: openmm.Context, kT: float) -> float:
-        """The flow's proposal at zero coupling; its part of the log acceptance ratio."""
+        """The flow's proposal at the least coupling; its part of the log acceptance ratio."""
         step, proposal = self._step, self._step.proposal  # type: ignore[union-attr]
         state = context.getState(getPositions=True)
         x = torch.as_tensor(np.array(state.getPositions(asNumpy=True).value_in_unit(unit.nanometer)))[None]
@@ -184,7 +208,7 @@ class NCMCFlowMove(FlowMove):
         from openmmtools import integrators
 
         return integrators.AlchemicalNonequilibriumLangevinIntegrator(
-            alchemical_functions=SCHEDULE,
+            alchemical_functions=schedule(*self.least_coupling),
             splitting="O V R H R V O",
             nsteps_neq=self.n_steps,
             temperature=thermodynamic_state.temperature,
