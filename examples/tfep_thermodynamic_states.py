@@ -4,9 +4,9 @@
     python examples/tfep_thermodynamic_states.py force-field [folder]
 
 ``temperature``: 300 K to 330 K, amber99sbildn with its OBC model. ``force-field``: the same at 300 K to amber14 with
-OBC2. Each end state is sampled by 32 ladders of three replicas whose upper ones are hotter and have phi flattened; a
-map is learned from these samples, cross-fitted so that each is evaluated by a map that it did not train. The reference
-is MBAR over replica exchange with openmmtools: four states from one end to the other and two upper ones that cross the
+OBC2. Each end state is sampled by 32 ladders of two replicas, the upper one hotter and with phi flattened; a map is
+learned from these samples, cross-fitted so that each is evaluated by a map that it did not train. The reference is
+MBAR over replica exchange with openmmtools: four states from one end to the other and two upper ones that cross the
 barriers of phi. All energy evaluations are counted, dynamics and training included; give the command again after an
 interruption and it goes on where it stopped.
 """
@@ -39,8 +39,8 @@ from openmm_regflow.simulate import (
 from openmm_regflow.simulate.tempering import writable_folder
 from openmm_regflow.units import GAS_CONSTANT
 
-LADDER = {"n_copies": 32, "n_replicas": 3, "max_temperature": 400.0, "scramble_steps": 5000, "steps_per_iteration": 125}
-ITERATIONS, BURN_IN = 240, 20
+LADDER = {"n_copies": 32, "n_replicas": 2, "max_temperature": 400.0, "scramble_steps": 5000, "steps_per_iteration": 50}
+ITERATIONS, BURN_IN = 600, 50
 REFERENCE_ITERATIONS, REFERENCE_BURN_IN, REFERENCE_STEPS = 1200, 20, 500
 TIMESTEP, COLLISION_RATE, HYDROGEN_MASS = 0.003, 1.0, 4.0  # ps, 1/ps, dalton; of both samplers
 FOLDS = 4

@@ -3,14 +3,15 @@
 A coupling of samples carries too much noise here: in sixty dimensions the statistical error of a learned affine map is
 larger than the change. The map is therefore built to be the identity wherever the samples say nothing:
 
-* torsions move by a small circular spline flow that starts at the identity;
+* torsions stay, or with energies move by a small circular spline flow that starts at the identity;
 * every stiff feature is scaled and shifted about its mean for the given torsions, with scales and shifts shrunk
   towards a common scale and no shift by as much as they scatter from sampling alone (empirical Bayes: Efron & Morris
   1973, J. Am. Stat. Assoc. 68, 117).
 
-The first needs energies; it minimises the spread of the works in both directions, which vanishes for a perfect map
-together with its gradient's noise (log-variance divergence: Richter et al. 2020, arXiv 2010.10436). The mean work of
-the variational bound has no such property, and overfits a few thousand samples within a hundred steps.
+With energies all of this is then trained, the shifts as functions of the torsions. The loss is the spread of the works
+in both directions, which vanishes for a perfect map together with its gradient's noise (log-variance divergence:
+Richter et al. 2020, arXiv 2010.10436). The mean work of the variational bound has no such property, and overfits a few
+thousand samples within a hundred steps.
 """
 
 import math
@@ -33,6 +34,8 @@ from openmm_regflow.units import thermal_energy
 
 #: Harmonics of each torsion in the conditional means of the stiff features.
 HARMONICS = 3
+#: Step of the torsional part of a shift relative to that of its constant part, as it has ten times the coefficients.
+DRIFT_STEP = 0.1
 
 
 def harmonics(t: Tensor) -> Tensor:
@@ -50,8 +53,8 @@ def shrinkage(value_n: Tensor, variance_n: Tensor) -> Tensor:
 class NearbyMap(Bijection):
     """Features near the identity: torsions by a flow, stiff features by a scale and shift about their torsional mean.
 
-    ``t' = T(t)``, ``s' = mu(t') + shift + scale (s - mu(t))`` with one mu for both states, so that log|det| is
-    log|det T| + sum(log scale).
+    ``t' = T(t)``, ``s' = mu(t') + shift + drift(t') + scale (s - mu(t))`` with one mu for both states, so that log|det|
+    is log|det T| + sum(log scale). The drift starts at zero.
 
     Args:
         circular: `(dim,)` bool.
@@ -70,7 +73,8 @@ class NearbyMap(Bijection):
         super().__init__()
         self.register_buffer("circular", circular)
         self.register_buffer("mean", mean)
-        self.log_scale, self.shift = (nn.Parameter(v, requires_grad=False) for v in (log_scale, shift))
+        self.log_scale, self.shift = nn.Parameter(log_scale), nn.Parameter(shift)
+        self.drift = nn.Parameter(torch.zeros_like(mean))
         self.torsions = torsions
 
     @classmethod
@@ -99,13 +103,16 @@ class NearbyMap(Bijection):
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """A to B."""
         t, log_det = self._torsions(z[:, self.circular], False)
+        waves = harmonics(t)
         rest = z[:, ~self.circular] - harmonics(z[:, self.circular]) @ self.mean
-        return self._joined(z, t, rest * self.log_scale.exp() + self.shift), log_det + self.log_scale.sum()
+        rest = rest * self.log_scale.exp() + self.shift + DRIFT_STEP * (waves @ self.drift)
+        return self._joined(z, t, rest), log_det + self.log_scale.sum()
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """B to A."""
         t, log_det = self._torsions(y[:, self.circular], True)
-        rest = y[:, ~self.circular] - harmonics(y[:, self.circular]) @ self.mean - self.shift
+        waves = harmonics(y[:, self.circular])
+        rest = y[:, ~self.circular] - waves @ self.mean - self.shift - DRIFT_STEP * (waves @ self.drift)
         return self._joined(y, t, rest * (-self.log_scale).exp()), log_det - self.log_scale.sum()
 
     def _joined(self, like: Tensor, t: Tensor, rest: Tensor) -> Tensor:
@@ -181,8 +188,8 @@ def fit_nearby_map(
         coordinates: internal coordinates fitted to samples of both states.
         positions_a: `(n, n_atoms, 3)` [nm or Quantity] training samples of A.
         positions_b: `(m, n_atoms, 3)` training samples of B.
-        states: (state_a, state_b) with differentiable potentials, to move torsions too; None for a map of the stiff
-            coordinates alone, which needs no energies.
+        states: (state_a, state_b) with differentiable potentials, to train the map; None for scales and constant
+            shifts of the stiff coordinates alone, which need no energies.
         config: of that training, in which a fifth of the samples validates; a short run by default.
 
     Returns:
@@ -199,21 +206,21 @@ def fit_nearby_map(
     if x_a.shape[1:] != x_b.shape[1:] or x_a.shape[1] != coordinates.n_atoms:
         raise InputError(f"positions {tuple(x_a.shape)}, {tuple(x_b.shape)} do not fit {coordinates.n_atoms} atoms")
     config = config or TrainConfig.model_validate(
-        {"steps": 120, "batch_size": 256, "learning_rate": 5e-3, "ema": 0.95, "warmup": 5, "weight_decay": 0.0,
-         "validate_every": 20, "patience": 2}
+        {"steps": 150, "batch_size": 256, "learning_rate": 5e-3, "ema": 0.95, "warmup": 5, "weight_decay": 0.0,
+         "validate_every": 25, "patience": 3}
     )  # fmt: skip
     a, b = (coordinates.to_features(x)[0].float() for x in (x_a, x_b))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         torsions = torsion_flow(int(coordinates.circular.sum())) if states is not None else None
     bijection = NearbyMap.fit(coordinates.circular, a, b, torsions)
-    if states is not None and torsions is not None:
+    if states is not None:
         _train(bijection, WorkSpread(coordinates, *states), a, b, config)
     return CoordinatesMap(coordinates, bijection.double().eval())
 
 
 def _train(bijection: NearbyMap, loss: WorkSpread, a: Tensor, b: Tensor, config: TrainConfig) -> None:
-    """Trains the torsions; the last fifth of the samples, which are in order of time, validates."""
+    """Trains the whole map; the last fifth of the samples, which are in order of time, validates."""
     n = min(len(a), len(b))
     with torch.no_grad():
         columns = [a[:n], b[:n], loss.reduced(loss.state_a, a[:n]), loss.reduced(loss.state_b, b[:n])]
