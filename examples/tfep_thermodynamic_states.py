@@ -216,9 +216,7 @@ def mapped(a, b, x, y):
 
     def fit(x_a, x_b):
         coordinates = coordinates_for(a.topology, torch.cat([x_a, x_b]))
-        # Several maps: one that a few samples have led astray does no harm.
-        trained = tfep.fit_nearby_map(coordinates, x_a, x_b, (state_a, state_b))
-        return [tfep.IdentityMap(), tfep.fit_nearby_map(coordinates, x_a, x_b), trained]
+        return tfep.fit_nearby_map(coordinates, x_a, x_b, (state_a, state_b))
 
     result = tfep.cross_fit(fit, state_a, state_b, x, y, folds=FOLDS, generator=0)
     return result, sum(p.count for p in {id(p): p for p in (potential, other)}.values())

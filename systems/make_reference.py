@@ -107,14 +107,14 @@ def step_bias(name: str, output: Path) -> None:
     """Mean energy [kT] under the runs' time step and masses less that under 1 fs and physical masses, recorded."""
     molecule = load_system(name)
     kt = GAS_CONSTANT * molecule.temperature
-    common = {"n_copies": 64, "n_replicas": 2, "max_temperature": 1.1 * molecule.temperature, "n_iterations": 200}
+    common = {"n_copies": 64, "n_replicas": 2, "max_temperature": 1.1 * molecule.temperature, "n_iterations": 100}
     means: list[np.ndarray] = []
     for label, timestep, mass, steps in (("fine", 0.001, None, 300), ("used", 0.003, 4.0, 100)):
         dynamics = {"timestep": timestep, "hydrogen_mass": mass, "steps_per_iteration": steps}
         settings = BatchedSettings.create(**common, **dynamics, scramble_steps=66 * steps, seed=7)
         folder = output / f"{name}-step-{label}"
         batched_tempering(molecule, folder, settings)
-        means.append(np.array([run.at_temperature(run.energies).mean() / kt for run in load_runs(folder, burn_in=30)]))
+        means.append(np.array([run.at_temperature(run.energies).mean() / kt for run in load_runs(folder, burn_in=20)]))
     error = float(np.sqrt(sum(m.var(ddof=1) / len(m) for m in means)))  # ladders are independent
     found = {"value": round(float(means[1].mean() - means[0].mean()), 4), "error": round(error, 4)}
     path = molecule.folder / "reference.json"

@@ -206,8 +206,8 @@ def fit_nearby_map(
     if x_a.shape[1:] != x_b.shape[1:] or x_a.shape[1] != coordinates.n_atoms:
         raise InputError(f"positions {tuple(x_a.shape)}, {tuple(x_b.shape)} do not fit {coordinates.n_atoms} atoms")
     config = config or TrainConfig.model_validate(
-        {"steps": 150, "batch_size": 256, "learning_rate": 5e-3, "ema": 0.95, "warmup": 5, "weight_decay": 0.0,
-         "validate_every": 25, "patience": 3}
+        {"steps": 200, "batch_size": 256, "learning_rate": 3e-3, "ema": 0.95, "warmup": 5, "weight_decay": 0.0,
+         "validate_every": 25, "patience": 8}
     )  # fmt: skip
     a, b = (coordinates.to_features(x)[0].float() for x in (x_a, x_b))
     with torch.random.fork_rng(devices=[]):
