@@ -23,9 +23,10 @@ from openmm_regflow._version import __version__
 from openmm_regflow.bijections import AffineCoupling, Bijection, Composition, SplineCoupling
 from openmm_regflow.coordinates import CartesianMap, CoordinateMap, InternalMap, build_zmatrix, topology_tables
 from openmm_regflow.errors import CorruptFileError, InputError
-from openmm_regflow.networks import MLP, ResidualMLP, TokenTransformer
+from openmm_regflow.networks import MLP, Conditioner, ResidualMLP, TokenTransformer
 
-FORMAT_VERSION = 1
+#: 2: the outputs of a conditioner lie element by element in parts (splines, shifts, scales), lines before circles.
+FORMAT_VERSION = 2
 #: Samples per pass inside `Flow.sample` and `Flow.log_prob`; bounds memory at any n.
 CHUNK = 16384
 
@@ -169,6 +170,17 @@ class Flow(nn.Module):
     def fixed_bonds(self) -> tuple[tuple[int, int, float], ...]:
         """Bonds of constrained length that every sample has: ``(i, j, length [nm])``."""
         return tuple(getattr(self.coordinates, "fixed_bonds", ()))
+
+    def fuse(self, fused: bool = True) -> "Flow":
+        """Evaluate splines by kernels made by ``torch.compile``, or no longer; no part of the flow's file.
+
+        The first batches take about a minute (a C++ compiler is needed; without one a warning, and all stays as it
+        was); afterwards training and sampling are faster, see docs/training.md.
+        """
+        for module in self.bijection.modules():
+            if isinstance(module, SplineCoupling):
+                module.compiled = fused
+        return self
 
     @property
     def dtype(self) -> torch.dtype:
@@ -320,10 +332,10 @@ def read_safetensors(path: Path, kind: str, version: int) -> tuple[dict[str, Any
         ) from error
     if header.get("format") != kind:
         raise CorruptFileError(f"{path} holds {header.get('format')!r}, {kind!r} is needed")
-    if header.get("format_version", 0) > version:
-        raise CorruptFileError(
-            f"{path} has format {header['format_version']}, newer than {version}; update the package"
-        )
+    found = header.get("format_version", 0)
+    if found != version:
+        remedy = "update the package" if found > version else "it was written before the first release; make it again"
+        raise CorruptFileError(f"{path} has format {found}, this package reads {version}; {remedy}")
     if metadata.get("sha256") != _digest(tensors):
         raise CorruptFileError(f"{path} is damaged: its contents do not match their checksum; copy or make it again")
     return header, tensors
@@ -409,7 +421,7 @@ def build(
     for key in ("n_layers", "hidden", "depth"):
         if a[key] < 1:
             raise InputError(f"{key} is {a[key]}; it must be at least 1")
-    networks: dict[str, Callable[[int, int], nn.Module]] = {
+    networks: dict[str, Callable[[int, int], Conditioner]] = {
         "real_nvp": partial(MLP, hidden=a["hidden"], depth=a["depth"]),
         "res_nvp": partial(ResidualMLP, hidden=a["hidden"], depth=a["depth"]),
         "spline": partial(ResidualMLP, hidden=a["hidden"], depth=a["depth"]),
@@ -423,7 +435,8 @@ def build(
         torch.manual_seed(a["seed"])
         for mask in _masks(coordinates, a):
             if a["name"] == "spline":
-                layers.append(SplineCoupling(mask, circular, networks["spline"], a["n_bins"], a["bound"]))
+                sizes = a["n_bins"], a["bound"], a.get("line_bins")
+                layers.append(SplineCoupling(mask, circular, networks["spline"], *sizes))
             else:
                 layers.append(AffineCoupling(mask, circular, networks[a["name"]]))
     return Flow(coordinates, Composition(layers), a, metadata, factor)
@@ -474,6 +487,7 @@ def spline(
     hidden: int = 128,
     depth: int = 2,
     n_bins: int = 8,
+    line_bins: int | None = None,
     bound: float = 5.0,
     seed: int = 0,
 ) -> Flow:
@@ -485,12 +499,13 @@ def spline(
         hidden: width of the residual conditioners.
         depth: residual blocks of each.
         n_bins: spline bins.
+        line_bins: spline bins of linear features, where they need fewer than angles do; None for as many.
         bound: half-width of the spline's domain in units of the feature's standard deviation.
         seed: of masks and initial weights.
     """
     architecture = {
-        "name": "spline", "n_layers": n_layers, "hidden": hidden, "depth": depth, "n_bins": n_bins, "bound": bound,
-        "seed": seed,
+        "name": "spline", "n_layers": n_layers, "hidden": hidden, "depth": depth, "n_bins": n_bins,
+        "line_bins": line_bins, "bound": bound, "seed": seed,
     }  # fmt: skip
     return build(coordinates, architecture)
 

@@ -9,7 +9,39 @@ from torch import Tensor, nn
 from openmm_regflow.errors import InputError
 
 
-class MLP(nn.Module):
+class Conditioner(nn.Module):
+    """What a coupling takes its parameters from: `(n, n_in)` -> `(n, n_out)`, or in parts with the samples last."""
+
+    def columns(self, x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+        """`(n, n_in)` -> tensors `(size, n)`, whose sizes add up to n_out."""
+        return self(x).T.split(sizes)
+
+
+class HeadedNetwork(Conditioner):
+    """A conditioner that ends in a linear head.
+
+    A head that parametrises splines has a dozen times more outputs than the network has inputs. Written at once in
+    parts with the samples last, as a spline reads them, they need not be moved, nor their gradients be put together.
+    """
+
+    head: nn.Linear
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """What the head sees, `(n, n_in)` -> `(n, width)`."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(n, n_in)` -> `(n, n_out)`."""
+        return self.head(self.hidden(x))
+
+    def columns(self, x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+        """`(n, n_in)` -> contiguous tensors `(size, n)`."""
+        h = self.hidden(x).T
+        parts = zip(self.head.bias.split(sizes), self.head.weight.split(sizes))
+        return tuple(torch.addmm(bias[:, None], weight, h) for bias, weight in parts)
+
+
+class MLP(HeadedNetwork):
     """Plain multilayer perceptron with SiLU activations.
 
     Args:
@@ -31,12 +63,12 @@ class MLP(nn.Module):
         if zero_init:
             zero_(self.head)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(n, n_in)` -> `(n, n_out)`."""
-        return self.head(self.body(x))
+    def hidden(self, x: Tensor) -> Tensor:
+        """`(n, n_in)` -> `(n, hidden)`."""
+        return self.body(x)
 
 
-class ResidualMLP(nn.Module):
+class ResidualMLP(HeadedNetwork):
     """Residual network of pre-activation blocks ``h + W2 silu(W1 silu(h))``.
 
     Args:
@@ -58,12 +90,12 @@ class ResidualMLP(nn.Module):
         if zero_init:
             zero_(self.head)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(n, n_in)` -> `(n, n_out)`."""
+    def hidden(self, x: Tensor) -> Tensor:
+        """`(n, n_in)` -> `(n, hidden)`."""
         h = self.lift(x)
         for block in self.blocks:
             h = h + block(h)
-        return self.head(nn.functional.silu(h))
+        return nn.functional.silu(h)
 
 
 class TransformerBlock(nn.Module):
@@ -108,7 +140,7 @@ class TransformerBlock(nn.Module):
         return h + gate2 * self.feed(self.norm2(h) * (1 + scale2) + shift2)
 
 
-class TokenTransformer(nn.Module):
+class TokenTransformer(Conditioner):
     """Transformer from one set of tokens to another: the conditioner of Jet couplings.
 
     Known tokens carry values; asked-for tokens enter with their learned embedding alone, and their outputs

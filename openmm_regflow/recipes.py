@@ -38,6 +38,7 @@ from openmm_regflow.training import Batch, Batches, History, Progress, TrainConf
 #: (name of the stage, steps in total) -> progress callback of that stage
 Stage = Callable[[str, int], Progress]
 TEACHER_KIND = "openmm_regflow.teacher"
+SPLINE_KEYS = ("n_bins", "line_bins", "bound")
 
 
 class _Section(BaseModel):
@@ -52,6 +53,7 @@ class FlowConfig(_Section):
     hidden: int = Field(128, ge=1)
     depth: int = Field(1, ge=1)
     n_bins: int = Field(8, ge=2, description="spline only")
+    line_bins: int | None = Field(None, ge=2, description="spline only: bins of linear features; null: n_bins")
     bound: float = Field(5.0, gt=0, description="spline only")
     prior: Literal["normal", "harmonic"] = Field(
         "normal", description="harmonic: covariance of the data; cartesian only"
@@ -61,7 +63,7 @@ class FlowConfig(_Section):
     def architecture(self) -> dict[str, Any]:
         """As ``flows.build`` takes it."""
         keys = self.model_dump(exclude={"prior"})
-        return keys if self.name == "spline" else {k: v for k, v in keys.items() if k not in ("n_bins", "bound")}
+        return keys if self.name == "spline" else {k: v for k, v in keys.items() if k not in SPLINE_KEYS}
 
 
 class TeacherConfig(_Section):
@@ -112,6 +114,7 @@ class RunConfig(_Section):
 
     coordinates: Literal["internal", "cartesian"] = "internal"
     objective: Literal["regflow", "mle"] = Field("regflow", description="mle skips teacher, pairs and regression")
+    compile: bool = Field(False, description="fused spline kernels: a minute to compile, then faster steps")
     flow: FlowConfig = FlowConfig()
     teacher: TeacherConfig = TeacherConfig()
     pairs: PairsConfig = PairsConfig()
@@ -236,7 +239,7 @@ def fit(
     check_config(config)
     check_data(x_train, x_validation, config)
     coordinates = flows.coordinates_for(topology, x_train, config.coordinates, fixed)
-    flow = _student(coordinates, x_train, config.flow, metadata).to(device)
+    flow = _student(coordinates, x_train, config.flow, metadata).to(device).fuse(config.compile)
     result = FitResult(flow, None)
     work = _Workspace(Path(folder) if folder else None, config, stage)
     if config.objective == "regflow":

@@ -2,7 +2,7 @@
 
 from openmm_regflow.bijections.base import Bijection, Composition, Linear
 from openmm_regflow.bijections.couplings import AffineCoupling, Coupling, SplineCoupling, wrap
-from openmm_regflow.bijections.splines import rational_quadratic
+from openmm_regflow.bijections.splines import rational_quadratic, spline
 
 __all__ = [
     "AffineCoupling",
@@ -12,5 +12,6 @@ __all__ = [
     "Linear",
     "SplineCoupling",
     "rational_quadratic",
+    "spline",
     "wrap",
 ]

@@ -1,20 +1,23 @@
 """Coupling layers: a part of the vector is transformed, element by element, given the rest.
 
 Dinh et al. 2017 (RealNVP), Durkan et al. 2019 (rational-quadratic splines), Rezende et al. 2020 (circles).
+
+Inside a coupling the samples run along the last axis: what the conditioner gives for one parameter of one element is a
+contiguous row.
 """
 
 import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from openmm_regflow.bijections import fused
 from openmm_regflow.bijections.base import Bijection
-from openmm_regflow.bijections.splines import bins, rational_quadratic, slopes
+from openmm_regflow.bijections.splines import spline
 from openmm_regflow.errors import InputError
+from openmm_regflow.networks import Conditioner
 
-#: Bin widths `(K, n, moved)`, bin heights likewise, knot derivatives `(K + 1, n, moved)`.
-Knots = tuple[Tensor, Tensor, Tensor]
 #: Largest |log scale| of one affine step; tanh-bounded so that no layer can explode.
 MAX_LOG_SCALE = 2.0
 
@@ -35,7 +38,8 @@ class Coupling(Bijection):
     Args:
         mask: `(dim,)` bool, True where the element is transformed.
         circular: `(dim,)` bool, True where the element is an angle in [-pi, pi).
-        n_parameters: parameters per transformed element.
+        per_line: parameters of a transformed linear element: rows of each of the tensors that `parameters_for` returns.
+        per_circle: the same for a circular element.
         network: builds the conditioner from (features in, features out).
 
     Raises:
@@ -46,12 +50,16 @@ class Coupling(Bijection):
     moved_circular: Tensor
     kept_linear: Tensor
     kept_circular: Tensor
-    moved: Tensor
     unsort: Tensor
     kept: Tensor
 
     def __init__(
-        self, mask: Tensor, circular: Tensor, n_parameters: int, network: Callable[[int, int], nn.Module]
+        self,
+        mask: Tensor,
+        circular: Tensor,
+        per_line: tuple[int, ...],
+        per_circle: tuple[int, ...],
+        network: Callable[[int, int], Conditioner],
     ) -> None:
         super().__init__()
         if not bool(mask.any()) or bool(mask.all()):
@@ -65,25 +73,25 @@ class Coupling(Bijection):
         self.register_buffer("moved_circular", everything[mask & circular], persistent=False)
         self.register_buffer("kept_linear", everything[~mask & ~circular], persistent=False)
         self.register_buffer("kept_circular", everything[~mask & circular], persistent=False)
-        self.register_buffer("moved", everything[mask], persistent=False)
         order = torch.cat([self.moved_linear, self.moved_circular, everything[~mask]])
         self.register_buffer("unsort", torch.argsort(order), persistent=False)
         self.register_buffer("kept", everything[~mask], persistent=False)
-        self.n_linear = int((mask & ~circular).sum())
-        self.n_circular = int((mask & circular).sum())
-        self.n_parameters = n_parameters
+        n_linear, n_circular = self.moved_linear.numel(), self.moved_circular.numel()
+        self.shapes = [(k, n_linear) for k in per_line] + [(k, n_circular) for k in per_circle]
+        self.sizes = [rows * elements for rows, elements in self.shapes]
         n_in = self.kept_linear.numel() + 2 * self.kept_circular.numel()
-        self.network = network(n_in, (self.n_linear + self.n_circular) * n_parameters)
+        self.network = network(n_in, sum(self.sizes))
 
-    def parameters_for(self, v: Tensor) -> Tensor:
-        """Conditioner output `(n_parameters, n, moved)` for vectors `(n, dim)`."""
-        angles = v[:, self.kept_circular]
-        features = torch.cat([v[:, self.kept_linear], angles.cos(), angles.sin()], dim=-1)
-        return self.network(features).view(v.shape[0], self.n_parameters, -1).transpose(0, 1)
+    def parameters_for(self, v: Tensor) -> list[Tensor]:
+        """Parameters `(rows, elements, n)`, linear elements first, given the untouched ones of `v` `(dim, n)`."""
+        angles = v[self.kept_circular]
+        features = torch.cat([v[self.kept_linear], angles.cos(), angles.sin()])
+        parts = self.network.columns(features.T, self.sizes)
+        return [part.reshape(*shape, v.shape[1]) for part, shape in zip(parts, self.shapes)]
 
     def merge(self, linear: Tensor, circular: Tensor, v: Tensor) -> Tensor:
-        """Put transformed elements and the untouched ones of `v` back into their order."""
-        return torch.cat([linear, circular, v[:, self.kept]], dim=-1)[:, self.unsort]
+        """Put transformed elements and the untouched ones of `v` `(dim, n)` back into their order, `(n, dim)`."""
+        return torch.cat([linear, circular, v[self.kept]])[self.unsort].T
 
 
 class AffineCoupling(Coupling):
@@ -95,24 +103,24 @@ class AffineCoupling(Coupling):
         network: builds the conditioner from (features in, features out).
     """
 
-    def __init__(self, mask: Tensor, circular: Tensor, network: Callable[[int, int], nn.Module]) -> None:
-        super().__init__(mask, circular, 2, network)
+    def __init__(self, mask: Tensor, circular: Tensor, network: Callable[[int, int], Conditioner]) -> None:
+        super().__init__(mask, circular, (1, 1), (1,), network)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Noise to data."""
-        p = self.parameters_for(z)
-        shift, log_scale = p[0], bounded_log_scale(p[1, :, : self.n_linear])
-        linear = z[:, self.moved_linear] * log_scale.exp() + shift[:, : self.n_linear]
-        circular = wrap(z[:, self.moved_circular] + shift[:, self.n_linear :])
-        return self.merge(linear, circular, z), log_scale.sum(-1)
+        v = z.T
+        shift, raw_scale, turn = (p[0] for p in self.parameters_for(v))
+        log_scale = bounded_log_scale(raw_scale)
+        linear = v[self.moved_linear] * log_scale.exp() + shift
+        return self.merge(linear, wrap(v[self.moved_circular] + turn), v), log_scale.sum(0)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Data to noise."""
-        p = self.parameters_for(y)
-        shift, log_scale = p[0], bounded_log_scale(p[1, :, : self.n_linear])
-        linear = (y[:, self.moved_linear] - shift[:, : self.n_linear]) * (-log_scale).exp()
-        circular = wrap(y[:, self.moved_circular] - shift[:, self.n_linear :])
-        return self.merge(linear, circular, y), -log_scale.sum(-1)
+        v = y.T
+        shift, raw_scale, turn = (p[0] for p in self.parameters_for(v))
+        log_scale = bounded_log_scale(raw_scale)
+        linear = (v[self.moved_linear] - shift) * (-log_scale).exp()
+        return self.merge(linear, wrap(v[self.moved_circular] - turn), v), -log_scale.sum(0)
 
 
 class SplineCoupling(Coupling):
@@ -126,59 +134,51 @@ class SplineCoupling(Coupling):
         mask: `(dim,)` bool, True where transformed.
         circular: `(dim,)` bool.
         network: builds the conditioner from (features in, features out).
-        n_bins: spline bins K.
+        n_bins: spline bins K of circular elements, and of linear ones unless `line_bins` says otherwise.
         bound: half-width of the spline's domain on linear elements, in units of the (whitened) coordinate.
+        line_bins: spline bins of linear elements.
+
+    Attributes:
+        compiled: evaluate splines by `fused.spline` (``Flow.compile``); no part of the flow's description.
     """
 
     def __init__(
         self,
         mask: Tensor,
         circular: Tensor,
-        network: Callable[[int, int], nn.Module],
+        network: Callable[[int, int], Conditioner],
         n_bins: int = 8,
         bound: float = 5.0,
+        line_bins: int | None = None,
     ) -> None:
-        # K widths, K heights, K derivatives on circles; K - 1 inner derivatives and a log-scale on lines; a shift.
-        super().__init__(mask, circular, 3 * n_bins + 1, network)
-        self.n_bins = n_bins
+        # K widths, K heights, K - 1 inner derivatives; then a shift and a log-scale on lines, where the ends have slope
+        # one to meet the identity outside, or a shift and the derivative at the seam on circles.
+        on_lines, on_circles = ((3 * k - 1, 1, 1) for k in (line_bins or n_bins, n_bins))
+        super().__init__(mask, circular, on_lines, on_circles, network)
         self.bound = bound
+        self.compiled = False
 
-    def parameters_of(self, v: Tensor) -> tuple[Knots, Tensor, Tensor]:
-        """Knots of the spline, shift `(n, moved)` and log-scale `(n, linear)`."""
-        # One split of one contiguous array: its backward is one concatenation, where a slice would fill zeros.
-        k = self.n_bins
-        widths, heights, first, inner, shift = self.parameters_for(v).contiguous().split([k, k, 1, k - 1, 1])
-        # On a line the ends have slope one, to meet the identity outside, and their place holds a log-scale; on a
-        # circle the two ends are one knot.
-        log_scale, end = first.split([self.n_linear, self.n_circular], dim=2)
-        ends = torch.cat([torch.ones_like(log_scale), slopes(end)], dim=2)
-        derivatives = torch.cat([ends, slopes(inner), ends])
-        knots = bins(widths), bins(heights), derivatives
-        return knots, shift.squeeze(0), bounded_log_scale(log_scale.squeeze(0))
-
-    def spline(self, v: Tensor, knots: Knots, inverse: bool) -> tuple[Tensor, Tensor]:
-        """The spline alone on moved elements `(n, moved)`, with its log-derivative `(n, moved)`."""
-        # Made in the precision of v: a pi rounded to float32 would leave a seam on every circle.
-        half = torch.cat([v.new_full((self.n_linear,), self.bound), v.new_full((self.n_circular,), math.pi)])
-        value, log_slope = rational_quadratic((v / half + 1.0) / 2.0, *knots, inverse=inverse)
-        value = (2.0 * value - 1.0) * half
-        outside = v.abs() >= half
-        return torch.where(outside, v, value), torch.where(outside, torch.zeros_like(v), log_slope)
+    def _spline(self, raw: Tensor, ends: Tensor, v: Tensor, half: float, inverse: bool) -> tuple[Tensor, Tensor]:
+        one = fused.spline if self.compiled and fused.usable(v) else spline
+        return one(raw, ends, v, half, inverse)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Noise to data."""
-        knots, shift, log_scale = self.parameters_of(z)
-        moved = torch.cat([z[:, self.moved_linear], wrap(z[:, self.moved_circular])], dim=-1)
-        value, log_slope = self.spline(moved, knots, inverse=False)
-        linear = value[:, : self.n_linear] * log_scale.exp() + shift[:, : self.n_linear]
-        circular = wrap(value[:, self.n_linear :] + shift[:, self.n_linear :])
-        return self.merge(linear, circular, z), log_slope.sum(-1) + log_scale.sum(-1)
+        v = z.T
+        lines, shift, raw_scale, circles, turn, seam = self.parameters_for(v)
+        log_scale = bounded_log_scale(raw_scale[0])
+        x, log_slope = self._spline(lines, torch.zeros_like(log_scale), v[self.moved_linear], self.bound, False)
+        angle, log_turn = self._spline(circles, seam[0], wrap(v[self.moved_circular]), math.pi, False)
+        merged = self.merge(x * log_scale.exp() + shift[0], wrap(angle + turn[0]), v)
+        return merged, (log_slope + log_scale).sum(0) + log_turn.sum(0)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Data to noise."""
-        knots, shift, log_scale = self.parameters_of(y)
-        linear = (y[:, self.moved_linear] - shift[:, : self.n_linear]) * (-log_scale).exp()
-        circular = wrap(y[:, self.moved_circular] - shift[:, self.n_linear :])
-        value, log_slope = self.spline(torch.cat([linear, circular], dim=-1), knots, inverse=True)
-        merged = self.merge(value[:, : self.n_linear], value[:, self.n_linear :], y)
-        return merged, log_slope.sum(-1) - log_scale.sum(-1)
+        v = y.T
+        lines, shift, raw_scale, circles, turn, seam = self.parameters_for(v)
+        log_scale = bounded_log_scale(raw_scale[0])
+        x = (v[self.moved_linear] - shift[0]) * (-log_scale).exp()
+        x, log_slope = self._spline(lines, torch.zeros_like(log_scale), x, self.bound, True)
+        angle = wrap(v[self.moved_circular] - turn[0])
+        angle, log_turn = self._spline(circles, seam[0], angle, math.pi, True)
+        return self.merge(x, angle, v), (log_slope - log_scale).sum(0) + log_turn.sum(0)

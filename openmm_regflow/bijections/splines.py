@@ -16,7 +16,7 @@ from torch import Tensor
 MIN_BIN = 5e-2
 #: Smallest knot derivative.
 MIN_SLOPE = 1e-2
-_SLOPE_OFFSET = math.log(math.expm1(1.0 - MIN_SLOPE))
+SLOPE_OFFSET = math.log(math.expm1(1.0 - MIN_SLOPE))
 
 
 def bins(raw: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def bins(raw: Tensor) -> Tensor:
 
 def slopes(raw: Tensor) -> Tensor:
     """Positive knot derivatives from unconstrained numbers; zero gives slope one."""
-    return MIN_SLOPE + torch.nn.functional.softplus(raw + _SLOPE_OFFSET)
+    return MIN_SLOPE + torch.nn.functional.softplus(raw + SLOPE_OFFSET)
 
 
 def _pick(values: Tensor, index: Tensor) -> Tensor:
@@ -83,3 +83,28 @@ def rational_quadratic(
     slope = s * s * (d1 * xi * xi + 2.0 * s * between + d0 * (1.0 - xi) * (1.0 - xi)) / (denominator * denominator)
     log_slope = slope.log()
     return value, -log_slope if inverse else log_slope
+
+
+def spline(raw: Tensor, ends: Tensor, v: Tensor, half: float, inverse: bool) -> tuple[Tensor, Tensor]:
+    """The spline on [-half, half] and the log-derivative of what was evaluated; the identity outside.
+
+    Args:
+        raw: `(3K - 1, ...)` unconstrained widths, heights and inner derivatives.
+        ends: `(...)` unconstrained derivative at both ends; zero for slope one.
+        v: `(...)` where to evaluate.
+        half: half-width of the domain.
+        inverse: evaluate the inverse map.
+
+    Returns:
+        value and log-derivative, both `(...)`.
+    """
+    k = (raw.shape[0] + 1) // 3
+    widths, heights, inner = raw.split([k, k, k - 1])
+    end = slopes(ends)[None]
+    knots = bins(widths), bins(heights), torch.cat([end, slopes(inner), end])
+    value, log_slope = rational_quadratic((v / half + 1.0) / 2.0, *knots, inverse=inverse)
+    outside = v.abs() >= half
+    return (
+        torch.where(outside, v, (2.0 * value - 1.0) * half),
+        torch.where(outside, torch.zeros_like(v), log_slope),
+    )
