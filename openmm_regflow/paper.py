@@ -410,7 +410,7 @@ def run_table(
         report: called before each run and at the end.
 
     Returns:
-        the table, its first row the header.
+        the table of every run in the folder, its first row the header.
 
     Raises:
         InputError: an unknown system, or one without reference data.
@@ -433,12 +433,18 @@ def run_table(
             part.write_text(json.dumps(record, indent=1))
             part.replace(folder / f"{cell.name}.json")
             records[cell] = record
-            write_table(folder, table([r for r in records.values() if r]), config)
+            write_table(folder, table(_all_finished(folder)), config)
     if report:
         report("", len(wanted), len(wanted))
-    rows = table([r for r in records.values() if r])
+    rows = table(_all_finished(folder))
     write_table(folder, rows, config)
     return rows
+
+
+def _all_finished(folder: Path) -> list[dict[str, Any]]:
+    """Every run in the folder, those of earlier calls too: more seeds for one system, more systems for one seed."""
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*-seed*.json"))]
+    return sorted(records, key=lambda record: [str(v) for v in record["cell"].values()])
 
 
 def _finished(folder: Path, cell: Cell, config: PaperConfig) -> dict[str, Any] | None:
