@@ -1,11 +1,12 @@
-"""Alanine dipeptide between two temperatures and between two force fields: learned maps beside MBAR and plain FEP.
+"""Alanine dipeptide between two temperatures and between two force fields: learned maps and a flow beside MBAR.
 
     python examples/tfep_thermodynamic_states.py temperature [folder]
     python examples/tfep_thermodynamic_states.py force-field [folder]
 
 ``temperature``: 300 K to 330 K, amber99sbildn with its OBC model. ``force-field``: the same at 300 K to amber14 with
 OBC2. Each end state is sampled by 32 ladders of two replicas, the upper one hotter and with phi flattened; a map is
-learned from these samples, cross-fitted so that each is evaluated by a map that it did not train. The reference is
+learned from these samples, cross-fitted so that each is evaluated by a map that it did not train. The shipped flow of
+the molecule needs no samples of either state: its own are reweighted to both. The reference is
 MBAR over replica exchange with openmmtools: four states from one end to the other and two upper ones that cross the
 barriers of phi. All energy evaluations are counted, dynamics and training included; give the command again after an
 interruption and it goes on where it stopped.
@@ -44,6 +45,7 @@ ITERATIONS, BURN_IN = 600, 50
 REFERENCE_ITERATIONS, REFERENCE_BURN_IN, REFERENCE_STEPS = 1200, 20, 500
 TIMESTEP, COLLISION_RATE, HYDROGEN_MASS = 0.003, 1.0, 4.0  # ps, 1/ps, dalton; of both samplers
 FOLDS = 4
+N_FLOW = 100_000
 
 
 def ends(change):
@@ -222,6 +224,17 @@ def mapped(a, b, x, y):
     return result, sum(p.count for p in {id(p): p for p in (potential, other)}.values())
 
 
+def through_flow(a, b):
+    """delta_f from samples of A's shipped flow alone, and its energies: for this result, and in the flow's training."""
+    flow = rf.Flow.load(a.folder / "flow.safetensors")
+    x, log_q = flow.sample(N_FLOW, torch.Generator().manual_seed(0))
+    potential_a = rf.TorchPotential(a.system)
+    potential_b = potential_a if b.system is a.system else rf.TorchPotential(b.system)
+    u_a, u_b = (u(x) / rf.units.thermal_energy(m.temperature) for u, m in ((potential_a, a), (potential_b, b)))
+    result = tfep.states_through_flow(log_q, u_a, u_b, temperature=a.temperature, generator=0)
+    return result, (1 if potential_b is potential_a else 2) * N_FLOW, flow.metadata.training["energies"]
+
+
 def main(change, root):
     a, b = ends(change)
     amplitudes = phi_bias(a)
@@ -230,6 +243,8 @@ def main(change, root):
     start = time.perf_counter()
     result, extra = mapped(a, b, x, y)
     print(f"learned maps  {result}\nplain FEP     {result.plain}", flush=True)
+    flow, flow_cost, training = through_flow(a, b)
+    print(f"through flow  {flow}", flush=True)
     mbar, cost = reference(change, a, b, amplitudes, root / f"{change}-reference")
     value, error = float(mbar.delta_f[LAST]), float(mbar.uncertainty[LAST])
     print(f"MBAR          delta_f = {value:.3f} ± {error:.3f} kT ({mbar.verdict})")
@@ -237,6 +252,8 @@ def main(change, root):
     rows = {
         "learned maps": (result.delta_f, result.uncertainty, cost_a + cost_b + extra),
         "plain FEP (BAR)": (result.plain.delta_f, result.plain.uncertainty, cost_a + cost_b + 2 * (len(x) + len(y))),
+        "through the flow": (flow.delta_f, flow.uncertainty, flow_cost),
+        "through the flow, with its training": (flow.delta_f, flow.uncertainty, flow_cost + training),
         "MBAR": (value, error, cost),
     }
     record = {
@@ -244,7 +261,8 @@ def main(change, root):
                "of_MBAR": n * e**2 / (cost * error**2)}
         for name, (v, e, n) in rows.items()
     }  # fmt: skip
-    record["z"] = (result.delta_f - value) / np.hypot(result.uncertainty, error)
+    for name, r in (("learned maps", result), ("through the flow", flow)):
+        record[name]["z"] = (r.delta_f - value) / np.hypot(r.uncertainty, error)
     record["training_and_evaluation_seconds"] = time.perf_counter() - start
     (root / f"{change}.json").write_text(json.dumps(record, indent=1))
     print(json.dumps(record, indent=1))

@@ -602,6 +602,57 @@ def test_basin_free_energy_is_calibrated():
     check_calibration([through_the_flow(rng)[0] for _ in range(400)], WELL.delta_f())
 
 
+def two_wells_from_one_flow(rng, n=2000, k_a=1.6, k_b=1.8):
+    """Two harmonic states in three dimensions on samples of a wider Gaussian; delta_f = 3/2 ln(k_b / k_a)."""
+    x = rng.standard_normal((n, 3))
+    r2 = (x**2).sum(1)
+    return {"log_q": -0.5 * r2 - 1.5 * math.log(2 * math.pi), "u_a": 0.5 * k_a * r2, "u_b": 0.5 * k_b * r2}
+
+
+TWO_WELLS = 1.5 * math.log(1.8 / 1.6)
+
+
+def test_states_through_one_flow():
+    """Right within its error, which is smaller than that of two flows would be; the sign is seen."""
+    d = two_wells_from_one_flow(np.random.default_rng(40))
+    result = tfep.states_through_flow(**d, generator=0)
+    assert abs(result.delta_f - TWO_WELLS) < 4 * result.uncertainty
+    assert abs(-result.delta_f - TWO_WELLS) > 20 * result.uncertainty
+    assert result.verdict.startswith("reliable") and result.overlap is None
+    apart = [tfep.states_through_flow(d["log_q"], -d["log_q"], d[u]).uncertainty for u in ("u_a", "u_b")]
+    assert result.uncertainty < 0.5 * math.hypot(*apart)
+    # Impossible samples count in n; moving both energies by a constant moves nothing.
+    cut = {k: np.where(np.arange(2000) % 2 == 0, np.inf, v) if k != "log_q" else v for k, v in d.items()}
+    half = tfep.states_through_flow(**cut)
+    assert abs(half.delta_f - TWO_WELLS) < 4 * half.uncertainty
+    moved = tfep.states_through_flow(d["log_q"], d["u_a"] + 700, d["u_b"] + 700, generator=0)
+    assert moved.delta_f == pytest.approx(result.delta_f, abs=1e-9)
+    assert moved.uncertainty == pytest.approx(result.uncertainty, rel=1e-6)
+
+
+def test_states_through_a_flow_that_misses_one_are_not_trusted():
+    """B is far narrower than the flow: a handful of samples carries all of its weight."""
+    d = two_wells_from_one_flow(np.random.default_rng(41), n=500, k_b=4000.0)
+    assert tfep.states_through_flow(**d).verdict.startswith("do not trust")
+    with pytest.raises(InsufficientDataError, match="finite"):
+        tfep.states_through_flow(d["log_q"], d["u_a"], np.full(500, np.inf))
+    with pytest.raises(InputError, match="one of each"):
+        tfep.states_through_flow(d["log_q"], d["u_a"], d["u_b"][:9])
+
+
+@pytest.mark.slow
+def test_states_through_one_flow_are_calibrated():
+    """And would not be with the errors of two independent flows: their z-scores spread too little."""
+    rng, results, apart = np.random.default_rng(42), [], []
+    for _ in range(400):
+        d = two_wells_from_one_flow(rng, 500)
+        results.append(tfep.states_through_flow(**d, n_resamples=100))
+        each = (tfep.states_through_flow(d["log_q"], -d["log_q"], d[u], n_resamples=50) for u in ("u_a", "u_b"))
+        apart.append(math.hypot(*(r.uncertainty for r in each)))
+    check_calibration(results, TWO_WELLS)
+    assert np.std([(r.delta_f - TWO_WELLS) / e for r, e in zip(results, apart)]) < 0.6
+
+
 def test_cross_fitting_several_maps_keeps_the_best():
     """A map that learned nothing beside one that learned everything: the error is that of the second."""
     a, b, perfect, exact, x, y = wells(3)

@@ -10,7 +10,13 @@ bar.
 """
 
 from openmm_regflow.tfep.bennett import crooks_slope
-from openmm_regflow.tfep.bridge import FlowWorks, basin_free_energy, flow_works, through_prior
+from openmm_regflow.tfep.bridge import (
+    FlowWorks,
+    basin_free_energy,
+    flow_works,
+    states_through_flow,
+    through_prior,
+)
 from openmm_regflow.tfep.ensembles import ConstrainedEnergy, potential_of, shared_bonds, state_of
 from openmm_regflow.tfep.estimators import (
     MultistateFreeEnergy,
@@ -69,6 +75,7 @@ __all__ = [
     "split",
     "state_from_storage",
     "state_of",
+    "states_through_flow",
     "storage_reference",
     "through_prior",
     "torsion_basin",

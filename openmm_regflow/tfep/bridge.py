@@ -22,17 +22,19 @@ from scipy.special import expit
 
 from openmm_regflow.errors import InputError, InsufficientDataError
 from openmm_regflow.reweighting import Seed, as_generator, effective_sample_size, population_delta_f, to_numpy
-from openmm_regflow.tfep.bennett import bar_overlap, bar_root, crooks_slope, one_sided
+from openmm_regflow.tfep.bennett import bar_overlap, bar_root, crooks_slope, exponential_average, one_sided
 from openmm_regflow.tfep.estimators import (
     CLIP,
     Side,
     TargetedFreeEnergy,
+    bootstrap,
     estimate,
     make_side,
     mbar_solution,
     most_inconsistent,
     second_law,
     spread,
+    verdict_one_sided,
     verdict_two_sided,
 )
 from openmm_regflow.units import temperature_kelvin
@@ -138,6 +140,60 @@ def _rank(verdict: str) -> int:
 
 def _difference(x: float | None, y: float | None) -> float | None:
     return None if x is None or y is None else x - y
+
+
+def states_through_flow(
+    log_q: Any,
+    u_a: Any,
+    u_b: Any,
+    *,
+    temperature: Any = 300.0,
+    n_resamples: int = 200,
+    generator: Seed = None,
+) -> TargetedFreeEnergy:
+    """delta_f of two states of one molecule from samples of one flow: no dynamics, one energy per sample and state.
+
+    With the works w_S = u_S + log q, exp(-f_S) = E_q[exp(-w_S)] for any state S that the flow covers (Zwanzig 1954, the
+    flow in the place of the sampled state). One sample serves both states, and what is common to both cancels: two
+    temperatures or two force fields differ by much less than either differs from the flow.
+
+    Nothing here can see a region that the flow does not reach. Compare with held-out samples (:func:`flow_works` and
+    :func:`openmm_regflow.tfep.estimate`) where there are any.
+
+    Args:
+        log_q: `(n,)` log-density of independent flow samples.
+        u_a: `(n,)` their reduced energy in A, in the flow's measure [kT]; +inf is legal.
+        u_b: `(n,)` their reduced energy in B.
+        temperature: [K or Quantity] for printing.
+        n_resamples: bootstrap replicas.
+        generator: NumPy generator or seed.
+
+    Returns:
+        delta_f = f_B - f_A [kT]; the verdict and ``ess`` are those of the state that the flow fits less well. The
+        asymptotic error is that of pymbar's MBAR over (q, A, B) with samples of q alone.
+
+    Raises:
+        InputError: lengths differ, log_q not finite.
+        InsufficientDataError: no sample with a finite energy in one of the states.
+    """
+    w_a, w_b = (_energies(log_q, u, f"flow samples in {name}", True) for u, name in ((u_a, "A"), (u_b, "B")))
+    f_a, f_b = exponential_average(w_a), exponential_average(w_b)
+    # Energies relative to q and shifted by the free energies just found: every entry that matters is near 0.
+    u_kn = np.stack([np.zeros_like(w_a), *(np.clip(w - f, -CLIP, 2 * CLIP) for w, f in ((w_a, f_a), (w_b, f_b)))])
+    pymbar_error = float(mbar_solution(u_kn, np.array([w_a.size, 0, 0]))[1][1, 2])
+
+    def difference(count_n: np.ndarray) -> float:
+        return exponential_average(w_b, count_n) - exponential_average(w_a, count_n)
+
+    error = spread(bootstrap(difference, [Side(w_a[None], 1.0)], n_resamples, generator))
+    result = TargetedFreeEnergy(
+        delta_f=f_b - f_a, uncertainty=max(pymbar_error, error), method="exp through the flow", overlap=None, ess=1.0,
+        n_forward=w_a.size, n_reverse=0, n_independent=(float(w_a.size), 0.0), pymbar_error=pymbar_error,
+        bootstrap_error=error, forward=f_b - f_a, temperature=temperature_kelvin(temperature), verdict="",
+    )  # fmt: skip
+    judged = [replace(result, ess=effective_sample_size(-w)) for w in (w_a, w_b)]
+    judged = [replace(r, verdict=verdict_one_sided(r, w)) for r, w in zip(judged, (w_a, w_b))]
+    return min(judged, key=lambda r: (_rank(r.verdict), r.ess))
 
 
 def basin_free_energy(

@@ -273,7 +273,7 @@ def verdict_two_sided(result: TargetedFreeEnergy, dissipation: float) -> str:
     return f"reliable: {figures}"
 
 
-def _verdict_one_sided(result: TargetedFreeEnergy, works: np.ndarray) -> str:
+def verdict_one_sided(result: TargetedFreeEnergy, works: np.ndarray) -> str:
     """Words for exponential averages: the tail of exp(-w) decides."""
     effective = result.ess * min(n for n in result.n_independent if n > 0)
     figures = f"ESS {100 * result.ess:.3g} %, {effective:.0f} effective samples"
@@ -471,7 +471,7 @@ def _one_sided(
         pymbar_error=pymbar_error, bootstrap_error=spread(replicas), forward=delta_f if sign > 0 else None,
         reverse=delta_f if sign < 0 else None,
     )  # fmt: skip
-    return replace(result, verdict=_verdict_one_sided(result, w_n))
+    return replace(result, verdict=verdict_one_sided(result, w_n))
 
 
 def _one_sided_value(w_n: np.ndarray, o_n: np.ndarray | None, counts: tuple[np.ndarray, ...], n_maps: int) -> float:
