@@ -300,14 +300,15 @@ def _train(
 
     from openmm_regflow import recipes
     from openmm_regflow.constraints import fixed_bonds
-    from openmm_regflow.demo import phi_positive, training_potential
     from openmm_regflow.device import resolve_device
+    from openmm_regflow.ensemble import frame_mover, phi_positive, training_potential
     from openmm_regflow.flows import FlowMetadata
     from openmm_regflow.systems import load_system, load_trajectory
     from openmm_regflow.training import write_history
 
     where = resolve_device(device)
     mol = load_system(system)
+    moves = settings.refinement.enabled and settings.refinement.anchor_moves
     frames = load_trajectory(data, mol.topology) if data else mol.reference("train")
     held_out = load_trajectory(validation, mol.topology) if validation else mol.reference("validation")
     described = {"system": system, "config": settings.model_dump(), "data": str(data), "validation": str(validation)}
@@ -325,7 +326,8 @@ def _train(
             folder=output / "work",
             stage=bar,
             device=where,
-            reduced_potential=training_potential(mol, where) if settings.refinement.enabled else None,
+            reduced_potential=training_potential(mol, where, settings.compile) if settings.refinement.enabled else None,
+            mover=frame_mover(mol, where, settings.compile) if moves else None,
             watch=[phi_positive(mol)] if len(mol.torsions("phi")) else None,
             fixed=fixed_bonds(mol.system),
         )
@@ -352,6 +354,9 @@ def refine(
     rounds: Annotated[int, typer.Option(help="Pools.")] = 10,
     pool: Annotated[int, typer.Option(help="Flow samples, and energies, per round.")] = 100_000,
     learning_rate: Annotated[float, typer.Option(help="Of each round.")] = 4e-4,
+    anchors: Annotated[int, typer.Option(help="Training frames mixed into every pool.")] = 10_000,
+    anchor_moves: Annotated[int, typer.Option(help="Monte Carlo trajectories of every frame before each pool.")] = 0,
+    compile: Annotated[bool, typer.Option("--compile", help="Fused splines, compiled float32 energies.")] = False,
     data: Annotated[Path | None, typer.Option(help="Training trajectory; default: the system's own.")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -365,22 +370,27 @@ def refine(
 
     import torch
 
-    from openmm_regflow.demo import phi_positive, training_potential
+    from openmm_regflow.ensemble import frame_mover, phi_positive, training_potential
     from openmm_regflow.refinement import RefineConfig
     from openmm_regflow.refinement import refine as run
     from openmm_regflow.systems import load_trajectory
 
     opened, mol, _ = open_proposal(flow, system, device)
-    config = RefineConfig(enabled=True, rounds=rounds, pool=pool, learning_rate=learning_rate, seed=seed)
+    config = RefineConfig(
+        enabled=True, rounds=rounds, pool=pool, learning_rate=learning_rate, anchors=anchors, anchor_moves=anchor_moves,
+        seed=seed,
+    )  # fmt: skip
     frames = load_trajectory(data, mol.topology) if data else mol.reference("train")
-    described = {"flow": str(flow), "system": system, "data": str(data), "config": config.model_dump()}
+    described = {"flow": str(flow), "system": system, "data": str(data), "compile": compile}
+    described |= {"config": config.model_dump()}
     prepare_output(output, "refine", described, overwrite)
     with bars() as bar:
         records = run(
-            opened,
-            training_potential(mol, opened.device),
+            opened.fuse(compile),
+            training_potential(mol, opened.device, compile),
             config,
             data=torch.as_tensor(frames, device=opened.device),
+            mover=frame_mover(mol, opened.device, compile) if anchor_moves else None,
             watch=[phi_positive(mol)] if len(mol.torsions("phi")) else None,
             checkpoint=output / "refinement-checkpoint.safetensors",
             progress=bar("refinement", rounds),

@@ -19,8 +19,8 @@ import torch
 from openmm_regflow import flows, metrics, plots, reweighting, tfep
 from openmm_regflow._version import __version__
 from openmm_regflow.chains import ChainTrace, run_chain, write_trajectory
-from openmm_regflow.constraints import Constraints
 from openmm_regflow.device import resolve_device
+from openmm_regflow.ensemble import phi_positive, training_potential
 from openmm_regflow.errors import InputError
 from openmm_regflow.evaluation import Evaluation, evaluate
 from openmm_regflow.flows import Flow, FlowMetadata
@@ -44,7 +44,6 @@ from openmm_regflow.report import Figure, Table, write_report
 from openmm_regflow.systems import MolecularSystem, load_system
 from openmm_regflow.tfep import TargetedFreeEnergy
 from openmm_regflow.training import Progress, TrainConfig, write_history
-from openmm_regflow.units import thermal_energy
 
 SYSTEM = "alanine-dipeptide"
 FLOW_FILE = "flow.safetensors"
@@ -249,22 +248,6 @@ def obtain_flow(
         save_teacher(folder / "teacher.safetensors", trained.field)
     write_history(folder / "history.json", trained.histories)
     return trained.flow, trained
-
-
-def training_potential(molecule: MolecularSystem, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Batched reduced potential [kT] of a molecule at its own temperature, for refinement.
-
-    With constraints it holds the metric term of their ensemble, so that ``-u - flow.log_prob`` is the log-weight.
-    """
-    potential = TorchPotential(molecule.system, dtype=torch.float64, device=device)
-    kt, constraints = thermal_energy(molecule.temperature), Constraints.of(molecule.system)
-    return lambda x: potential(x) / kt - constraints.log_metric(x.double())
-
-
-def phi_positive(molecule: MolecularSystem) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Indicator of the basin phi > 0 (first phi), for positions `(n, n_atoms, 3)` [nm]."""
-    quadruple = molecule.torsions("phi")[:1]
-    return lambda x: torch.as_tensor(metrics.dihedrals(x.cpu().numpy(), quadruple)[:, 0] > 0)
 
 
 def evaluate_batch(

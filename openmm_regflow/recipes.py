@@ -22,7 +22,7 @@ from openmm_regflow.coordinates import CartesianMap, CoordinateMap, identical_at
 from openmm_regflow.errors import IncompatibleFlowError, InputError
 from openmm_regflow.flows import Flow, FlowMetadata, read_safetensors, write_safetensors
 from openmm_regflow.objectives import FlowMatchingLoss, LikelihoodLoss, RegFlowLoss
-from openmm_regflow.refinement import RefineConfig, Round, refine
+from openmm_regflow.refinement import Mover, RefineConfig, Round, refine
 from openmm_regflow.targets import (
     Pairs,
     StreamedPairs,
@@ -208,6 +208,7 @@ def fit(
     stage: Stage | None = None,
     device: torch.device | str = "cpu",
     reduced_potential: Callable[[Tensor], Tensor] | None = None,
+    mover: Mover | None = None,
     watch: list[Callable[[Tensor], Tensor]] | None = None,
     fixed: Sequence[tuple[int, int, float]] = (),
 ) -> FitResult:
@@ -227,6 +228,7 @@ def fit(
         stage: makes the progress callback of each stage.
         device: where the networks train; the result stays there.
         reduced_potential: positions `(n, n_atoms, 3)` [nm] -> `(n,)` [kT]; needed if refinement is enabled.
+        mover: Markov kernel of the target, needed if ``refinement.anchor_moves`` is not zero; see `refine`.
         watch: indicator functions whose weighted populations the refinement reports, so that a lost mode is seen.
         fixed: ``(i, j, length [nm])`` of bonds of constrained length, see ``constraints.fixed_bonds``.
 
@@ -236,6 +238,8 @@ def fit(
     """
     if config.refinement.enabled and reduced_potential is None:
         raise InputError("refinement is enabled but no potential was given; pass reduced_potential or disable it")
+    if config.refinement.enabled and config.refinement.anchor_moves and mover is None:
+        raise InputError("refinement.anchor_moves is set but no kernel was given; pass mover or set it to 0")
     check_config(config)
     check_data(x_train, x_validation, config)
     coordinates = flows.coordinates_for(topology, x_train, config.coordinates, fixed)
@@ -251,7 +255,7 @@ def fit(
         progress = work.stage("refinement", config.refinement.rounds) if work.stage else None
         checkpoint = work.folder / "refinement-checkpoint.safetensors" if work.folder else None
         peers = ranks.current()
-        keywords: dict[str, Any] = {"data": x_train.to(device), "watch": watch}
+        keywords: dict[str, Any] = {"data": x_train.to(device), "mover": mover, "watch": watch}
         keywords |= {"checkpoint": checkpoint, "progress": progress}
         with work.clock("refinement", result):
             if peers.main:

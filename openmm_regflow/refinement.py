@@ -5,7 +5,8 @@ reverse KL, no reward for dropping a mode (e.g. Mueller et al. 2019, arXiv 1808.
 concentration. Here the loss has a control variate that vanishes at the optimum (``objectives.GeneralisedKLLoss``),
 training frames are mixed into the pool as a defensive part, so that no weight is large where they were, weights are
 truncated at sqrt(n) times their mean (Ionides 2008), every sample is used once, and a round that raises the
-divergence, as a fresh pool shows it, is undone.
+divergence, as a fresh pool shows it, is undone. Where a Markov kernel of the target is given, the frames move before
+every pool, so that these are not learnt by heart either.
 """
 
 import math
@@ -27,6 +28,9 @@ from openmm_regflow.objectives import GeneralisedKLLoss
 from openmm_regflow.training import Batches, TrainConfig, train
 
 CHECKPOINT_KIND = "openmm_regflow.refinement"
+#: A Markov kernel that leaves the target invariant: chains `(n, n_atoms, 3)` [nm] -> their next state, and the energies
+#: that it took.
+Mover = Callable[[Tensor, torch.Generator], tuple[Tensor, int]]
 
 
 class RefineConfig(BaseModel):
@@ -41,6 +45,7 @@ class RefineConfig(BaseModel):
     learning_rate: float = Field(4e-4, gt=0, description="halved by every round that is undone")
     ema: float = Field(0.98, ge=0, lt=1)
     anchors: int = Field(10_000, ge=0, description="training frames mixed into every pool; they bound its weights")
+    anchor_moves: int = Field(0, ge=0, description="Monte Carlo trajectories of every anchor before each pool")
     clip_top: float = Field(0.0, ge=0, lt=1, description="fraction of the largest weights cut to the next ones")
     tolerance: float = Field(0.9, gt=0, le=1, description="undo a round if exp(-KL) is below this part of the best")
     seed: int = 0
@@ -93,11 +98,13 @@ class _Progress:
     best: dict[str, Tensor] = field(default_factory=dict)
     best_divergence: float = math.inf
     records: list[Round] = field(default_factory=list)
+    anchors: Tensor | None = None
 
     def save(self, path: Path, flow: Flow, config: RefineConfig) -> None:
         """Write everything that the next round depends on."""
         tensors = {f"now.{k}": v for k, v in flow.bijection.state_dict().items()}
         tensors |= {f"best.{k}": v for k, v in self.best.items()}
+        tensors |= {} if self.anchors is None else {"anchors": self.anchors}
         header = {
             "format": CHECKPOINT_KIND,
             "format_version": 1,
@@ -117,7 +124,7 @@ class _Progress:
         flow.bijection.load_state_dict(_named(tensors, "now."))
         records = [Round(**{**r, "occupied": tuple(r["occupied"])}) for r in header["records"]]
         best = {k: v.to(flow.device) for k, v in _named(tensors, "best.").items()}
-        return cls(header["rate"], best, header["best_divergence"], records)
+        return cls(header["rate"], best, header["best_divergence"], records, tensors.get("anchors"))
 
 
 def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -130,6 +137,7 @@ def refine(
     config: RefineConfig,
     *,
     data: Tensor | None = None,
+    mover: Mover | None = None,
     watch: list[Callable[[Tensor], Tensor]] | None = None,
     checkpoint: str | Path | None = None,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
@@ -141,6 +149,8 @@ def refine(
         reduced_potential: positions `(n, n_atoms, 3)` [nm] -> `(n,)` [kT], +inf where impossible.
         config: settings.
         data: frames of the target `(m, n_atoms, 3)` [nm], of which ``config.anchors`` are mixed into every pool.
+        mover: a Markov kernel of the target; called ``config.anchor_moves`` times on all anchors before each pool. More
+            anchors than frames are then made by repeating frames.
         watch: indicator functions on positions; their weighted populations are reported for every pool, so that a
             lost mode is seen.
         checkpoint: file to write after every round and, if it exists, to continue from.
@@ -156,13 +166,17 @@ def refine(
     path = None if checkpoint is None else Path(checkpoint)
     resumed = path is not None and path.exists()
     state = _Progress.load(path, flow, config) if path and resumed else _Progress(config.learning_rate)
-    anchors = _Anchors(data, reduced_potential, config) if data is not None and config.anchors else None
+    anchors = _Anchors(data, reduced_potential, config, mover) if data is not None and config.anchors else None
+    if anchors and state.anchors is not None:
+        anchors.place(state.anchors.to(anchors.x))
+    energies = state.records[-1].energies if state.records else len(anchors.x) if anchors else 0
     for k in range(len(state.records), config.rounds + 1):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + k)
+        energies += config.pool + (anchors.move(generator) if anchors else 0)
         x, log_q = flow.sample(config.pool, generator)
         log_w = _log_weights(flow, x, log_q, reduced_potential)
         mixed = anchors.mix(flow, x, log_q, log_w, generator) if anchors else _Pool(x, log_q, log_q, log_w)
-        record = _judge(mixed, x, log_w, watch or [], (k + 1) * config.pool + (len(anchors.x) if anchors else 0))
+        record = _judge(mixed, x, log_w, watch or [], energies)
         undone = record.divergence > state.best_divergence - math.log(config.tolerance)
         state.records.append(replace(record, undone=undone))
         if progress:
@@ -177,6 +191,7 @@ def refine(
         if k < config.rounds and not undone:
             _learn(flow, mixed, config, state.rate, k)
         if path:
+            state.anchors = anchors.x if anchors and config.anchor_moves else None
             state.save(path, flow, config)
     flow.bijection.load_state_dict(state.best)
     return state.records
@@ -233,10 +248,33 @@ class _Anchors:
     needs, is the mean weight of the flow samples.
     """
 
-    def __init__(self, data: Tensor, reduced_potential: Callable[[Tensor], Tensor], config: RefineConfig) -> None:
-        rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed))[: config.anchors]
-        self.x = data[rows.to(data.device)].double()
-        self.u = torch.cat([reduced_potential(part) for part in self.x.split(4096)])
+    def __init__(
+        self,
+        data: Tensor,
+        reduced_potential: Callable[[Tensor], Tensor],
+        config: RefineConfig,
+        mover: Mover | None = None,
+    ) -> None:
+        rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed)).to(data.device)
+        self._potential, self._mover, self._n_moves = reduced_potential, mover, config.anchor_moves if mover else 0
+        repeats = math.ceil(config.anchors / len(rows)) if self._n_moves else 1
+        self.place(data[rows.repeat(repeats)[: config.anchors]].double())
+
+    def place(self, x: Tensor) -> None:
+        """Put the anchors at `x` `(m, n_atoms, 3)` [nm]."""
+        self.x = x
+        self.u = torch.cat([self._potential(part) for part in x.split(4096)])
+
+    def move(self, generator: torch.Generator) -> int:
+        """Move all anchors within the target; the energies that it took."""
+        if self._mover is None or not self._n_moves:
+            return 0
+        x, total = self.x, 0
+        for _ in range(self._n_moves):
+            x, energies = self._mover(x, generator)
+            total += energies
+        self.place(x)
+        return total + len(x)
 
     def mix(self, flow: Flow, x: Tensor, log_q: Tensor, log_w: np.ndarray, generator: torch.Generator) -> _Pool:
         """The pool with the anchors in it."""

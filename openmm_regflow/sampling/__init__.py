@@ -16,6 +16,7 @@ kept after a rejection.
 """
 
 from openmm_regflow.sampling.adaptive import AdaptiveFlow
+from openmm_regflow.sampling.hamiltonian import HamiltonianMonteCarlo
 from openmm_regflow.sampling.kernels import (
     FlowStatistics,
     KernelInfo,
@@ -50,6 +51,7 @@ __all__ = [
     "FlowSimulation",
     "FlowStatistics",
     "FlowStep",
+    "HamiltonianMonteCarlo",
     "KernelInfo",
     "Orientation",
     "ProposalPool",

@@ -1,0 +1,63 @@
+"""What training asks of a molecule's Boltzmann ensemble: its reduced potential, a kernel that moves frames, a watch."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from openmm_regflow import metrics
+from openmm_regflow.constraints import Constraints
+from openmm_regflow.potentials import TorchPotential
+from openmm_regflow.refinement import Mover
+from openmm_regflow.sampling import HamiltonianMonteCarlo, system_masses
+from openmm_regflow.sampling.hamiltonian import HYDROGEN_MASS
+from openmm_regflow.simulate.tempering import with_hydrogen_mass
+from openmm_regflow.systems import MolecularSystem
+from openmm_regflow.units import thermal_energy
+
+
+def training_potential(
+    molecule: MolecularSystem, device: torch.device | str = "cpu", compile: bool = False
+) -> Callable[[Tensor], Tensor]:
+    """Batched reduced potential [kT] of a molecule at its own temperature, for refinement.
+
+    With constraints it holds the metric term of their ensemble, so that ``-u - flow.log_prob`` is the log-weight.
+
+    Args:
+        molecule: System and temperature.
+        device: of the energies.
+        compile: through ``torch.compile`` in float32 (energies to about 1e-4 kT), else eager in float64.
+    """
+    potential = _potential(molecule, device, compile)
+    kt, constraints = thermal_energy(molecule.temperature), Constraints.of(molecule.system)
+    return lambda x: potential(x.to(potential.dtype)).double() / kt - constraints.log_metric(x.double())
+
+
+def frame_mover(molecule: MolecularSystem, device: torch.device | str = "cpu", compile: bool = False) -> Mover:
+    """Hamiltonian Monte Carlo of a molecule at its own temperature, its time step tuned on the first frames given.
+
+    Raises:
+        InputError: a System with constraints.
+    """
+    masses = system_masses(with_hydrogen_mass(molecule.system, HYDROGEN_MASS))
+    kernel = HamiltonianMonteCarlo(_potential(molecule, device, compile), molecule.temperature, masses)
+
+    def move(x: Tensor, generator: torch.Generator) -> tuple[Tensor, int]:
+        before = kernel.n_energies
+        if not before:
+            kernel.tune(x[:200], generator)
+        moved = torch.cat([kernel(part, generator) for part in x.split(4096)])
+        return moved, kernel.n_energies - before
+
+    return move
+
+
+def phi_positive(molecule: MolecularSystem) -> Callable[[Tensor], Tensor]:
+    """Indicator of the basin phi > 0 (first phi), for positions `(n, n_atoms, 3)` [nm]."""
+    quadruple = molecule.torsions("phi")[:1]
+    return lambda x: torch.as_tensor(metrics.dihedrals(x.cpu().numpy(), quadruple)[:, 0] > 0)
+
+
+def _potential(molecule: MolecularSystem, device: torch.device | str, compile: bool) -> TorchPotential:
+    dtype = torch.float32 if compile else torch.float64
+    return TorchPotential(molecule.system, dtype=dtype, device=device, compile=compile)
