@@ -4,11 +4,13 @@ A pool of flow samples, weighted by the target, is a sample of the target: lower
 reverse KL, no reward for dropping a mode (e.g. Mueller et al. 2019, arXiv 1808.03856). Its weakness is weight
 concentration. Here the loss has a control variate that vanishes at the optimum (``objectives.GeneralisedKLLoss``),
 training frames are mixed into the pool as a defensive part, so that no weight is large where they were, weights are
-truncated at sqrt(n) times their mean (Ionides 2008), every sample is used once, and a round that raises the
-divergence, as a fresh pool shows it, is undone. Where a Markov kernel of the target is given, the frames move before
+truncated at sqrt(n) times their mean (Ionides 2008), every sample is used once, one optimiser goes through all pools
+(new moments would shake the weights at the start of each), and a round that raises the divergence, as a fresh pool
+shows it, is undone. Where a Markov kernel of the target is given, the frames move before
 every pool, so that these are not learnt by heart either.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from scipy.optimize import brentq
 from scipy.special import logsumexp
 from torch import Tensor
 
@@ -25,9 +28,12 @@ from openmm_regflow import reweighting
 from openmm_regflow.errors import IncompatibleFlowError, InputError
 from openmm_regflow.flows import Flow, read_safetensors, write_safetensors
 from openmm_regflow.objectives import GeneralisedKLLoss
-from openmm_regflow.training import Batches, TrainConfig, train
+from openmm_regflow.training import Batch, Batches, pack_optimizer, unpack_optimizer
 
 CHECKPOINT_KIND = "openmm_regflow.refinement"
+CHECKPOINT_VERSION = 2
+#: Steps of linear warm-up, once: the optimiser's moments are then those of the pools.
+WARMUP = 30
 #: A Markov kernel that leaves the target invariant: chains `(n, n_atoms, 3)` [nm] -> their next state, and the energies
 #: that it took.
 Mover = Callable[[Tensor, torch.Generator], tuple[Tensor, int]]
@@ -42,7 +48,9 @@ class RefineConfig(BaseModel):
     rounds: int = Field(5, ge=1)
     pool: int = Field(50_000, ge=100, description="flow samples, and energies, per round")
     batch_size: int = Field(1024, ge=1)
-    learning_rate: float = Field(4e-4, gt=0, description="halved by every round that is undone")
+    learning_rate: float = Field(4e-4, gt=0, description="of the first round; halved by every round that is undone")
+    final_rate: float = Field(0.05, ge=0, le=1, description="of the last round, as a fraction; between, a cosine")
+    clip: float = Field(1.0, gt=0, description="largest gradient norm")
     ema: float = Field(0.98, ge=0, lt=1)
     anchors: int = Field(10_000, ge=0, description="training frames mixed into every pool; they bound its weights")
     anchor_moves: int = Field(0, ge=0, description="Monte Carlo trajectories of every anchor before each pool")
@@ -60,6 +68,7 @@ class Round:
         ess: Kish fraction of the pool.
         ess_truncated: without the top 0.2 % of weights.
         divergence: KL(p || q) [nat], from the pool and its anchors; what a round is judged by.
+        divergence_error: its standard error [nat].
         occupied: weighted fraction in each watched set.
         undone: the training before this pool made it worse and was undone.
     """
@@ -68,6 +77,7 @@ class Round:
     ess: float
     ess_truncated: float
     divergence: float
+    divergence_error: float
     occupied: tuple[float, ...]
     undone: bool
 
@@ -90,41 +100,90 @@ def truncate(log_weights: np.ndarray, top: float = 0.0) -> np.ndarray:
     return w / w.mean()
 
 
+class _Learner:
+    """The weights that are trained, their optimiser, and the average that pools are drawn from (the flow's own)."""
+
+    def __init__(self, flow: Flow, config: RefineConfig) -> None:
+        self.flow, self.config = flow, config
+        self.live = copy.deepcopy(flow.bijection)
+        self.optimizer = torch.optim.AdamW(self.live.parameters(), lr=config.learning_rate, weight_decay=0.0)
+        self.loss = GeneralisedKLLoss(flow.prior)
+        self.steps = 0
+
+    def go_back(self, weights: dict[str, Tensor]) -> None:
+        """Put the flow, and what is trained, to these weights; the optimiser keeps its moments."""
+        self.flow.bijection.load_state_dict(weights)
+        self.live.load_state_dict(weights)
+
+    def learn(self, pool: "_Pool", k: int, factor: float) -> None:
+        """One pass over pool k, each sample seen once, at ``factor`` times its learning rate."""
+        c, flow = self.config, self.flow
+        fine = torch.isfinite(pool.x).flatten(1).all(1) & torch.isfinite(pool.log_r)
+        w = torch.as_tensor(truncate(pool.log_w, c.clip_top), dtype=flow.dtype, device=pool.x.device)[fine]
+        y, log_det = flow.coordinates.to_features(pool.x[fine])
+        log_r_y = (pool.log_r[fine] - log_det).to(flow.dtype)  # density of the features, as the loss compares it
+        batches = Batches((y.to(flow.dtype), log_r_y, w), min(c.batch_size, len(y)), c.seed + k)
+        self.live.train()
+        for step in range(batches.per_epoch):
+            turn = (k + step / batches.per_epoch) / c.rounds
+            cosine = c.final_rate + (1.0 - c.final_rate) * 0.5 * (1.0 + math.cos(math.pi * turn))
+            warm = min(1.0, (self.steps + 1) / WARMUP)
+            self._step(batches(step, torch.Generator()), factor * c.learning_rate * cosine * warm)
+
+    def _step(self, batch: Batch, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss.of(self.live, batch)[0].backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.live.parameters(), self.config.clip)
+        if bool(torch.isfinite(norm)):  # a batch that overflows teaches nothing; the next pool judges the rest
+            self.optimizer.step()
+        self.steps += 1
+        with torch.no_grad():
+            averaged: list[Tensor] = [*self.flow.bijection.parameters()]
+            torch._foreach_lerp_(averaged, [p.detach() for p in self.live.parameters()], 1.0 - self.config.ema)
+
+
 @dataclass
 class _Progress:
-    """Where a refinement stands: what a checkpoint holds."""
+    """Where a refinement stands: what a checkpoint holds beside the learner."""
 
-    rate: float
+    factor: float = 1.0
     best: dict[str, Tensor] = field(default_factory=dict)
     best_divergence: float = math.inf
     records: list[Round] = field(default_factory=list)
     anchors: Tensor | None = None
 
-    def save(self, path: Path, flow: Flow, config: RefineConfig) -> None:
+    def save(self, path: Path, learner: _Learner) -> None:
         """Write everything that the next round depends on."""
-        tensors = {f"now.{k}": v for k, v in flow.bijection.state_dict().items()}
-        tensors |= {f"best.{k}": v for k, v in self.best.items()}
+        tensors = {f"now.{k}": v for k, v in learner.flow.bijection.state_dict().items()}
+        tensors |= {f"live.{k}": v for k, v in learner.live.state_dict().items()}
+        tensors |= {f"best.{k}": v for k, v in self.best.items()} | pack_optimizer(learner.optimizer.state_dict())
         tensors |= {} if self.anchors is None else {"anchors": self.anchors}
         header = {
             "format": CHECKPOINT_KIND,
-            "format_version": 1,
-            "config": config.model_dump(),
-            "rate": self.rate,
+            "format_version": CHECKPOINT_VERSION,
+            "config": learner.config.model_dump(),
+            "factor": self.factor,
+            "steps": learner.steps,
             "best_divergence": self.best_divergence,
             "records": [r.to_dict() for r in self.records],
         }
         write_safetensors(path, {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, header)
 
     @classmethod
-    def load(cls, path: Path, flow: Flow, config: RefineConfig) -> "_Progress":
+    def load(cls, path: Path, learner: _Learner) -> "_Progress":
         """Continue from a checkpoint; the flow gets the weights that it had."""
-        header, tensors = read_safetensors(path, CHECKPOINT_KIND, 1)
-        if header["config"] != config.model_dump():
+        header, tensors = read_safetensors(path, CHECKPOINT_KIND, CHECKPOINT_VERSION)
+        if header["config"] != learner.config.model_dump():
             raise IncompatibleFlowError(f"{path} is a refinement with other settings; choose another folder")
-        flow.bijection.load_state_dict(_named(tensors, "now."))
+        learner.flow.bijection.load_state_dict(_named(tensors, "now."))
+        learner.live.load_state_dict(_named(tensors, "live."))
+        learner.optimizer.load_state_dict(unpack_optimizer(learner.optimizer, tensors))
+        learner.steps = header["steps"]
         records = [Round(**{**r, "occupied": tuple(r["occupied"])}) for r in header["records"]]
-        best = {k: v.to(flow.device) for k, v in _named(tensors, "best.").items()}
-        return cls(header["rate"], best, header["best_divergence"], records, tensors.get("anchors"))
+        best = {k: v.to(learner.flow.device) for k, v in _named(tensors, "best.").items()}
+        return cls(header["factor"], best, header["best_divergence"], records, tensors.get("anchors"))
 
 
 def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -164,8 +223,8 @@ def refine(
         IncompatibleFlowError: a checkpoint of other settings.
     """
     path = None if checkpoint is None else Path(checkpoint)
-    resumed = path is not None and path.exists()
-    state = _Progress.load(path, flow, config) if path and resumed else _Progress(config.learning_rate)
+    learner = _Learner(flow, config)
+    state = _Progress.load(path, learner) if path and path.exists() else _Progress()
     anchors = _Anchors(data, reduced_potential, config, mover) if data is not None and config.anchors else None
     if anchors and state.anchors is not None:
         anchors.place(state.anchors.to(anchors.x))
@@ -177,23 +236,25 @@ def refine(
         log_w = _log_weights(flow, x, log_q, reduced_potential)
         mixed = anchors.mix(flow, x, log_q, log_w, generator) if anchors else _Pool(x, log_q, log_q, log_w)
         record = _judge(mixed, x, log_w, watch or [], energies)
-        undone = record.divergence > state.best_divergence - math.log(config.tolerance)
+        margin = max(-math.log(config.tolerance), 3 * record.divergence_error)
+        undone = record.divergence > state.best_divergence + margin
         state.records.append(replace(record, undone=undone))
         if progress:
             figures = {"ESS": record.ess, "truncated": record.ess_truncated, "KL": record.divergence}
-            progress(k, config.rounds, figures | {"rate": state.rate})
+            progress(k, config.rounds, figures | {"factor": state.factor})
         if undone:
-            flow.bijection.load_state_dict(state.best)
-            state.rate *= 0.5
+            learner.go_back(state.best)
+            state.factor *= 0.5
         elif record.divergence < state.best_divergence:
             state.best = {n: v.clone() for n, v in flow.bijection.state_dict().items()}
             state.best_divergence = record.divergence
         if k < config.rounds and not undone:
-            _learn(flow, mixed, config, state.rate, k)
+            learner.learn(mixed, k, state.factor)
         if path:
             state.anchors = anchors.x if anchors and config.anchor_moves else None
-            state.save(path, flow, config)
+            state.save(path, learner)
     flow.bijection.load_state_dict(state.best)
+    flow.bijection.eval()
     return state.records
 
 
@@ -213,27 +274,55 @@ class _Pool:
     log_r: Tensor
     log_w: np.ndarray
 
-    def divergence(self) -> float:
-        """KL(p || q) = E_p[log p/q] [nat], where ``p/q = (p/r) (r/q)``; p is normalised by the weights."""
+    def divergence(self) -> tuple[float, float]:
+        """KL(p || q) = E_p[log p/q] [nat], ``p/q = (p/r) (r/q)``, with its error; p is normalised by the weights."""
         fine = np.isfinite(self.log_w)
         w = reweighting.normalised_weights(self.log_w[fine])
         log_p = self.log_w[fine] + self.log_r.cpu().numpy()[fine] - _log_mean(self.log_w)
-        return float(np.sum(w * (log_p - self.log_q.cpu().numpy()[fine])))
+        log_ratio = log_p - self.log_q.cpu().numpy()[fine]
+        value = float(np.sum(w * log_ratio))
+        return value, float(np.sqrt(np.sum((w * (log_ratio - value)) ** 2)))
 
 
 def _log_mean(log_w: np.ndarray) -> float:
     return float(logsumexp(log_w)) - math.log(len(log_w))
 
 
+def log_normalisation(log_p: np.ndarray, log_q: np.ndarray, n: int, m: int) -> float:
+    """log of the integral of an unnormalised density p, from n samples of a density q and m of p together.
+
+    The root Z of ``sum_i p_i / (n q_i + m p_i / Z) = Z`` over all samples: Bennett's acceptance ratio, bridge sampling
+    (Bennett 1976; Meng & Wong 1996). The mean of p/q over the samples of q alone is what a few of them say as long as
+    q is poor.
+
+    Args:
+        log_p: `(n + m,)` of all samples, -inf where impossible.
+        log_q: `(n + m,)`.
+        n: samples of q.
+        m: samples of p.
+    """
+    possible = np.isfinite(log_p) & np.isfinite(log_q)
+    log_p, log_q = log_p[possible], log_q[possible]
+
+    def excess(log_z: float) -> float:
+        share = log_p - log_z - np.logaddexp(math.log(n) + log_q, math.log(m) + log_p - log_z)
+        return float(logsumexp(share))
+
+    middle = float(np.median(log_p - log_q))
+    return float(brentq(excess, middle - 700.0, middle + 700.0, xtol=1e-9))
+
+
 def _judge(
     pool: _Pool, x: Tensor, log_w: np.ndarray, watch: list[Callable[[Tensor], Tensor]], energies: int
 ) -> Round:
     """The record of a pool; ESS and populations are those of the flow's own samples."""
+    divergence, error = pool.divergence()
     return Round(
         energies=energies,
         ess=reweighting.effective_sample_size(log_w),
         ess_truncated=reweighting.truncated_effective_sample_size(log_w),
-        divergence=pool.divergence(),
+        divergence=divergence,
+        divergence_error=error,
         occupied=_occupied(x, log_w, watch),
         undone=False,
     )
@@ -245,7 +334,7 @@ class _Anchors:
     A pool of n flow samples alone cannot show where the flow has too little density: it hardly goes there. With m
     frames of the target among them the pool has the density ``(n q + m p) / (n + m)``, its weights are at most
     ``(n + m) / m``, and a basin that the frames visited cannot be forgotten. The target's normalisation, which ``p``
-    needs, is the mean weight of the flow samples.
+    needs, comes from both (`log_normalisation`).
     """
 
     def __init__(
@@ -281,8 +370,9 @@ class _Anchors:
         frames = flow.coordinates.augment(self.x, generator).to(x)
         log_p_m = (-self.u.to(log_q) + flow.frame_log_density(frames)).cpu().numpy()
         both = torch.cat([log_q, flow.log_prob(frames).to(log_q)])
-        log_p = np.concatenate([log_w + log_q.cpu().numpy(), log_p_m]) - _log_mean(log_w)
         n, m = len(x), len(frames)
+        log_p = np.concatenate([log_w + log_q.cpu().numpy(), log_p_m])
+        log_p = log_p - log_normalisation(log_p, both.cpu().numpy(), n, m)
         log_r = np.logaddexp(math.log(n) + both.cpu().numpy(), math.log(m) + log_p) - math.log(n + m)
         log_ratio = log_p - log_r
         log_ratio[~np.isfinite(log_ratio)] = -np.inf
@@ -301,23 +391,3 @@ def _log_weights(flow: Flow, x: Tensor, log_q: Tensor, reduced_potential: Callab
 def _occupied(x: Tensor, log_w: np.ndarray, watch: list[Callable[[Tensor], Tensor]]) -> tuple[float, ...]:
     w = reweighting.normalised_weights(log_w)
     return tuple(float(w[inside(x).cpu().numpy().astype(bool)].sum()) for inside in watch)
-
-
-def _learn(flow: Flow, pool: _Pool, config: RefineConfig, rate: float, k: int) -> None:
-    """One pass over the pool: each sample is seen once."""
-    fine = torch.isfinite(pool.x).flatten(1).all(1) & torch.isfinite(pool.log_r)
-    w = torch.as_tensor(truncate(pool.log_w, config.clip_top), dtype=flow.dtype, device=pool.x.device)[fine]
-    y, log_det = flow.coordinates.to_features(pool.x[fine])
-    log_r_y = (pool.log_r[fine] - log_det).to(flow.dtype)  # density of the features, as the loss compares it
-    y = y.to(flow.dtype)
-    settings = TrainConfig(
-        steps=len(y) // config.batch_size,
-        batch_size=config.batch_size,
-        learning_rate=rate,
-        ema=config.ema,
-        warmup=10,
-        weight_decay=0.0,
-        seed=config.seed + k,
-    )
-    batches = Batches((y, log_r_y, w), config.batch_size, settings.seed)
-    train(flow.bijection, GeneralisedKLLoss(flow.prior), batches, settings)

@@ -360,8 +360,7 @@ class _Run:
         tensors = {f"module/{k}": v for k, v in state["module"].items()}
         tensors |= {f"averaged/{k}": v for k, v in state["averaged"].items()}
         tensors |= {f"best/{k}": v for k, v in (state["best"] or {}).items()}
-        for index, slots in state["optimizer"]["state"].items():
-            tensors |= {f"optimizer/{index}/{k}": torch.as_tensor(v) for k, v in slots.items()}
+        tensors |= pack_optimizer(state["optimizer"])
         header = {
             "format": CHECKPOINT_KIND, "format_version": CHECKPOINT_VERSION,
             "config": self.config.model_dump(), "plain": state["plain"],
@@ -399,14 +398,9 @@ class _Run:
         def group(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-        slots: dict[int, dict[str, Tensor]] = {}
-        for key, value in group("optimizer/").items():
-            index, name = key.split("/")
-            slots.setdefault(int(index), {})[name] = value
-        optimizer = self.optimizer.state_dict() | {"state": slots}
         state = {
             "module": group("module/"), "averaged": group("averaged/"), "best": group("best/") or None,
-            "optimizer": optimizer, "plain": header["plain"],
+            "optimizer": unpack_optimizer(self.optimizer, tensors), "plain": header["plain"],
         }  # fmt: skip
         try:
             self._restore(state)
@@ -423,6 +417,22 @@ class _Run:
             self._write()
         self.module.load_state_dict(self.best if self.best is not None else self.averaged.state_dict())
         self.module.eval()
+
+
+def pack_optimizer(state: dict[str, Any]) -> dict[str, Tensor]:
+    """Moments and step counts of an optimiser's state dict as named tensors, for a checkpoint."""
+    slots = state["state"].items()
+    return {f"optimizer/{index}/{k}": torch.as_tensor(v) for index, slot in slots for k, v in slot.items()}
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The state dict that `pack_optimizer` packed, among the tensors of a checkpoint."""
+    slots: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer/"):
+            _, index, name = key.split("/")
+            slots.setdefault(int(index), {})[name] = value
+    return optimizer.state_dict() | {"state": slots}
 
 
 def write_log(path: str | Path, history: History) -> None:

@@ -94,6 +94,37 @@ def test_anchors_give_the_divergence_and_bounded_weights(coordinates):
     assert abs(w.mean() - 1.0) < 4 * error
 
 
+def test_anchors_move_and_a_stopped_refinement_takes_them_up_again(coordinates, tmp_path):
+    """With a kernel that is exact for the target, fresh draws."""
+    target = flows.spline(coordinates, n_layers=2, hidden=8)
+    data, _ = target.sample(300, torch.Generator().manual_seed(5))
+    settings = config(3e-3).model_copy(update={"pool": 2000, "anchors": 600, "anchor_moves": 2})
+    seen = []
+
+    def mover(x, generator):
+        seen.append(x)
+        return target.sample(len(x), generator)[0], 7 * len(x)
+
+    flow, potential = pair(coordinates)
+    whole = refine(flow, potential, settings, data=data, mover=mover)
+    assert len(seen[0]) == 600 and not torch.equal(seen[0], seen[2])  # more anchors than frames, moved twice a pool
+    assert [r.energies for r in whole] == [600 + k * (2000 + 2 * 7 * 600 + 600) for k in (1, 2, 3, 4)]
+    path = tmp_path / "refinement.safetensors"
+
+    def stop(k, total, figures):
+        if k == 2:
+            raise KeyboardInterrupt
+
+    again, _ = pair(coordinates)
+    with pytest.raises(KeyboardInterrupt):
+        refine(again, potential, settings, data=data, mover=mover, checkpoint=path, progress=stop)
+    fresh, _ = pair(coordinates)
+    assert refine(fresh, potential, settings, data=data, mover=mover, checkpoint=path) == whole
+    assert all(
+        torch.equal(a, b) for a, b in zip(flow.bijection.state_dict().values(), fresh.bijection.state_dict().values())
+    )
+
+
 def test_hopeless_pool(coordinates):
     flow, _ = pair(coordinates)
     with pytest.raises(InputError, match="finite weight"):
