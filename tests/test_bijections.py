@@ -1,6 +1,9 @@
 """One conformance suite over every bijection and architecture: inverses, Jacobians against autodiff, gradients."""
 
 import math
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -208,3 +211,26 @@ def test_kernels_refuse_a_second_derivative():
         value, _ = fused.spline(torch.randn(8, 3, 4, dtype=torch.float64), torch.zeros_like(v), v, 2.0, False)
         with pytest.raises(RuntimeError, match="second derivative"):
             torch.autograd.grad(value.sum(), v, create_graph=True)
+
+
+def test_without_a_compiler_a_warning_and_the_same_splines(tmp_path):
+    code = """
+import torch, warnings
+from openmm_regflow.bijections import fused, spline
+v = torch.linspace(-3, 3, 40).view(4, 10).requires_grad_()
+raw, ends = torch.randn(11, 4, 10), torch.zeros(4, 10)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        for inverse in (False, True):
+            value, log_slope = fused.spline(raw, ends, v, 2.0, inverse)
+            expected = spline(raw, ends, v, 2.0, inverse)
+            torch.testing.assert_close((value, log_slope), expected, rtol=1e-4, atol=1e-4)
+            gradients = [torch.autograd.grad(a.sum() + b.sum(), v)[0] for a, b in ((value, log_slope), expected)]
+            torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+print(fused.usable(v), [str(w.message) for w in caught if "could not compile" in str(w.message)])
+"""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CXX": "/nonexistent/compiler"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("False") and result.stdout.count("run eagerly") == 2  # value and derivative

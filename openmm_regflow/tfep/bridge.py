@@ -236,11 +236,14 @@ def basin_free_energy(
         u: `(n,)` their reduced energy in the flow's measure [kT]; +inf is legal.
         in_a: `(n,)` booleans, flow sample lies in A.
         in_b: `(n,)` booleans, flow sample lies in B.
-        log_q_a: `(n_A,)` log-density of held-out samples of A, in order of time. They must not have trained
-        the flow. u_a: `(n_A,)` their reduced energy [kT]. log_q_b: `(n_B,)` log-density of held-out samples
-        of B. u_b: `(n_B,)` their reduced energy [kT]. temperature: [K or Quantity] for printing. correlated:
-        held-out samples are in order of time and may be correlated. n_resamples: joint bootstrap replicas
-        (flow samples shared, held-out samples in blocks). generator: NumPy generator or seed.
+        log_q_a: `(n_A,)` log-density of held-out samples of A, in order of time, which did not train the flow.
+        u_a: `(n_A,)` their reduced energy [kT].
+        log_q_b: `(n_B,)` log-density of held-out samples of B, likewise.
+        u_b: `(n_B,)` their reduced energy [kT].
+        temperature: [K or Quantity] for printing.
+        correlated: held-out samples are in order of time and may be correlated.
+        n_resamples: joint bootstrap replicas (flow samples shared, held-out samples in blocks).
+        generator: NumPy generator or seed.
 
     Returns:
         delta_f = f_B - f_A [kT]; ``forward`` is the importance-sampling estimate from flow samples alone.

@@ -54,9 +54,8 @@ class TargetedFreeEnergy:
         delta_f: f_B - f_A [kT].
         uncertainty: one standard error [kT]: the larger of pymbar's and the bootstrap's.
         method: estimator.
-        overlap: of forward and reverse works, 0 to 1 (1 minus the second eigenvalue of the overlap matrix);
-        None
-            for one-sided estimators.
+        overlap: of forward and reverse works, 0 to 1 (1 minus the second eigenvalue of the overlap matrix); None for
+            one-sided estimators.
         ess: Kish fraction of exp(-w), the smaller of the sides used.
         n_forward: number of forward works.
         n_reverse: number of reverse works.
@@ -66,9 +65,9 @@ class TargetedFreeEnergy:
         forward: delta_f by forward exponential averaging [kT], or None.
         reverse: delta_f by reverse exponential averaging [kT], or None.
         crooks_slope: slope of log p_F(w)/p_R(-w) against w with its error; exactly 1 for consistent works.
-        verdict: in words; starts with ``reliable``, ``use with care``, ``do not trust`` or ``diagnostic
-        only``. temperature: [K], for kJ/mol and kcal/mol. plain: the same estimate with the identity map, or
-        None.
+        verdict: in words; starts with ``reliable``, ``use with care``, ``do not trust`` or ``diagnostic only``.
+        temperature: [K], for kJ/mol and kcal/mol.
+        plain: the same estimate with the identity map, or None.
     """
 
     delta_f: float
