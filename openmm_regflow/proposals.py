@@ -30,6 +30,8 @@ ABSURD_ENERGY = 1e6
 LENGTH_TOLERANCE = 1e-9
 
 Frame = Literal["free", "fixed"]
+#: Hydrogens, repartitioned or not, are lighter than this [dalton]; everything else is heavier.
+LIGHT = 5.0
 EnergyFunction = Callable[[Tensor], Tensor]
 
 
@@ -64,8 +66,7 @@ class ProposalBatch(NamedTuple):
 class FlowProposal:
     """A flow as a proposal generator for one System at one temperature.
 
-    Measure: the Boltzmann factor ``exp(-u(x))`` of a molecule in free space does not depend on its frame
-        (centre and
+    Measure: the Boltzmann factor ``exp(-u(x))`` of a molecule in free space does not depend on its frame (centre and
     orientation), a Cartesian flow's density does. ``log_q`` is therefore always
 
         ``log_q(x) = flow.log_prob(x) - flow.frame_log_density(x)``
@@ -91,6 +92,8 @@ class FlowProposal:
             they only get noisier; atom counts must agree all the same.
         frame: ``"free"`` or ``"fixed"``; by default found out by moving and turning a few samples.
         chunk_size: rows per call of the flow and of the potential; bounds the memory of large batches.
+        extra_forces: accept a System with further forces (a bias, a restraint) beside those that the flow was trained
+            for.
 
     Attributes:
         n_impossible: how many energies so far were not finite or absurd.
@@ -113,6 +116,7 @@ class FlowProposal:
         allow_mismatch: bool = False,
         frame: Literal["auto", "free", "fixed"] = "auto",
         chunk_size: int = 8192,
+        extra_forces: bool = False,
     ) -> None:
         if frame not in ("auto", "free", "fixed"):
             raise InputError(f"frame is {frame!r}; choose 'auto', 'free' or 'fixed'")
@@ -121,7 +125,7 @@ class FlowProposal:
         self.flow, self.potential = flow, potential
         self.temperature = temperature_kelvin(temperature)
         self.kT = thermal_energy(self.temperature)
-        self.allow_mismatch = allow_mismatch
+        self.allow_mismatch, self.extra_forces = allow_mismatch, extra_forces
         self.chunk_size = chunk_size
         self.n_impossible = 0
         self._frame = frame
@@ -133,7 +137,7 @@ class FlowProposal:
             self.check_system(self.system)
         _check_atoms(self.flow, self.potential)
         if not self.allow_mismatch:
-            check_flow(self.flow, self.system, self.temperature)
+            check_flow(self.flow, self.system, self.temperature, self.extra_forces)
         self._set_constraints()
 
     def _set_constraints(self) -> None:
@@ -151,6 +155,15 @@ class FlowProposal:
         """Refuse a System that proposals of this kind cannot move; see :func:`check_supported`."""
         check_supported(system, self.flow)
         self._check_masses(system)
+
+    def check_state_system(self, system: openmm.System) -> None:
+        """Refuse the System of a state whose own energy decides: as :meth:`check_system`, and the flow must fit.
+
+        Further forces, such as a bias, are expected there.
+        """
+        self.check_system(system)
+        if not self.allow_mismatch:
+            check_flow(self.flow, system, self.temperature, extra_forces=True)
 
     def _check_masses(self, system: openmm.System) -> None:
         """Refuse a System whose constrained ensemble differs from the proposal's own by its masses."""
@@ -211,6 +224,7 @@ class FlowProposal:
         """This proposal with another flow of the same kind, checked like the first one."""
         other = copy.copy(self)
         other.flow = flow
+        other.__dict__.pop("_bonds", None)
         other._check()
         return other
 
@@ -302,11 +316,13 @@ class FlowProposal:
         return projected
 
     def as_tensor(self, positions: Any) -> Tensor:
-        """Positions as a tensor `(n, n_atoms, 3)` on the flow's device, dtype kept.
+        """Positions [nm or Quantity] as a tensor `(n, n_atoms, 3)` on the flow's device, dtype kept.
 
         Raises:
             InputError: another shape.
         """
+        if unit.is_quantity(positions):
+            positions = np.asarray(positions.value_in_unit(unit.nanometer))
         tensor = positions if isinstance(positions, Tensor) else torch.as_tensor(np.asarray(positions))
         if tensor.ndim != 3 or tensor.shape[1:] != (self.n_atoms, 3):
             raise InputError(
@@ -422,7 +438,27 @@ class SubsetProposal(FlowProposal):
             self.check_system(self.system)
         if not self.allow_mismatch:
             check_flow(self.flow, None, self.temperature)
+            if self.system is not None:
+                self._check_elements(self.system)
         self._set_constraints()
+
+    def check_state_system(self, system: openmm.System) -> None:
+        """As :meth:`check_system`; the flow's own System says nothing about the surroundings."""
+        self.check_system(system)
+
+    def _check_elements(self, system: openmm.System) -> None:
+        """Refuse a subset whose hydrogens are not in the places of the flow's."""
+        known = getattr(getattr(self.flow, "metadata", None), "fingerprint", None)
+        if known is None or len(known.get("masses", ())) != len(self._subset):
+            return
+        masses = [system.getParticleMass(i).value_in_unit(unit.dalton) for i in self._subset]
+        wrong = [k for k, (m, n) in enumerate(zip(known["masses"], masses)) if (m < LIGHT) != (n < LIGHT)]
+        if wrong:
+            raise IncompatibleFlowError(
+                f"atom {self._subset[wrong[0]]} of atom_subset ({masses[wrong[0]]:.4g} dalton) stands where the flow "
+                f"has one of {known['masses'][wrong[0]]:.4g} dalton; give the atoms in the order of the flow's "
+                "training, or pass allow_mismatch=True"
+            )
 
     def check_system(self, system: openmm.System) -> None:
         """Refuse virtual sites that touch the subset, and constraints that do and are not fixed in the flow."""
@@ -459,15 +495,27 @@ class SubsetProposal(FlowProposal):
         return whole
 
     def make_whole(self, positions: np.ndarray, box: np.ndarray | None) -> np.ndarray:
-        """Every atom of the subset at its image next to the subset's first atom."""
+        """Every atom of the subset at its image next to the atom that it is bonded to.
+
+        Next to one and the same atom would break a molecule that is wider than half the box.
+        """
         if box is None:
             return positions
         whole = np.array(positions)
-        delta = whole[self._subset] - whole[self._subset[0]]
-        for k in (2, 1, 0):  # OpenMM's reduced triclinic vectors: remove the last one first
-            delta -= np.round(delta[:, k : k + 1] / box[k, k]) * box[k]
-        whole[self._subset] = whole[self._subset[0]] + delta
+        for atom, partner in self._bonds:
+            delta = whole[atom] - whole[partner]
+            for k in (2, 1, 0):  # OpenMM's reduced triclinic vectors: remove the last one first
+                delta -= np.round(delta[k] / box[k, k]) * box[k]
+            whole[atom] = whole[partner] + delta
         return whole
+
+    @cached_property
+    def _bonds(self) -> list[tuple[int, int]]:
+        """(atom, bonded to) in the order of the flow's Z-matrix, in the numbering of the System."""
+        zmatrix = self.flow.coordinates.zmatrix
+        first, middle, last = zmatrix.seed
+        pairs = [(first, middle), (last, middle), *((row[0], row[1]) for row in zmatrix.rows)]
+        return [(self._subset[a], self._subset[b]) for a, b in pairs]
 
     def _draw(self, n: int, generator: torch.Generator | None) -> ProposalBatch:
         """Subset positions and their density; the energy is known only beside a current configuration."""
@@ -504,10 +552,15 @@ def check_subset_supported(system: openmm.System, subset: Sequence[int], flow: A
         flow: whose bonds of fixed length are allowed, and needed, as constraints; in the numbering of the subset.
 
     Raises:
-        UnsupportedForceError: with the atoms and the remedy.
+        UnsupportedForceError: with the atoms and the remedy; also for atoms without mass.
         IncompatibleFlowError: a bond that is fixed in the flow is not constrained in the System.
     """
     members = set(subset)
+    if frozen := sorted(members & set(_frozen_atoms(system))):
+        raise UnsupportedForceError(
+            f"atom {frozen[0]} of the subset has no mass, so dynamics keep it in place and the flow would move it; "
+            "give it its mass and hold it with a restraint"
+        )
     touching = [(i, j, d) for i, j, d in fixed_bonds(system) if members & {i, j}]
     check_constraints(touching, [(subset[i], subset[j], d) for i, j, d in _fixed_bonds_of(flow)], "subset")
     for site in filter(system.isVirtualSite, range(system.getNumParticles())):
@@ -617,7 +670,9 @@ def has_global_parameters(system: openmm.System) -> bool:
     return any(getattr(force, "getNumGlobalParameters", int)() for force in system.getForces())
 
 
-def check_flow(flow: Any, system: openmm.System | None, temperature: float) -> None:
+def check_flow(
+    flow: Any, system: openmm.System | None, temperature: float, extra_forces: bool = False
+) -> None:
     """Refuse a flow that was trained for another System or temperature.
 
     Args:
@@ -625,6 +680,7 @@ def check_flow(flow: Any, system: openmm.System | None, temperature: float) -> N
             compared.
         system: the System that energies come from, or None if unknown.
         temperature: [K].
+        extra_forces: further forces in the System, beside those of the flow's, are no difference.
 
     Raises:
         IncompatibleFlowError: naming every difference.
@@ -633,7 +689,7 @@ def check_flow(flow: Any, system: openmm.System | None, temperature: float) -> N
     expected, trained_at = getattr(metadata, "fingerprint", None), getattr(metadata, "temperature", None)
     differences = []
     if expected is not None and system is not None:
-        differences += compare_fingerprints(expected, fingerprint(system))
+        differences += compare_fingerprints(expected, fingerprint(system), extra_forces=extra_forces)
     if trained_at is not None and abs(trained_at - temperature) > 1e-6 * temperature:
         differences.append(f"trained at {trained_at:g} K, used at {temperature:g} K")
     if differences:

@@ -73,6 +73,14 @@ def test_a_flow_changed_after_the_freeze_is_noticed():
         adaptive.produce()
 
 
+def test_freezing_again_does_not_hide_a_change():
+    adaptive = AdaptiveFlow(narrow_proposal(), sample, retrain).adapt().freeze()
+    adaptive.freeze()
+    retrain(adaptive.proposal.flow, np.random.default_rng(0).normal(size=(50, 1, 3)))
+    with pytest.raises(RegflowError, match="changed after freeze"):
+        adaptive.freeze()
+
+
 def test_a_flow_changed_during_production_is_noticed():
     def sample_and_retrain(proposal):
         frames = sample(proposal, 2)

@@ -273,6 +273,48 @@ def test_a_restored_move_gives_the_same_chain_as_a_live_one(flow_path):
     np.testing.assert_allclose(run(deserialize(stored)), live)
 
 
+def test_a_seeded_move_does_not_repeat_itself_after_restarts(flow_path):
+    """Also where the copy that is applied first has never been applied before (a state that SAMS had not visited)."""
+    move, drawn = make_move(flow_path), []
+    for _ in range(4):
+        unused = copy.deepcopy(move)
+        move.apply(thermodynamic_state(), sampler_state())
+        drawn.append(move._step.pool._batch.positions[0])
+        stored = serialize(unused)
+        forget()
+        move = deserialize(stored)
+    assert len(torch.stack(drawn).unique(dim=0)) == 4
+
+
+def fingerprinted(flow_path, tmp_path):
+    """The flow with the record of the System that it was trained for."""
+    flow = flows.Flow.load(flow_path)
+    flow.metadata = flows.FlowMetadata("chain", fingerprint(MOLECULE.system), TEMPERATURE)
+    flow.save(tmp_path / "known.safetensors")
+    return FlowProposal(flow, TorchPotential(MOLECULE.system), TEMPERATURE), tmp_path / "known.safetensors"
+
+
+def test_a_biased_state_goes_on_after_a_restart(flow_path, tmp_path):
+    """A force beside those of the flow's System is the state's affair, live and restored alike."""
+    proposal, path = fingerprinted(flow_path, tmp_path)
+    move = FlowMove(proposal, flow_path=path, seed=1)
+    move.apply(tilted_state(4.0), sampler_state())
+    stored = serialize(move)
+    forget()
+    back = deserialize(stored)
+    back.apply(tilted_state(4.0), sampler_state())
+    assert back.n_proposed == 2
+
+
+def test_a_flow_of_another_system_is_refused_live(flow_path, tmp_path):
+    proposal, path = fingerprinted(flow_path, tmp_path)
+    stiff = Chain(4, bond_width=0.01)
+    with pytest.raises(IncompatibleFlowError, match="HarmonicBondForce"):
+        FlowMove(proposal, flow_path=path).apply(thermodynamic_state(system=stiff.system), sampler_state())
+    accepting = FlowProposal(proposal.flow, proposal.potential, TEMPERATURE, allow_mismatch=True)
+    FlowMove(accepting, flow_path=path).apply(thermodynamic_state(system=stiff.system), sampler_state())
+
+
 def samplers():
     yield MultiStateSampler, {}
     yield ReplicaExchangeSampler, {}

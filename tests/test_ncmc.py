@@ -14,7 +14,7 @@ from test_moves import COORDINATES, forget
 from test_sampling import SIGMAS, generator
 
 from openmm_regflow import flows
-from openmm_regflow.errors import CorruptFileError, InputError
+from openmm_regflow.errors import CorruptFileError, IncompatibleFlowError, InputError
 from openmm_regflow.moves import NCMCFlowMove
 from openmm_regflow.moves.ncmc import alchemical_system, schedule
 from openmm_regflow.potentials import OpenMMPotential
@@ -22,6 +22,7 @@ from openmm_regflow.proposals import SubsetProposal
 
 N_SOLVENT, EPSILON, SIGMA = 3, 0.6, 0.25
 SPREAD = {"chain": 0.05, "solvent": 0.18}
+MASSES_ALL = np.array([*MASSES, *[18.0] * N_SOLVENT])
 
 
 class Bath:
@@ -249,6 +250,49 @@ def test_couplings_are_their_own_reverse(least):
         seen.append([context.getParameter(name) for name in schedule()])
     np.testing.assert_allclose(seen, seen[::-1], atol=1e-12)
     np.testing.assert_allclose(seen[20], least, atol=1e-12)
+
+
+def test_velocities_that_took_part_in_the_decision_are_thrown_away(exact):
+    """After an acceptance all velocities are fresh; after a rejection the old ones stay."""
+    ends, speed = [], unit.nanometer / unit.picosecond
+
+    class Recorded(NCMCFlowMove):
+        def _decide(self, log_ratio):
+            ends.append(np.array(self._switched[1].getState(getVelocities=True).getVelocities(asNumpy=True)._value))
+            return super()._decide(log_ratio)
+
+    move, energies = Recorded(make_proposal(), 2, pool_size=2000, seed=1), []
+    for x in exact[:150].numpy():
+        frame = states.SamplerState(x * unit.nanometer, np.full_like(x, 9.0) * speed)
+        before = move.n_accepted
+        move.apply(state(), frame)
+        v = frame.velocities.value_in_unit(speed)
+        if move.n_accepted == before:
+            assert (v == 9.0).all()
+        else:
+            assert not np.isclose(v, ends[-1]).any()
+            energies.append(0.5 * (MASSES_ALL[:, None] * v**2).sum() / KT)
+    # Kinetic energies have the mean 3N/2 and the variance 3N/2.
+    mean = 1.5 * BATH.n_atoms
+    assert len(energies) > 20
+    assert abs(np.mean(energies) - mean) < SIGMAS * (mean / len(energies)) ** 0.5
+
+
+def test_the_temperature_is_that_of_the_state(exact):
+    """Compatible states share the alchemical Context, not its temperature; a state that changes is noticed."""
+    move, frame = NCMCFlowMove(make_proposal(), 2, seed=1), states.SamplerState(exact[0].numpy() * unit.nanometer)
+    warm = state()
+    move.apply(warm, frame)
+    context = move._switched[1]
+    warm.temperature = 600 * unit.kelvin
+    move.apply(warm, frame)
+    assert move._switched[1] is context
+    assert move._switched[2].getTemperature().value_in_unit(unit.kelvin) == pytest.approx(600)
+
+
+def test_wrong_atom_count():
+    with pytest.raises(IncompatibleFlowError, match="5 atoms"):
+        NCMCFlowMove(make_proposal(), 2).apply(state(), states.SamplerState(np.zeros((5, 3)) * unit.nanometer))
 
 
 def test_storage_and_statistics(tmp_path, exact):

@@ -8,11 +8,13 @@ import openmm
 import pytest
 import torch
 from analytic_molecules import TEMPERATURE, Chain, GaussianFlow, Well, cartesian_gaussian, openmm_energy, z_scores
+from openmm import unit
 
 from openmm_regflow import flows
 from openmm_regflow.errors import IncompatibleFlowError, InputError, UnsupportedForceError
 from openmm_regflow.potentials import OpenMMPotential, TorchPotential
 from openmm_regflow.proposals import ABSURD_ENERGY, FlowProposal, ProposalBatch, check_supported
+from openmm_regflow.sampling import FlowStep
 from openmm_regflow.systems import fingerprint, load_system
 from openmm_regflow.units import thermal_energy
 
@@ -43,6 +45,20 @@ def test_sample_agrees_with_log_q_and_energies(proposal, molecule):
     energies = openmm_energy(molecule.system, batch.positions)
     np.testing.assert_allclose(batch.u * thermal_energy(TEMPERATURE), energies, rtol=1e-9)
     torch.testing.assert_close(batch.log_weights, -batch.u - batch.log_q)
+
+
+def test_quantities_keep_their_unit(proposal, molecule):
+    """Angstrom are not nanometres, in densities, energies and steps."""
+    x = molecule.sample(5, generator())
+    given = unit.Quantity(10.0 * x.numpy(), unit.angstrom)
+    torch.testing.assert_close(proposal.log_q(given), proposal.log_q(x))
+    torch.testing.assert_close(proposal.reduced_potential(given), proposal.reduced_potential(x))
+    steps = [FlowStep(proposal, generator=generator(1)) for _ in range(2)]
+    plain = [steps[0](x[0].numpy(), 350.0) for _ in range(20)]
+    other = [steps[1](unit.Quantity(10.0 * x[0].numpy(), unit.angstrom), 350.0 * unit.kelvin) for _ in range(20)]
+    assert any(new is not None for new in plain)
+    for a, b in zip(plain, other):
+        assert (a is None) == (b is None) and (a is None or np.allclose(a, b))
 
 
 def test_chunks_change_nothing(molecule):

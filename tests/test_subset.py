@@ -17,6 +17,7 @@ from openmm_regflow.moves import FlowMove
 from openmm_regflow.potentials import OpenMMPotential, TorchPotential
 from openmm_regflow.proposals import SubsetProposal, check_subset_supported, local_frame
 from openmm_regflow.sampling import FlowSimulation, FlowStep
+from openmm_regflow.systems import fingerprint
 
 MOLECULE = SolvatedChain()
 
@@ -143,6 +144,18 @@ def test_in_a_box_with_openmmtools(tmp_path, pressure):
     assert max(map(abs, scores.values())) < SIGMAS, scores
 
 
+def test_a_molecule_wider_than_half_the_box_is_made_whole():
+    """Along its bonds; next to one and the same atom would break it."""
+    proposal, box = make_proposal(), 0.4 * np.eye(3)
+    x = MOLECULE.sample(50, generator(8)).numpy()
+    chain = np.array(MOLECULE.subset)
+    assert (np.linalg.norm(x[:, chain[3]] - x[:, chain[0]], axis=1) > 0.2).mean() > 0.5  # half of the box
+    for frame in x:
+        whole = proposal.make_whole(frame - 0.4 * np.floor(frame / 0.4), box)
+        apart = np.linalg.norm(np.diff(whole[chain], axis=0), axis=1)
+        np.testing.assert_allclose(apart, np.linalg.norm(np.diff(frame[chain], axis=0), axis=1), atol=1e-12)
+
+
 def test_only_the_subset_gets_new_velocities():
     move, state = FlowMove(make_proposal(), 4), states.ThermodynamicState(MOLECULE.system, TEMPERATURE * unit.kelvin)
     frame = states.SamplerState(MOLECULE.sample(1, generator())[0].numpy() * unit.nanometer)
@@ -198,6 +211,23 @@ def test_constraints_and_virtual_sites_elsewhere_do_not_matter():
 def test_bad_subsets(subset, options, message):
     with pytest.raises(InputError, match=message):
         SubsetProposal(make_flow(), TorchPotential(MOLECULE.system), TEMPERATURE, subset, **options)
+
+
+def test_an_atom_without_mass_in_the_subset_is_refused():
+    system = openmm.XmlSerializer.clone(MOLECULE.system)
+    system.setParticleMass(MOLECULE.subset[1], 0.0)
+    with pytest.raises(UnsupportedForceError, match="no mass"):
+        make_proposal(potential=TorchPotential(system))
+
+
+def test_hydrogens_in_other_places_than_the_flows_are_noticed():
+    flow = make_flow()
+    flow.metadata = flows.FlowMetadata("chain", {**fingerprint(MOLECULE.chain.system)}, TEMPERATURE)
+    good = SubsetProposal(flow, TorchPotential(MOLECULE.system), TEMPERATURE, MOLECULE.subset)
+    assert good.atom_subset == list(MOLECULE.subset)
+    a, b, c, d = MOLECULE.subset
+    with pytest.raises(IncompatibleFlowError, match="order of the flow"):
+        SubsetProposal(flow, TorchPotential(MOLECULE.system), TEMPERATURE, (a, b, d, c))
 
 
 def test_other_refusals():

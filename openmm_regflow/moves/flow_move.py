@@ -8,7 +8,7 @@ import openmm
 from openmm import unit
 
 from openmm_regflow.errors import CorruptFileError, IncompatibleFlowError, InputError, UnsupportedForceError
-from openmm_regflow.moves.registry import Description, Shared, describe, find, register
+from openmm_regflow.moves.registry import Description, Shared, describe, find, register, steps_so_far
 from openmm_regflow.proposals import FlowProposal
 from openmm_regflow.sampling import (
     FlowStatistics,
@@ -86,6 +86,9 @@ class FlowMove:
         self._description = describe(proposal, pool_size, flow_path, seed)
         self._step: FlowStep | None = None
         self._reference: Any = None
+        self._checked: Any = None
+        self._n_steps = 0
+        self._shared: Shared | None = None
         self._bind(register(self._description, proposal))
 
     def apply(self, thermodynamic_state: Any, sampler_state: Any, context_cache: Any = None) -> None:
@@ -106,17 +109,11 @@ class FlowMove:
         step = self._loaded(thermodynamic_state)
         if step.proposal.atom_subset is None:
             _refuse(thermodynamic_state)
-        if sampler_state.n_particles != step.proposal.n_atoms:
-            raise IncompatibleFlowError(
-                f"the sampler state has {sampler_state.n_particles} atoms, the flow generates "
-                f"{step.proposal.n_atoms}; use the flow of this molecule"
-            )
+        check_atom_count(sampler_state, step.proposal)
         temperature = thermodynamic_state.temperature.value_in_unit(unit.kelvin)
         energy, system = self._energy(thermodynamic_state, sampler_state, context_cache)
         positions = sampler_state.positions.value_in_unit(unit.nanometer)
-        if thermodynamic_state.is_periodic and sampler_state.box_vectors is not None:
-            box = np.asarray(sampler_state.box_vectors.value_in_unit(unit.nanometer))
-            positions = step.proposal.make_whole(positions, box)
+        positions = step.proposal.make_whole(positions, box_of(thermodynamic_state, sampler_state))
         new = step(positions, temperature, energy)
         if new is not None:
             self._accept(sampler_state, new, system, temperature)
@@ -174,6 +171,7 @@ class FlowMove:
         return {
             "format_version": FORMAT_VERSION,
             "proposal": dict(vars(self._description)),
+            "n_steps": steps_so_far(self._description, self._n_steps),
             "settings": settings,
             "statistics": self.statistics,
         }
@@ -194,13 +192,16 @@ class FlowMove:
         for name in _LAYOUT["settings"]:
             setattr(self, name, serialization["settings"][name])
         self._statistics = FlowStatistics.from_dict(serialization["statistics"])
-        self._step, self._reference = None, None
+        self._n_steps = int(serialization.get("n_steps", 0))
+        self._step, self._reference, self._checked = None, None, None
+        self._shared = None
 
     def __str__(self) -> str:
         return f"FlowMove(n_proposals={self.n_proposals}, flow_path={self.flow_path!r})"
 
     def _bind(self, shared: Shared) -> None:
         """Use what the copies share, with this copy's own statistics."""
+        self._shared = shared
         size = self._description.pool_size
         self._step = FlowStep(
             shared.proposal, self.n_proposals, size, shared.generator, self.orientation, shared.pool
@@ -208,11 +209,13 @@ class FlowMove:
         self._step.statistics = self._statistics
 
     def _loaded(self, thermodynamic_state: Any) -> FlowStep:
-        """The step, with the flow loaded on first use after a restart."""
+        """The step that is about to be taken, with the flow loaded on first use after a restart."""
         if self._step is None:
             system = thermodynamic_state.get_system(remove_thermostat=True, remove_barostat=True)
-            self._description, shared = find(self._description, system)
+            self._description, shared = find(self._description, system, self._n_steps)
             self._bind(shared)
+        if self._shared is not None:
+            self._shared.n_steps += 1
         return self._step  # type: ignore[return-value]
 
     def _energy(
@@ -226,7 +229,9 @@ class FlowMove:
 
         contexts = cache.global_context_cache if context_cache is None else context_cache
         context, _ = contexts.get_context(thermodynamic_state)
-        proposal.check_system(context.getSystem())
+        if context is not self._checked:
+            proposal.check_state_system(context.getSystem())
+            self._checked = context
         sampler_state.apply_to_context(context, ignore_velocities=True)  # the box, above all
         return context_potential(context, thermal_energy(thermodynamic_state.temperature)), context.getSystem()
 
@@ -241,6 +246,29 @@ class FlowMove:
         if self._reference is None:
             self._reference = states.ThermodynamicState(proposal.system, proposal.temperature * unit.kelvin)
         return bool(self._reference.is_state_compatible(thermodynamic_state))
+
+
+def check_atom_count(sampler_state: Any, proposal: FlowProposal) -> None:
+    """Refuse a configuration of another number of atoms.
+
+    Raises:
+        IncompatibleFlowError: naming both numbers.
+    """
+    if sampler_state.n_particles != proposal.n_atoms:
+        raise IncompatibleFlowError(
+            f"the sampler state has {sampler_state.n_particles} atoms, the proposal is for {proposal.n_atoms}; use the "
+            "flow, and the subset, of this System"
+        )
+
+
+def box_of(thermodynamic_state: Any, sampler_state: Any) -> np.ndarray | None:
+    """Box vectors `(3, 3)` [nm] of a configuration, the System's own where it has none; None without a box."""
+    if not thermodynamic_state.is_periodic:
+        return None
+    vectors = sampler_state.box_vectors
+    return np.asarray(
+        (thermodynamic_state.default_box_vectors if vectors is None else vectors).value_in_unit(unit.nanometer)
+    )
 
 
 def _refuse(thermodynamic_state: Any) -> None:

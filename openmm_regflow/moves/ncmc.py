@@ -6,6 +6,7 @@ internal coordinates while it hardly feels the surroundings, and the interaction
 all the time; the total work decides.
 """
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from openmm import unit
 
 from openmm_regflow.errors import CorruptFileError, InputError
-from openmm_regflow.moves.flow_move import FlowMove
+from openmm_regflow.moves.flow_move import FlowMove, box_of, check_atom_count
 from openmm_regflow.proposals import ProposalBatch, SubsetProposal
 from openmm_regflow.sampling import KernelInfo, context_potential, redrawn, system_masses
 from openmm_regflow.units import thermal_energy, to_float
@@ -48,8 +49,9 @@ class NCMCFlowMove(FlowMove):
     dynamics, and the jump from x to y at the least coupling, where the reduced energy is ``u_0``, adds
     ``u_0(y) - u_0(x) + log q(y) - log q(x)`` to ``W/kT``.
     Switching from the state's System to the alchemical one at full coupling, and back, counts as work too, so
-    approximations in the alchemical System (reaction fields, dispersion) cost acceptance and nothing else. After a
-    rejection the old positions and velocities stay.
+    approximations in the alchemical System (reaction fields, dispersion) cost acceptance and nothing else. After an
+    acceptance all velocities are drawn anew: those at the end of the protocol had a part in the decision. After a
+    rejection the old positions and velocities stay; the old velocities had none.
 
     Args:
         proposal: of the subset that is switched. Its potential is not used.
@@ -107,18 +109,17 @@ class NCMCFlowMove(FlowMove):
         if thermodynamic_state.pressure is not None:
             raise InputError("NCMCFlowMove needs constant volume; use it in a ThermodynamicState without pressure")
         step = self._loaded(thermodynamic_state)
+        check_atom_count(sampler_state, step.proposal)
         energy, _ = self._energy(thermodynamic_state, sampler_state, context_cache)
         positions = sampler_state.positions.value_in_unit(unit.nanometer)
-        if thermodynamic_state.is_periodic and sampler_state.box_vectors is not None:
-            positions = step.proposal.make_whole(
-                positions, np.asarray(sampler_state.box_vectors.value_in_unit(unit.nanometer))
-            )
+        positions = step.proposal.make_whole(positions, box_of(thermodynamic_state, sampler_state))
         context = self._context(thermodynamic_state, context_cache)
-        new, velocities, log_ratio = self._protocol(context, sampler_state, positions, energy, thermodynamic_state)
-        accepted = self._decide(log_ratio)
-        if accepted:
+        new, log_ratio = self._protocol(context, sampler_state, positions, energy, thermodynamic_state)
+        if self._decide(log_ratio):
+            self._redraw_velocities(context, thermodynamic_state)
+            velocities = context.getState(getVelocities=True).getVelocities(asNumpy=True)
             sampler_state.positions = unit.Quantity(new, unit.nanometer)
-            sampler_state.velocities = unit.Quantity(velocities, unit.nanometer / unit.picosecond)
+            sampler_state.velocities = velocities
 
     def __getstate__(self, **kwargs: Any) -> dict[str, Any]:
         settings = {name: getattr(self, name) for name in ("n_steps", "timestep", "collision_rate")}
@@ -148,8 +149,8 @@ class NCMCFlowMove(FlowMove):
 
     def _protocol(
         self, context: openmm.Context, sampler_state: Any, positions: np.ndarray, energy: Any, state: Any
-    ) -> tuple[np.ndarray, np.ndarray, float]:
-        """Weaken, jump, restore: final positions, velocities and the log acceptance ratio."""
+    ) -> tuple[np.ndarray, float]:
+        """Weaken, jump, restore: final positions, at which the Context is left, and the log acceptance ratio."""
         kT, integrator = thermal_energy(state.temperature), context.getIntegrator()
         try:
             if sampler_state.box_vectors is not None:
@@ -164,13 +165,12 @@ class NCMCFlowMove(FlowMove):
             log_ratio += self._jump(context, kT)
             integrator.step(self.n_steps // 2)
             log_ratio -= integrator.get_total_work(dimensionless=True)
-            final = context.getState(getPositions=True, getVelocities=True)
+            final = context.getState(getPositions=True)
             new = final.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
-            speeds = final.getVelocities(asNumpy=True).value_in_unit(unit.nanometer / unit.picosecond)
             log_ratio += _energy_of(context) / kT - float(energy(torch.as_tensor(np.array(new))[None]))
         except openmm.OpenMMException:  # a protocol that blew up: NaN coordinates
-            return positions, np.zeros_like(positions), math.nan
-        return new, speeds, log_ratio
+            return positions, math.nan
+        return new, log_ratio
 
     def _redraw_velocities(self, context: openmm.Context, state: Any) -> None:
         """Maxwell-Boltzmann velocities, without components along constraints."""
@@ -200,7 +200,8 @@ class NCMCFlowMove(FlowMove):
             platform = (cache.global_context_cache if context_cache is None else context_cache).platform
             integrator = self._integrator(thermodynamic_state)
             arguments = (switched, integrator) if platform is None else (switched, integrator, platform)
-            self._switched = (thermodynamic_state, openmm.Context(*arguments))
+            self._switched = (copy.deepcopy(thermodynamic_state), openmm.Context(*arguments), integrator)
+        self._switched[2].setTemperature(thermodynamic_state.temperature)  # which compatible states need not share
         return self._switched[1]
 
     def _integrator(self, thermodynamic_state: Any) -> Any:

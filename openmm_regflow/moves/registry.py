@@ -5,6 +5,7 @@ therefore carries a description (path and SHA-256 of the flow file, settings), n
 lives here, is found by that description, and is rebuilt from the file in a new process.
 """
 
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import numpy as np
 import openmm
 import torch
 
-from openmm_regflow.errors import IncompatibleFlowError, InputError
+from openmm_regflow.errors import IncompatibleFlowError, InputError, UnsupportedForceError
 from openmm_regflow.flows import Flow
 from openmm_regflow.potentials import OpenMMPotential, TorchPotential
 from openmm_regflow.proposals import FlowProposal, SubsetProposal
@@ -62,11 +63,19 @@ class Description:
 
 @dataclass
 class Shared:
-    """What all copies of a move in this process use."""
+    """What all copies of a move in this process use.
+
+    Attributes:
+        proposal: flow, potential and temperature.
+        pool: its draws.
+        generator: of draws and decisions.
+        n_steps: flow steps of all copies so far, those before a restart included.
+    """
 
     proposal: FlowProposal
     pool: ProposalPool
     generator: torch.Generator
+    n_steps: int = 0
 
 
 _SHARED: dict[str, Shared] = {}
@@ -119,20 +128,27 @@ def describe(
     )
 
 
-def register(description: Description, proposal: FlowProposal) -> Shared:
-    """Make a live proposal what copies with this description use; starts a fresh pool and random state."""
-    generator = torch.Generator().manual_seed(_seed(description.seed))
-    shared = Shared(proposal, new_pool(proposal, description.pool_size, generator), generator)
+def register(description: Description, proposal: FlowProposal, n_steps: int = 0) -> Shared:
+    """Make a live proposal what copies with this description use; starts a fresh pool and random state.
+
+    Args:
+        description: of the proposal.
+        proposal: live.
+        n_steps: flow steps before a restart; a random state that had begun at the seed again would repeat them.
+    """
+    generator = torch.Generator().manual_seed(_seed(description.seed, n_steps))
+    shared = Shared(proposal, new_pool(proposal, description.pool_size, generator), generator, n_steps)
     _SHARED[description.key] = shared
     return shared
 
 
-def find(description: Description, system: openmm.System) -> tuple[Description, Shared]:
+def find(description: Description, system: openmm.System, n_steps: int = 0) -> tuple[Description, Shared]:
     """What a description stands for in this process, loaded from the flow file on first use.
 
     Args:
         description: from a live or a restored move.
         system: of the state that the move is applied to; the potential of a restored proposal is built for it.
+        n_steps: flow steps before the restart, see :func:`register`.
 
     Returns:
         The description, with path and hash of a relinked file, and what it stands for.
@@ -146,8 +162,14 @@ def find(description: Description, system: openmm.System) -> tuple[Description, 
     description = _located(description)
     if description.key not in _SHARED:
         flow = Flow.load(str(description.flow_path), device=description.device)
-        register(description, _build_proposal(description, flow, system))
+        register(description, _build_proposal(description, flow, system), n_steps)
     return description, _SHARED[description.key]
+
+
+def steps_so_far(description: Description, before: int) -> int:
+    """Flow steps of all copies in this process and before it, for storage: ``before`` where none was taken here."""
+    shared = _SHARED.get(description.key)
+    return before if shared is None else shared.n_steps
 
 
 def _located(description: Description) -> Description:
@@ -157,7 +179,7 @@ def _located(description: Description) -> Description:
     if not Path(path).is_file():
         raise InputError(
             f"the flow file {path} of this FlowMove is gone; if it was moved, call "
-            f"openmm_regflow.moves.relink({stored!r}, new_path) and continue"
+            f"openmm_regflow.moves.relink({stored!r}, new_path) and open the storage again (from_storage)"
         )
     sha256 = file_sha256(Path(path))
     if sha256 != description.flow_sha256 and not allow_changed:
@@ -194,10 +216,15 @@ def _describe_potential(potential: Any) -> dict[str, Any]:
 
 
 def _build_potential(description: dict[str, Any], system: openmm.System) -> Any:
-    """A potential for a System. A custom callable comes back as OpenMM's own energy of the same System."""
+    """A potential for a System. A custom callable comes back as OpenMM's own energy of the same System.
+
+    So does a torch potential if the state has forces beside those of the live proposal's System (a bias) that torch
+    does not cover: the Context's energy decides there anyway.
+    """
     if description["kind"] == "torch":
         dtype = getattr(torch, description["dtype"])
-        return TorchPotential(system, dtype=dtype, device=description["device"])
+        with contextlib.suppress(UnsupportedForceError):
+            return TorchPotential(system, dtype=dtype, device=description["device"])
     return OpenMMPotential(system)
 
 
@@ -206,21 +233,23 @@ def _build_proposal(description: Description, flow: Flow, system: openmm.System)
     potential = _build_potential(description.potential, system)
     options: dict[str, Any] = {"allow_mismatch": description.allow_mismatch, "chunk_size": description.chunk_size}
     if description.atom_subset is None:
-        return FlowProposal(flow, potential, description.temperature, frame=description.frame, **options)  # type: ignore[arg-type]
+        options |= {"frame": description.frame, "extra_forces": True}
+        return FlowProposal(flow, potential, description.temperature, **options)
     options["frame_atoms"] = description.frame_atoms
     return SubsetProposal(flow, potential, description.temperature, description.atom_subset, **options)
 
 
-def _seed(seed: int | None) -> int:
-    """The seed of this MPI rank, from the user's or from NumPy's global state (what openmmtools users set).
+def _seed(seed: int | None, n_steps: int) -> int:
+    """The seed of this MPI rank and run, from the user's or from NumPy's global state (what openmmtools users set).
 
-    Ranks run the same program, but each draws for its own replicas: with one seed they would all propose the same.
+    Ranks run the same program, but each draws for its own replicas: with one seed they would all propose the same. A
+    run that goes on after a restart would propose again what it has proposed before.
     """
     import mpiplus
 
     communicator = mpiplus.get_mpicomm()
     rank = 0 if communicator is None else communicator.rank
-    if seed is not None and rank == 0:
+    if seed is not None and rank == n_steps == 0:
         return seed
     entropy = np.random.randint(0, 2**31 - 1, size=2).tolist() if seed is None else [seed % 2**64]
-    return int(np.random.SeedSequence([*entropy, rank]).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence([*entropy, rank, *([n_steps] if n_steps else [])]).generate_state(1, np.uint64)[0] >> 1)

@@ -81,7 +81,14 @@ class AdaptiveFlow:
         return self
 
     def freeze(self) -> "AdaptiveFlow":
-        """End the adaptation for good: an own copy of the flow, without gradients, guarded by its hash."""
+        """End the adaptation for good: an own copy of the flow, without gradients, guarded by its hash.
+
+        Raises:
+            RegflowError: it was frozen before, and the flow was changed since.
+        """
+        if self.stage == "frozen":
+            _ = self.proposal  # checks the hash
+            return self
         flow = copy.deepcopy(self._proposal.flow)
         flow.requires_grad_(False)
         self._proposal = self._proposal.with_flow(flow)

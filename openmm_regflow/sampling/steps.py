@@ -16,7 +16,7 @@ from openmm_regflow.coordinates.cartesian import random_rotations
 from openmm_regflow.errors import InputError
 from openmm_regflow.proposals import FlowProposal, ProposalBatch, rotate
 from openmm_regflow.sampling.kernels import FlowStatistics, ProposalPool, flow_kernel
-from openmm_regflow.units import GAS_CONSTANT
+from openmm_regflow.units import GAS_CONSTANT, positions_nm, temperature_kelvin
 
 #: Reduced potential [kT] of a batch `(n, n_atoms, 3)` [nm] -> `(n,)`.
 ReducedPotential = Callable[[Tensor], Tensor]
@@ -131,13 +131,13 @@ class FlowStep:
         self.statistics = FlowStatistics()
 
     def __call__(
-        self, positions: np.ndarray, temperature: float | None = None, energy: ReducedPotential | None = None
+        self, positions: Any, temperature: Any = None, energy: ReducedPotential | None = None
     ) -> np.ndarray | None:
         """One flow step.
 
         Args:
-            positions: current configuration `(n_atoms, 3)` [nm].
-            temperature: of the target [K]; by default the proposal's. The pool's energies are scaled.
+            positions: current configuration `(n_atoms, 3)` [nm or Quantity].
+            temperature: of the target [K or Quantity]; by default the proposal's. The pool's energies are scaled.
             energy: reduced potential of the target, used for the current state and the proposals alike; by
                 default the proposal's potential.
 
@@ -145,14 +145,14 @@ class FlowStep:
             The new positions `(n_atoms, 3)` [nm], or None after a rejection.
         """
         proposal = self.proposal
-        current = proposal.as_tensor(np.asarray(positions, dtype=np.float64)[None])
+        current = proposal.as_tensor(positions_nm(positions)[None])
         framed = proposal.redraw_frame(current, self.generator)
         drawn = self.pool.take(self.n_proposals)
         batch = drawn._replace(positions=proposal.in_place(drawn.positions, current))
         if energy is not None:
             u, batch = energy(current), batch._replace(u=energy(batch.positions).to(batch.u))
         else:
-            ratio = 1.0 if temperature is None else proposal.temperature / temperature
+            ratio = 1.0 if temperature is None else proposal.temperature / temperature_kelvin(temperature)
             if proposal.atom_subset is not None:  # energies depend on the surroundings: none in the pool
                 batch = batch._replace(u=proposal.reduced_potential(batch.positions))
             u, batch = proposal.reduced_potential(current) * ratio, batch.scaled(ratio)
