@@ -332,6 +332,9 @@ def test_neutral_forces_add_nothing():
     system.addForce(openmm.CMMotionRemover())
     system.addForce(openmm.AndersenThermostat(300, 1))
     system.addForce(openmm.MonteCarloBarostat(1, 300))
+    system.addForce(openmm.MonteCarloAnisotropicBarostat((1, 1, 1), 300))
+    system.addForce(openmm.MonteCarloFlexibleBarostat(1, 300))
+    system.addForce(openmm.MonteCarloMembraneBarostat(1, 0, 300, 0, 0))
     torch.testing.assert_close(TorchPotential(system)(x), before, rtol=0, atol=0)
 
 
@@ -456,3 +459,129 @@ def test_straight_angle_is_finite():
     (gradient,) = torch.autograd.grad(energy.sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(gradient.sum(), x)
     assert torch.isfinite(gradient).all() and torch.isfinite(second).all()
+
+
+# ------------------------------------------------------------------------------ where a mistake would stay unseen
+
+
+def external(text):
+    force = openmm.CustomExternalForce(text)
+    for i in range(N_ATOMS):
+        force.addParticle(i, [])
+    return force
+
+
+def compound(text):
+    force = openmm.CustomCompoundBondForce(2, text)
+    force.addBond([0, 1], [])
+    return force
+
+
+@pytest.mark.parametrize(
+    "force", [external("5*z^2"), external("3"), compound("(z1-z2)^2")], ids=["a wall", "a constant", "heights"]
+)
+def test_expressions_that_leave_coordinates_out_have_forces(force):
+    system = with_force(force)
+    check(system)
+    x = torch.tensor(conformations(), requires_grad=True)
+    energy = TorchPotential(system)(x)
+    (gradient,) = torch.autograd.grad(energy.sum(), x, create_graph=True)
+    expected = -OpenMMPotential(system, "Reference").energy_and_forces(x)[1]
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-9)
+    assert torch.isfinite(torch.autograd.grad(gradient.square().sum() + 0 * x.sum(), x)[0]).all()
+
+
+@pytest.mark.parametrize("text", ["sqrt(0.4-r)", "(1-(r/0.4)^2)^1.5", "(0.4-r)^2.5"])
+@pytest.mark.parametrize("kind", ["nonbonded", "gb"])
+def test_expressions_that_end_at_the_cutoff(kind, text):
+    """Beyond it they are not defined, and must not spoil the forces of a frame that OpenMM evaluates."""
+    if kind == "nonbonded":
+        force = openmm.CustomNonbondedForce(text)
+        method = openmm.CustomNonbondedForce.CutoffNonPeriodic
+    else:
+        force = openmm.CustomGBForce()
+        force.addComputedValue("b", text, openmm.CustomGBForce.ParticlePairNoExclusions)
+        force.addEnergyTerm("b^2", openmm.CustomGBForce.SingleParticle)
+        method = openmm.CustomGBForce.CutoffNonPeriodic
+    force.setNonbondedMethod(method)
+    force.setCutoffDistance(0.4)
+    for _ in range(N_ATOMS):
+        force.addParticle([])
+    energy = check(with_force(force))
+    assert torch.isfinite(energy).all()
+
+
+def test_direct_space_left_out_is_refused():
+    force = nonbonded()
+    force.setIncludeDirectSpace(False)
+    with pytest.raises(UnsupportedForceError, match="direct space"):
+        TorchPotential(with_force(force))
+
+
+def test_a_force_in_python_is_refused_and_named():
+    force = openmm.PythonForce(lambda state: (0.0, np.zeros((N_ATOMS, 3))))
+    with pytest.raises(UnsupportedForceError, match="PythonForce"):
+        TorchPotential(with_force(force))
+
+
+def test_systems_that_no_context_takes_are_refused():
+    system = empty_system()
+    for default in (1.0, 2.0):
+        force = openmm.CustomBondForce("k*r^2")
+        force.addGlobalParameter("k", default)
+        force.addBond(0, 1, [])
+        system.addForce(force)
+    for kind in (TorchPotential, OpenMMPotential):
+        with pytest.raises(InputError, match="different defaults"):
+            kind(system)
+    torsion = openmm.PeriodicTorsionForce()
+    torsion.addTorsion(0, 1, 2, 3, -2, 0.0, 1.0)
+    with pytest.raises(InputError, match="periodicity -2"):
+        TorchPotential(with_force(torsion))
+
+
+def test_parameters_of_forces_without_a_part_are_known():
+    """A Context knows them too: of an empty force, and of one whose group is left out."""
+    empty, other = openmm.CustomBondForce("k*r^2"), openmm.CustomBondForce("m*r^2")
+    empty.addGlobalParameter("k", 1.0)
+    other.addGlobalParameter("m", 2.0)
+    other.addBond(0, 1, [])
+    other.setForceGroup(3)
+    system = with_force(empty)
+    system.addForce(other)
+    potential = TorchPotential(system, groups=[0])
+    assert potential.parameters == OpenMMPotential(system).parameters == {"k": 1.0, "m": 2.0}
+    potential.set_parameter("m", 5.0)
+    assert (potential(conformations()) == 0).all()
+
+
+def test_groups_and_executors_are_checked():
+    for kind in (TorchPotential, OpenMMPotential):
+        with pytest.raises(InputError, match="group 40"):
+            kind(empty_system(), groups=[40])
+    with pytest.raises(InputError, match="Executor"):
+        OpenMMPotential(empty_system(), executor=[4])
+
+
+def test_a_table_of_a_constant_keeps_the_precision():
+    force = openmm.CustomCompoundBondForce(2, "f(1, x1)")
+    values = np.linspace(0.0, 1.0, 16)
+    force.addTabulatedFunction("f", openmm.Continuous2DFunction(4, 4, values, -2.0, 2.0, -2.0, 2.0))
+    force.addBond([0, 1], [])
+    system = with_force(force)
+    energy = TorchPotential(system, dtype=torch.float32)(conformations())
+    assert energy.dtype == torch.float32
+    check(system)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_second_derivatives_near_a_straight_angle_are_finite(dtype):
+    force = openmm.HarmonicAngleForce()
+    force.addAngle(0, 1, 2, 2.0, 100.0)
+    potential = TorchPotential(with_force(force, 3), dtype=dtype)
+    for off in (0.0, 1e-20, 1e-16, 1e-12, 1e-8):
+        x = torch.tensor([[[0, 0, 0], [0.1, 0, 0], [0.2, off, 0]]], dtype=dtype, requires_grad=True)
+        energy = potential(x).sum()
+        (gradient,) = torch.autograd.grad(energy, x, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.square().sum(), x)
+        assert all(torch.isfinite(t).all() for t in (energy, gradient, second))

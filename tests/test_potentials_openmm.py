@@ -2,8 +2,11 @@
 
 import os
 import signal
+import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import openmm
@@ -62,6 +65,51 @@ def test_spawned_processes_of_the_user(pool, expected):
 def test_threads(expected):
     with ThreadPoolExecutor(1) as executor:
         assert_same(OpenMMPotential(chain(), "Reference", executor).energy_and_forces(positions()), expected)
+
+
+@pytest.mark.parametrize("platform", ["Reference", "CPU"])
+def test_threads_do_not_share_a_context(platform):
+    """A Context holds one configuration at a time; threads that shared one returned each other's energies."""
+    x = positions(2000)
+    alone = OpenMMPotential(chain(), platform)(x)
+    with ThreadPoolExecutor(4) as executor:
+        together = OpenMMPotential(chain(), platform, executor)(x)
+    # The CPU platform adds in single precision and in any order.
+    tolerance = 0.0 if platform == "Reference" else 1e-4
+    torch.testing.assert_close(together, alone, rtol=tolerance, atol=10 * tolerance)
+
+
+def test_a_forked_worker_builds_its_own_context():
+    """One that came along with the fork would wait for threads that did not."""
+    code = """
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+import numpy as np, sys
+sys.path.insert(0, {tests!r})
+from test_potentials_openmm import chain, positions
+from openmm_regflow.potentials import OpenMMPotential
+warnings.simplefilter("ignore")
+x = positions(20)
+here = OpenMMPotential(chain(), "CPU")(x)
+with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+    there = OpenMMPotential(chain(), "CPU", pool)(x)
+print(float((here - there).abs().max()) < 1e-2)
+"""
+    code = code.format(tests=str(Path(__file__).parent))
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and result.stdout.split()[-1] == "True", result.stderr
+
+
+def test_a_batch_without_a_finite_row_does_not_choose_the_platform():
+    module._FASTEST.clear()
+    potential = OpenMMPotential(chain())
+    assert potential(positions(0)).shape == (0,)
+    assert torch.isinf(potential(np.full((3, 6, 3), np.nan))).all()
+    assert not module._FASTEST
+    potential(positions(1))
+    assert len(module._FASTEST) == 1
+    module._FASTEST.clear()
 
 
 def test_a_worker_that_dies_costs_a_warning_only(expected):

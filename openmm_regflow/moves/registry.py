@@ -252,4 +252,5 @@ def _seed(seed: int | None, n_steps: int) -> int:
     if seed is not None and rank == n_steps == 0:
         return seed
     entropy = np.random.randint(0, 2**31 - 1, size=2).tolist() if seed is None else [seed % 2**64]
-    return int(np.random.SeedSequence([*entropy, rank, *([n_steps] if n_steps else [])]).generate_state(1, np.uint64)[0] >> 1)
+    entropy += [rank, n_steps] if n_steps else [rank]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)

@@ -402,6 +402,6 @@ def cross(a: Vector, b: Vector) -> Vector:
 
 
 def safe_sqrt(values: Tensor) -> Tensor:
-    """Square root with derivative zero, not infinite, at zero (coincident atoms, straight angles)."""
-    tiny = torch.finfo(values.dtype).tiny
+    """Square root with derivatives zero, not infinite, at zero (coincident atoms, straight angles)."""
+    tiny = torch.finfo(values.dtype).tiny ** (2 / 3)  # the second derivative, v^(-3/2), is finite down to here
     return torch.where(values > tiny, values.clamp(min=tiny).sqrt(), torch.zeros_like(values))

@@ -8,6 +8,7 @@ import torch
 from openmm import unit
 from torch import Tensor
 
+from openmm_regflow.errors import InputError
 from openmm_regflow.potentials.base import (
     Geometry,
     Incidence,
@@ -153,6 +154,8 @@ class PeriodicTorsionTerm(_Torsions):
         order = max([1] + [row[4] for row in rows])
         series: dict[tuple[int, ...], np.ndarray] = {}
         for *atoms, n, phase, k in rows:
+            if n < 1:
+                raise InputError(f"a torsion of atoms {atoms} has periodicity {n}; it must be positive, as in OpenMM")
             table = series.setdefault(tuple(atoms), np.zeros((2, order + 1)))
             table[0, 0] += md(k)
             table[:, n] += md(k) * np.array([np.cos(md(phase)), np.sin(md(phase))])

@@ -17,6 +17,10 @@ BlockFunction = Callable[[tuple[Tensor, ...], list[dict[str, Tensor]]], tuple[Te
 _SYMBOLIC_BLOCKS = 10_007
 
 
+#: What has been warned about in this process: a missing compiler is said once, not for every function of every System.
+_WARNED: list[str] = []
+
+
 class CompiledBlocks:
     """A block function, compiled once for any number of blocks from two upwards.
 
@@ -63,6 +67,9 @@ class CompiledBlocks:
 
     def _fall_back(self, error: Exception) -> None:
         self.failed = True
+        if _WARNED:
+            return
+        _WARNED.append(self._name)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(
             f"could not compile {self._name} ({reason}); running eagerly, several times slower. "

@@ -92,11 +92,19 @@ class CustomNonbondedTerm(Term):
         if self._take.length == 0:
             return geometry.zeros()
         r = self._take(geometry.r)
-        value = self._program.run({"r": r}, in_order("c", constants, self._program.n_slots))
+        value = self._program.run({"r": _gated(r, self._cutoff)}, in_order("c", constants, self._program.n_slots))
         value = value + torch.zeros_like(r)
         if self._switch is not None and self._cutoff is not None:
             value = value * switching_function(r, self._switch, self._cutoff)
         return summed(_within(value, r, self._cutoff), geometry, self._take.length)
+
+
+def _gated(r: Tensor, cutoff: float | None) -> Tensor:
+    """Distances for an expression: beyond the cutoff, where it need not be defined, those of some pair within.
+
+    `_within` drops the value there, but zero times the infinite derivative of a root is NaN.
+    """
+    return r if cutoff is None else torch.where(r > cutoff, torch.full_like(r, 0.5 * cutoff), r)
 
 
 def _within(value: Tensor, r: Tensor, cutoff: float | None) -> Tensor:
@@ -247,7 +255,7 @@ class CustomGBTerm(Term):
         if len(pair_set.atoms) == 0:
             return geometry.x[0].narrow(-2, 0, 0)
         r = pair_set.r(geometry)
-        dynamic = {"r": r} | {
+        dynamic = {"r": _gated(r, self._cutoff)} | {
             f"{name}{side + 1}": pair_set.ends[side](value)
             for name, value in values.items()
             for side in range(2)

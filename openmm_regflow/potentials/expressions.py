@@ -382,7 +382,8 @@ class _Evaluation:
         if node.name in _OPERATORS:
             function = _OPERATORS[node.name]
         elif node.name in self._tables:
-            return self._tables[node.name](*(_as_tensor(a) for a in args))
+            alike = _like(*args) if any(isinstance(a, Tensor) for a in args) else [_as_tensor(a) for a in args]
+            return self._tables[node.name](*alike)
         else:
             function = FUNCTIONS[node.name][1]
         if all(isinstance(a, float) for a in args):  # a constant: in float64, then a number again

@@ -78,6 +78,8 @@ class NonbondedTerm(Term):
         method = force.getNonbondedMethod()
         if method > 1:
             raise refuse(force, f"the periodic nonbonded method {names[method]}")
+        if not force.getIncludeDirectSpace():
+            raise refuse(force, "leaving out the direct space")
         self._cutoff = md(force.getCutoffDistance()) if method == 1 else None
         switched = self._cutoff is not None and force.getUseSwitchingFunction()
         self._switch = md(force.getSwitchingDistance()) if switched else None

@@ -6,6 +6,8 @@ and the platform, so that a changed System can never meet an old Context. Energi
 
 import copy
 import hashlib
+import os
+import threading
 import time
 import warnings
 import zlib
@@ -26,8 +28,9 @@ from openmm_regflow.potentials.base import check_positions
 _PROBE_SECONDS = 0.05
 _CHUNKS_PER_WORKER = 4
 
-#: Contexts of this process, by `_Engine.key`.
-_CONTEXTS: dict[str, openmm.Context] = {}
+#: Contexts by process, thread and `_Engine.key`. A Context holds one configuration at a time, so threads cannot share
+#: one; and one that came along with a fork has lost its own threads.
+_CONTEXTS: dict[tuple[int, int, str], openmm.Context] = {}
 #: Fastest platform and its properties in this process, by the digest of the System.
 _FASTEST: dict[str, tuple[str, dict[str, str]]] = {}
 
@@ -46,16 +49,17 @@ class _Engine:
         return "|".join([self.digest, self.platform, *map(str, sorted(self.properties.items()))])
 
     def context(self) -> openmm.Context:
-        """The Context of this process, built on first use."""
-        if self.key not in _CONTEXTS:
+        """The Context of this thread of this process, built on first use."""
+        place = os.getpid(), threading.get_ident(), self.key
+        if place not in _CONTEXTS:
             system = openmm.XmlSerializer.deserialize(zlib.decompress(self.system).decode())
-            _CONTEXTS[self.key] = openmm.Context(
+            _CONTEXTS[place] = openmm.Context(
                 system,
                 openmm.VerletIntegrator(0.001),
                 openmm.Platform.getPlatformByName(self.platform),
                 self.properties,
             )
-        return _CONTEXTS[self.key]
+        return _CONTEXTS[place]
 
 
 def _evaluate(
@@ -135,7 +139,7 @@ class OpenMMPotential:
         non_finite: number of configurations so far whose energy was not finite and came back as +inf.
 
     Raises:
-        InputError: no platform of that name.
+        InputError: no platform of that name, a force group outside 0 to 31, or an executor that is none.
     """
 
     def __init__(
@@ -153,7 +157,11 @@ class OpenMMPotential:
         # Contexts are shared by potentials of equal Systems: every evaluation sets all parameters.
         self.parameters = global_parameters(self.system)
         self.non_finite = 0
-        self._groups = -1 if groups is None else sum(1 << g for g in set(groups))
+        self._groups = -1 if groups is None else sum(1 << g for g in check_groups(groups))
+        if not (executor is None or isinstance(executor, Executor | int)):
+            raise InputError(
+                f"executor is {executor!r}; give a concurrent.futures.Executor, a number of processes, or nothing"
+            )
         self._properties = dict(properties or {})
         self._platform = self._check_platform(platform)
         self._executor = executor if isinstance(executor, Executor) else None
@@ -220,6 +228,8 @@ class OpenMMPotential:
             return _Engine(self._xml, self._digest, self._platform, self._properties)
         if self._digest not in _FASTEST:
             finite = x[np.isfinite(x).all((1, 2))][:1]
+            if not len(finite):  # nothing to time; any platform gives the same +inf, and the next batch is probed
+                return _Engine(self._xml, self._digest, "Reference")
             choices = _candidates()
             engines = [_Engine(self._xml, self._digest, *choice) for choice in choices]
             rates = [_probe(engine, finite) for engine in engines]
@@ -309,13 +319,34 @@ class OpenMMPotential:
 
 
 def global_parameters(system: openmm.System) -> dict[str, float]:
-    """Global parameters of all forces and their defaults."""
-    found = {}
+    """Global parameters of all forces and their defaults.
+
+    Raises:
+        InputError: two forces give one parameter different defaults, which no Context takes either.
+    """
+    found: dict[str, float] = {}
     for force in system.getForces():
         count = getattr(force, "getNumGlobalParameters", lambda: 0)()
         for k in range(count):
-            found[force.getGlobalParameterName(k)] = force.getGlobalParameterDefaultValue(k)
+            name, value = force.getGlobalParameterName(k), force.getGlobalParameterDefaultValue(k)
+            if found.setdefault(name, value) != value:
+                raise InputError(
+                    f"two forces give the global parameter {name!r} different defaults, {found[name]:g} and {value:g}; "
+                    "make them equal"
+                )
     return found
+
+
+def check_groups(groups: Iterable[int]) -> frozenset[int]:
+    """Force groups as a set.
+
+    Raises:
+        InputError: a group outside 0 to 31.
+    """
+    chosen = frozenset(groups)
+    if wrong := sorted(g for g in chosen if not 0 <= g <= 31):
+        raise InputError(f"force group {wrong[0]} is outside 0 to 31")
+    return chosen
 
 
 class _Energy(torch.autograd.Function):

@@ -28,6 +28,7 @@ from openmm_regflow.potentials.custom import (
 from openmm_regflow.potentials.custom_pair import CustomGBTerm, CustomNonbondedTerm
 from openmm_regflow.potentials.implicit import GBSAOBCTerm
 from openmm_regflow.potentials.nonbonded import NonbondedTerm
+from openmm_regflow.potentials.openmm_potential import check_groups, global_parameters
 
 _BONDED: dict[type, Callable[..., Term]] = {
     openmm.HarmonicBondForce: BondTerm,
@@ -53,6 +54,7 @@ _NEUTRAL = (
     openmm.MonteCarloBarostat,
     openmm.MonteCarloAnisotropicBarostat,
     openmm.MonteCarloMembraneBarostat,
+    openmm.MonteCarloFlexibleBarostat,
     openmm.AndersenThermostat,
 )
 
@@ -82,6 +84,7 @@ class TorchPotential:
 
     Raises:
         UnsupportedForceError: a force or feature is not covered; nothing is ever left out in silence.
+        InputError: another dtype, a force group outside 0 to 31, or a System that no Context takes.
     """
 
     def __init__(
@@ -94,10 +97,11 @@ class TorchPotential:
     ) -> None:
         if dtype not in (torch.float32, torch.float64):
             raise InputError(f"dtype is {dtype}; TorchPotential works in torch.float64 or torch.float32")
-        self.system = openmm.XmlSerializer.clone(system)
         self.dtype, self.device = dtype, torch.device(device)
         self.n_atoms, self.constraints = system.getNumParticles(), system.getNumConstraints()
-        self.groups = None if groups is None else frozenset(groups)
+        self.groups = None if groups is None else check_groups(groups)
+        _refuse_uncovered(system, self.groups)  # before the copy: a force in Python may have none
+        self.system = openmm.XmlSerializer.clone(system)
         pairs = PairTable(self.n_atoms)
         self._terms = _build_terms(self.system, self.groups, pairs)
         first, second = pairs.pairs().T
@@ -107,9 +111,7 @@ class TorchPotential:
             term.to(self.dtype, self.device)
         if self._differences is not None:
             self._differences.to(self.dtype, self.device)
-        self.parameters: dict[str, float] = {}
-        for term in self._terms:
-            self.parameters |= term.parameters
+        self.parameters = global_parameters(self.system)
         self._refresh()
         self._compiled = compile
         self._set_functions(len(pairs))
@@ -162,7 +164,8 @@ class TorchPotential:
             (energy,) = self._block_energy(x, constants)
             if not energy.requires_grad:  # no force at all
                 return energy, *(torch.zeros_like(c) for c in x)
-            gradient = torch.autograd.grad(energy.sum(), x)
+            # Forces may depend on some coordinates alone, such as a wall in z.
+            gradient = torch.autograd.grad(energy.sum(), x, allow_unused=True, materialize_grads=True)
         return energy.detach(), *gradient
 
     def _evaluate(self, x: Tensor, forces: bool) -> tuple[Tensor, Tensor | None]:
@@ -225,7 +228,8 @@ class TorchPotential:
 
     def differentiable_energy(self, x: Tensor) -> Tensor:
         """Energies `(n,)` of `(n, n_atoms, 3)` by plain torch operations; may hold NaN. Used for higher derivatives."""
-        return self._block_energy(x.permute(2, 1, 0)[:, None].unbind(0), self._constants)[0][0]
+        energy = self._block_energy(x.permute(2, 1, 0)[:, None].unbind(0), self._constants)[0][0]
+        return energy + 0.0 * x.sum((1, 2))  # a constant energy too has a derivative: zero
 
     def __getstate__(self) -> dict[str, Any]:
         """The System as XML and the options: tables and compiled code are rebuilt where they are needed."""
@@ -270,26 +274,31 @@ def to_blocks(x: Tensor, lanes: int, minimum: int) -> Vector:
     return blocks.clone(memory_format=torch.contiguous_format).unbind(0)
 
 
-def _build_terms(system: openmm.System, groups: frozenset[int] | None, pairs: PairTable) -> list[Term]:
+def _counts(force: openmm.Force, groups: frozenset[int] | None) -> bool:
+    """Whether a force has a part in the energy."""
+    return not isinstance(force, _NEUTRAL) and (groups is None or force.getForceGroup() in groups)
+
+
+def _refuse_uncovered(system: openmm.System, groups: frozenset[int] | None) -> None:
     for i in range(system.getNumParticles()):
         if system.isVirtualSite(i):
             raise UnsupportedForceError(
                 f"particle {i} is a virtual site, which TorchPotential does not cover; use OpenMMPotential(system)"
             )
-    terms = []
-    for force in sorted(system.getForces(), key=_registration_order):
-        if isinstance(force, _NEUTRAL) or (groups is not None and force.getForceGroup() not in groups):
-            continue
-        if type(force) in _BONDED and _is_empty(force):
-            continue
-        if type(force) in _BONDED:
-            terms.append(_BONDED[type(force)](force, system.getNumParticles()))
-        elif type(force) in _PAIRWISE:
-            terms.append(_PAIRWISE[type(force)](force, pairs))
-        else:
+    for force in system.getForces():
+        if _counts(force, groups) and type(force) not in _BONDED and type(force) not in _PAIRWISE:
             raise UnsupportedForceError(
                 f"{force_label(force)} is not covered by TorchPotential; use OpenMMPotential(system) instead"
             )
+
+
+def _build_terms(system: openmm.System, groups: frozenset[int] | None, pairs: PairTable) -> list[Term]:
+    terms = []
+    for force in sorted((f for f in system.getForces() if _counts(f, groups)), key=_registration_order):
+        if type(force) in _PAIRWISE:
+            terms.append(_PAIRWISE[type(force)](force, pairs))
+        elif not _is_empty(force):
+            terms.append(_BONDED[type(force)](force, system.getNumParticles()))
     return terms
 
 
