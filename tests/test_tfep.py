@@ -8,11 +8,14 @@ import numpy as np
 import pymbar
 import pytest
 import torch
+from analytic_molecules import TEMPERATURE
+from analytic_molecules import Chain as FreeChain
 from hypothesis import given
 from hypothesis import strategies as st
 
 from openmm_regflow import tfep
 from openmm_regflow.errors import InputError, InsufficientDataError
+from openmm_regflow.potentials import TorchPotential
 from openmm_regflow.tfep import bennett
 from openmm_regflow.units import thermal_energy
 
@@ -600,6 +603,110 @@ def test_bad_arrays_for_the_flow_are_refused(change, error, words):
 def test_basin_free_energy_is_calibrated():
     rng = np.random.default_rng(102)
     check_calibration([through_the_flow(rng)[0] for _ in range(400)], WELL.delta_f())
+
+
+# ---------------------------------------------------------------------------------------------- loud, not confident
+
+
+def test_a_cartesian_map_of_a_free_molecule_is_refused():
+    """The spread of its centre, which no energy decides, would enter as 3 log(s_A / s_B)."""
+    a, b = (FreeChain(3, bond_width=w, angle_width=0.4) for w in (0.03, 0.04))
+    g = torch.Generator().manual_seed(0)
+    x, y = (c.sample(400, g) for c in (a, b))
+    states = [tfep.State(TorchPotential(c.system), TEMPERATURE) for c in (a, b)]
+    fitted = tfep.AffineMap.fit(x[:200], y[:200])
+    with pytest.raises(InputError, match="centre of a free molecule"):
+        tfep.works(fitted, *states, x[200:], y[200:])
+
+    class Stretch:
+        """About the centre, which goes along."""
+
+        def forward(self, v):
+            c = v.mean(1, keepdim=True)
+            return c + 1.1 * (v - c), torch.full((len(v),), 6 * math.log(1.1), dtype=torch.float64)
+
+        def inverse(self, v):
+            c = v.mean(1, keepdim=True)
+            return c + (v - c) / 1.1, torch.full((len(v),), -6 * math.log(1.1), dtype=torch.float64)
+
+    tfep.works(Stretch(), *states, x, y)
+
+
+@pytest.mark.parametrize("shape", [(500, 1), (500, 3), ()])
+def test_a_potential_has_one_energy_for_each_configuration(shape):
+    """One column is the same thing; anything else would be broadcast into nonsense."""
+    a, b, perfect, exact, x, y = wells(3)
+    column = shape == (500, 1)
+    odd = tfep.State(lambda v: b.potential(v).reshape(-1, 1) if column else torch.zeros(shape), b.temperature)
+    if column:
+        result = tfep.free_energy_difference(perfect, a, odd, x, y, trained_on=None)
+        assert result.delta_f == pytest.approx(exact, abs=1e-6)
+    else:
+        with pytest.raises(InputError, match="one energy"):
+            tfep.free_energy_difference(perfect, a, odd, x[:500], y[:500], trained_on=None)
+
+
+@pytest.mark.parametrize("apart", [360.0, 400.0, 500.0, 700.0, 800.0])
+@pytest.mark.parametrize("method", ["bar", "mbar"])
+def test_hopeless_overlap_is_a_verdict_at_any_distance(apart, method):
+    rng = np.random.default_rng(60)
+    w_f, w_r = apart + rng.standard_normal(300), apart + rng.standard_normal(200)
+    result = tfep.estimate(w_f, w_r, method=method, n_resamples=20)
+    assert result.verdict.startswith("do not trust")
+
+
+def test_one_perfect_map_among_several_is_enough():
+    w_f, w_r = gaussian_works(np.random.default_rng(61), 300, 300)
+    result = tfep.estimate(np.stack([np.full(300, 2.0), w_f]), np.stack([np.full(300, -2.0), w_r]))
+    assert result.delta_f == 2.0 and result.uncertainty == 0.0
+    with pytest.raises(InputError, match="should agree"):
+        tfep.estimate(np.stack([np.full(9, 2.0), np.full(9, 2.5)]), np.stack([np.full(9, -2.0), np.full(9, -2.5)]))
+
+
+def test_a_frozen_side_is_not_trusted():
+    w_f, w_r = gaussian_works(np.random.default_rng(62), 500, 500)
+    assert tfep.estimate(np.full(500, 2.0), w_r).verdict.startswith("do not trust")
+    assert tfep.estimate(w_f, np.full(500, -2.0)).verdict.startswith("do not trust")
+
+
+def test_one_direction_cannot_tell_what_it_does_not_reach():
+    w_f, w_r = gaussian_works(np.random.default_rng(63), 5000, 5000, sigma=0.5)
+    assert tfep.estimate(w_f, w_r, method="exp").verdict.startswith("reliable")
+    assert tfep.estimate(w_f, method="exp").verdict.startswith("use with care")
+    half = np.where(np.arange(5000) % 2 == 0, np.inf, w_f)
+    assert tfep.estimate(half, method="exp").verdict.startswith("do not trust")
+
+
+def test_frames_that_are_there_twice_do_not_cross_fit():
+    a, b, _, _, x, y = wells(3)
+    with pytest.raises(InputError, match="also trained the map"):
+        tfep.cross_fit(tfep.AffineMap.fit, a, b, np.tile(x[:50], (4, 1)), y, folds=4)
+
+
+def test_few_or_impossible_samples_of_several_states():
+    u_kn = np.random.default_rng(64).standard_normal((3, 6))
+    assert tfep.estimate_states(u_kn, [2, 2, 2]).verdict.startswith("do not trust")
+    u_kn[:, 1] = np.inf
+    with pytest.raises(InputError, match="own state"):
+        tfep.estimate_states(u_kn, [2, 2, 2])
+
+
+def test_convergence_of_several_maps_runs_along_the_samples():
+    pairs = [gaussian_works(np.random.default_rng(65 + k), 400, 300) for k in range(2)]
+    w_f, w_r = (np.stack(column) for column in zip(*pairs))
+    table = tfep.convergence(w_f, w_r, [1.0], n_resamples=20)
+    assert table["bar"][0] == pytest.approx(tfep.estimate(w_f, w_r, n_resamples=20).delta_f, abs=0.05)
+
+
+@pytest.mark.slow
+def test_exponential_averages_over_several_maps_are_calibrated():
+    rng, results = np.random.default_rng(66), []
+    for _ in range(400):
+        base = rng.standard_normal(800)
+        maps = [sigma * (0.8 * base + 0.6 * rng.standard_normal(800)) for sigma in (1.0, 0.7)]
+        works = np.stack([2.0 + sigma**2 / 2 + w for sigma, w in zip((1.0, 0.7), maps)])
+        results.append(tfep.estimate(works, method="exp", n_resamples=100))
+    check_calibration(results, 2.0)
 
 
 def two_wells_from_one_flow(rng, n=2000, k_a=1.6, k_b=1.8):

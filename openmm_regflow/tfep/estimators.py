@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from scipy.special import expit
+from scipy.special import expit, logsumexp
 
 from openmm_regflow.errors import InputError, InsufficientDataError
 from openmm_regflow.reweighting import (
@@ -217,12 +217,16 @@ class Side:
 
 def statistical_inefficiency(series_n: np.ndarray) -> float:
     """Samples per independent sample of a series, by pymbar; 1 for a constant series."""
-    if np.ptp(series_n) <= 1e-12 * np.abs(series_n).max():
+    largest = np.abs(series_n).max()
+    if np.ptp(series_n) <= 1e-12 * largest:
         return 1.0
     pymbar = load_pymbar()
     with quiet():
-        # The quadratic cost is cut for long series by pymbar's widening lags, which errs on the safe side.
-        return float(pymbar.timeseries.statistical_inefficiency(series_n, fast=series_n.size > 50_000))
+        try:
+            # The quadratic cost is cut for long series by pymbar's widening lags, which errs on the safe side.
+            return float(pymbar.timeseries.statistical_inefficiency(series_n / largest, fast=series_n.size > 50_000))
+        except pymbar.utils.ParameterError:  # a variance that underflows: one sample is all that counts
+            return 1.0
 
 
 def make_side(w_kn: np.ndarray, influence_kn: np.ndarray, correlated: bool) -> Side:
@@ -272,8 +276,14 @@ def verdict_two_sided(result: TargetedFreeEnergy, dissipation: float) -> str:
     return f"reliable: {figures}"
 
 
-def verdict_one_sided(result: TargetedFreeEnergy, works: np.ndarray) -> str:
-    """Words for exponential averages: the tail of exp(-w) decides."""
+def verdict_one_sided(result: TargetedFreeEnergy, works: np.ndarray, covered: bool = True) -> str:
+    """Words for exponential averages: the tail of exp(-w) decides.
+
+    Args:
+        result: of which the works are.
+        works: `(n,)` [kT].
+        covered: the opposite works said how much of the other state is reached, or the samples reach all of it.
+    """
     effective = result.ess * min(n for n in result.n_independent if n > 0)
     figures = f"ESS {100 * result.ess:.3g} %, {effective:.0f} effective samples"
     try:
@@ -283,25 +293,35 @@ def verdict_one_sided(result: TargetedFreeEnergy, works: np.ndarray) -> str:
         return f"do not trust: {figures}; too few finite works to judge the tail"
     if effective < INDEPENDENT_LIMIT or k_hat > 0.7:
         return f"do not trust: {figures}; one-sided averages of such works are biased, use BAR with both directions"
+    if not covered and not np.isfinite(works).all():
+        return f"do not trust: {figures}; some samples leave the other state, and one direction cannot tell how much " \
+            "of it the others reach"
+    if not covered:
+        return f"use with care: {figures}; one direction cannot tell whether all of the other state is reached"
     if effective < 100 or k_hat > 0.5:
         return f"use with care: {figures}"
     return f"reliable: {figures}"
 
 
+def _is_constant(w_n: np.ndarray) -> bool:
+    return bool(np.isfinite(w_n).all() and np.ptp(w_n) <= PERFECT_SPREAD)
+
+
 def _perfect(forward: np.ndarray | None, reverse: np.ndarray | None) -> float | None:
-    """delta_f of constant works, None for any others.
+    """delta_f of the maps whose works are constant, None where there is no such map.
 
     Raises:
         InputError: constant forward works that contradict constant reverse works.
     """
     sides = [w for w in (forward, reverse) if w is not None]
-    if not all(np.isfinite(w).all() and np.ptp(w) <= PERFECT_SPREAD for w in sides):
+    perfect = np.all([[_is_constant(w_n) for w_n in w] for w in sides], axis=0)
+    if not perfect.any():
         return None
-    values = ([] if forward is None else [forward.mean()]) + ([] if reverse is None else [-reverse.mean()])
+    values = [sign * w[perfect].mean(1) for w, sign in ((forward, 1), (reverse, -1)) if w is not None]
     if np.ptp(values) > 2 * PERFECT_SPREAD:
         raise InputError(
-            f"forward works are all {values[0]:.6g} and reverse works all {-values[1]:.6g}, but a perfect map gives "
-            "opposite numbers; check the sign of the works and of the log-determinants"
+            f"the works of perfect maps say delta_f = {', '.join(f'{v:.6g}' for v in np.unique(values))}, forward and "
+            "reverse, and should agree; check the sign of the works and of the log-determinants"
         )
     return float(np.mean(values))
 
@@ -367,6 +387,10 @@ def _two_sided(
         forward=one_sided(f_kn[best], r_kn[best]), reverse=-one_sided(r_kn[best], f_kn[best]),
         crooks_slope=crooks_slope(f_kn[best], r_kn[best], delta_f, max(side_f.inefficiency, side_r.inefficiency)),
     )  # fmt: skip
+    frozen = [name for name, w in (("A", f_kn), ("B", r_kn)) if _is_constant(w[best])]
+    if frozen:  # beside works that vary: the same configuration again and again
+        words = f"do not trust: all works of the samples of {frozen[0]} are equal; is it one frame, repeated?"
+        return replace(result, verdict=words)
     return replace(result, verdict=verdict_two_sided(result, second_law(side_f, side_r)))
 
 
@@ -460,7 +484,9 @@ def _one_sided(
         sides.append(make_side(opposite, np.isfinite(opposite).astype(float), correlated))
     replicas = bootstrap(lambda *counts: _one_sided_value(w_n, o_n, counts, len(w_kn)), sides, n_resamples, generator)
     with quiet():
-        pymbar_error = float(load_pymbar().exp(side.decorrelated().ravel())["dDelta_f"])
+        # Maps share their samples: exp(-w) of a sample is its mean over them.
+        joint = -logsumexp(-side.decorrelated(), axis=0) + math.log(len(w_kn))
+        pymbar_error = float(load_pymbar().exp(joint)["dDelta_f"])
     delta_f = sign * one_sided(w_n, o_n)
     own, other = (side.n, side.n_independent), (0, 0.0) if o_n is None else (sides[1].n, sides[1].n_independent)
     front, back = (own, other) if sign > 0 else (other, own)
@@ -470,7 +496,7 @@ def _one_sided(
         pymbar_error=pymbar_error, bootstrap_error=spread(replicas), forward=delta_f if sign > 0 else None,
         reverse=delta_f if sign < 0 else None,
     )  # fmt: skip
-    return replace(result, verdict=verdict_one_sided(result, w_n))
+    return replace(result, verdict=verdict_one_sided(result, w_n, covered=opposite is not None))
 
 
 def _one_sided_value(w_n: np.ndarray, o_n: np.ndarray | None, counts: tuple[np.ndarray, ...], n_maps: int) -> float:
@@ -606,18 +632,23 @@ def estimate_states(u_kn: Any, n_k: Any, *, n_resamples: int = 50, generator: Se
         raise InputError("u_kn holds NaN or -inf; an unusable mapped energy counts as +inf")
     if counts.min() < 2:
         raise InsufficientDataError(f"n_k is {counts.tolist()}; every state needs at least two samples")
+    owners = np.repeat(np.arange(counts.size), counts)
+    if not np.isfinite(u[owners, np.arange(u.shape[1])]).all():
+        bad = int((~np.isfinite(u[owners, np.arange(u.shape[1])])).sum())
+        raise InputError(f"{bad} samples have an infinite energy in their own state; filter the trajectories first")
     # Differences are all that count: with each sample's lowest energy at 0, clipping is harmless (see CLIP).
     u = np.minimum(u - u.min(axis=0), 5 * CLIP)
     value, errors, matrix = mbar_solution(u, counts)
     rng, replicas = as_generator(generator), []
-    owners = np.repeat(np.arange(counts.size), counts)
     for _ in range(n_resamples):
         index = np.concatenate([rng.choice(np.flatnonzero(owners == k), counts[k]) for k in range(counts.size)])
         replicas.append(_mbar_values(u[:, index], counts, value))
     error = np.maximum(errors[0], np.std(replicas, axis=0, ddof=1))
     eigenvalue = np.sort(np.linalg.eigvals(matrix).real)[-2] if counts.size > 1 else 0.0
     gap = float(1 - eigenvalue)
-    words = "do not trust" if gap < OVERLAP_LIMIT else "use with care" if gap < OVERLAP_CARE else "reliable"
+    few = counts.min()
+    words = "use with care" if gap < OVERLAP_CARE or few < INDEPENDENT_CARE else "reliable"
+    words = "do not trust" if gap < OVERLAP_LIMIT or few < INDEPENDENT_LIMIT else words
     return MultistateFreeEnergy(value, error, matrix, f"{words}: overlap {gap:.2g}, {counts.tolist()} samples")
 
 
@@ -642,8 +673,8 @@ def convergence(forward: Any, reverse: Any, fractions: Any = None, *, n_resample
     """BAR and both exponential averages from growing parts of the data, for a convergence (hysteresis) plot.
 
     Args:
-        forward: `(n,)` forward works [kT].
-        reverse: `(m,)` reverse works [kT].
+        forward: `(n,)` forward works [kT], or `(n_maps, n)`.
+        reverse: `(m,)` reverse works [kT], or `(n_maps, m)`.
         fractions: of the samples, taken from the start; ten equal steps by default.
         n_resamples: bootstrap replicas of each error.
 
@@ -651,11 +682,11 @@ def convergence(forward: Any, reverse: Any, fractions: Any = None, *, n_resample
         ``fraction``, ``bar``, ``bar_error``, ``exp``, ``exp_error``, ``exp_reverse``, ``exp_reverse_error``:
         arrays of equal length [kT]; NaN where a part of the data has no finite works.
     """
-    w_f, w_r = to_numpy(forward).ravel(), to_numpy(reverse).ravel()
+    w_f, w_r = to_numpy(forward), to_numpy(reverse)
     parts = np.linspace(0.1, 1.0, 10) if fractions is None else np.asarray(fractions, dtype=float)
     rows = []
     for part in parts:
-        pair = w_f[: max(2, int(part * w_f.size))], w_r[: max(2, int(part * w_r.size))]
+        pair = tuple(w[..., : max(2, int(part * w.shape[-1]))] for w in (w_f, w_r))
         row = [part]
         for method in ("bar", "exp", "exp_reverse"):
             try:

@@ -171,10 +171,18 @@ class State:
     basin: Basin | None = None
 
     def reduced(self, x: Tensor) -> np.ndarray:
-        """Reduced energies `(n,)` [kT]; +inf outside the basin and for energies that are not a number."""
-        u = torch.as_tensor(self.potential(x)).detach().cpu().to(torch.float64).numpy() / thermal_energy(
-            self.temperature
-        )
+        """Reduced energies `(n,)` [kT]; +inf outside the basin and for energies that are not a number.
+
+        Raises:
+            InputError: the potential does not return one energy for each configuration.
+        """
+        energies = torch.as_tensor(self.potential(x)).detach().cpu().to(torch.float64)
+        if energies.shape != (len(x),) and energies.shape != (len(x), 1):
+            raise InputError(
+                f"the potential returned an array of shape {tuple(energies.shape)} for {len(x)} configurations; one "
+                "energy [kJ/mol] each is needed"
+            )
+        u = energies.reshape(-1).numpy() / thermal_energy(self.temperature)
         u = np.where(np.isnan(u), np.inf, u)
         if self.basin is not None:
             u = np.where(torch.as_tensor(self.basin(x)).cpu().numpy().astype(bool), u, np.inf)
@@ -205,6 +213,11 @@ def _one_way(
         with torch.no_grad():
             u_own = own.reduced(batch)
             y, log_det = step(batch)
+            if log_det.shape != (len(batch),):
+                raise InputError(
+                    f"the map returned a log-determinant of shape {tuple(log_det.shape)} for {len(batch)} "
+                    "configurations; one each is needed"
+                )
             usable = torch.isfinite(y).reshape(len(y), -1).all(dim=1) & torch.isfinite(log_det)
             # Rows that the map could not handle are evaluated at the old place and then counted as infinite.
             safe = torch.where(usable.reshape(-1, *[1] * (y.dim() - 1)), y, batch.to(y))
@@ -235,16 +248,49 @@ def works(
         Works `(n,)` and `(m,)`; `(n_maps, n)` and `(n_maps, m)` for a sequence of maps.
 
     Raises:
-        InputError: mismatched atoms, or a sample of infinite energy in (or outside the basin of) its own
-        state. InsufficientDataError: no samples.
+        InputError: mismatched atoms, a sample of infinite energy in (or outside the basin of) its own state, or a
+            Cartesian map of a free molecule.
+        InsufficientDataError: no samples, or no map.
     """
     x_a, x_b = _tensor(positions_a), _tensor(positions_b)
     if x_a.shape[1:] != x_b.shape[1:]:
         raise InputError(f"samples of A have shape {tuple(x_a.shape)}, of B {tuple(x_b.shape)}; atoms must match")
     several = list(maps) if isinstance(maps, Sequence) else [maps]
+    if not several:
+        raise InsufficientDataError("an empty list of maps connects nothing; give at least one")
+    for each in several:
+        _refuse_free_centre(each, state_a, x_a)
     forward = np.stack([_one_way(m.forward, state_a, state_b, x_a, "A", batch_size) for m in several])
     reverse = np.stack([_one_way(m.inverse, state_b, state_a, x_b, "B", batch_size) for m in several])
     return Works(forward, reverse) if isinstance(maps, Sequence) else Works(forward[0], reverse[0])
+
+
+def _refuse_free_centre(one: Any, state: State, x: Tensor, shift: float = 0.3) -> None:
+    """Refuse a map that changes how the centre of a free molecule is spread.
+
+    ``exp(-u)`` of a molecule in free space has no distribution of its centre, so samples have whichever their dynamics
+    gave them. A map that neither carries the centre along nor leaves it out turns a difference of these spreads into
+    a free energy: 3 log(s_A / s_B).
+
+    Raises:
+        InputError: the energy stays when everything is moved, and the map does not move with it.
+    """
+    some = x[: min(8, len(x))]
+    with torch.no_grad():
+        before, after = state.reduced(some), state.reduced(some + shift)
+        fine = np.isfinite(before) & np.isfinite(after)
+        change, size = np.abs(after[fine] - before[fine]), 1 + np.abs(before[fine])
+        if not fine.any() or (change > 1e-5 * size).any():
+            return
+        moved = (one.forward(some + shift)[0] - one.forward(some)[0]).double().reshape(len(some), -1, 3).mean(1)
+    fine &= torch.isfinite(moved).all(1).cpu().numpy()
+    along, fixed = ((moved.cpu().numpy() - target)[fine] for target in (shift, 0.0))
+    tolerance = 1e-4 * shift
+    if fine.any() and np.abs(along).max() > tolerance and np.abs(fixed).max() > tolerance:
+        raise InputError(
+            "the map changes the centre of a free molecule, whose spread no energy decides; use internal coordinates "
+            "(coordinates_for(topology, positions, kind='internal')), or a map that carries the centre along"
+        )
 
 
 def _row_keys(positions: Any) -> set[bytes]:
@@ -417,6 +463,8 @@ def cross_fit_works(
         raise InsufficientDataError(f"{len(x_a)} and {len(x_b)} samples are too few for {folds} folds")
     parts = []
     for (train_a, test_a), (train_b, test_b) in zip(_folds(len(x_a), folds, gap), _folds(len(x_b), folds, gap)):
+        for x, train, test, name in ((x_a, train_a, test_a, "A"), (x_b, train_b, test_b, "B")):
+            check_disjoint(x[test], x[train], name)  # a frame that is there twice
         fitted = fit(x_a[train_a], x_b[train_b])
         parts.append(works(fitted, state_a, state_b, x_a[test_a], x_b[test_b], batch_size=batch_size))
     return Works(*(np.concatenate([getattr(p, side) for p in parts], axis=-1) for side in ("forward", "reverse")))

@@ -47,6 +47,7 @@ from openmm_regflow.systems import MolecularSystem, load_system, load_trajectory
 from openmm_regflow.tfep.ensembles import shared_bonds, state_of
 from openmm_regflow.tfep.estimators import TargetedFreeEnergy, convergence, estimate
 from openmm_regflow.tfep.learned import fit_map
+from openmm_regflow.tfep.nearby import fit_nearby_map
 from openmm_regflow.tfep.pipeline import (
     CoordinatesMap,
     IdentityMap,
@@ -101,7 +102,9 @@ class StatesConfig(_Section):
 
     a: StateConfig
     b: StateConfig
-    map: Literal["identity", "learned"] = "learned"
+    map: Literal["identity", "learned", "nearby"] = Field(
+        "learned", description="nearby: for states that resemble each other, such as two temperatures or force fields"
+    )
     method: Literal["bar", "mbar", "exp", "exp_reverse", "cumulant"] = "bar"
     folds: int = Field(5, ge=2, description="cross-fitting folds of a learned map")
     gap: int = Field(0, ge=0, description="frames beside a held-out fold that train nothing")
@@ -155,7 +158,7 @@ def read_positions(path: Path, molecule: MolecularSystem, stride: int = 1) -> np
         return load_trajectory(path, molecule.topology)[::stride]
     if not path.is_file():
         raise InputError(f"no trajectory at {path}; check the path")
-    if path.suffix.lower() in (".xtc", ".tng"):
+    if path.suffix.lower() in (".xtc", ".tng", ".gro"):
         raise InputError(
             f"{path} rounds positions to 1e-3 nm, which moves energies by many kT; give HDF5, DCD or NetCDF"
         )
@@ -272,9 +275,12 @@ def _solve(
 
     def fit(a: torch.Tensor, b: torch.Tensor) -> CoordinatesMap:
         coordinates = coordinates_for(molecule.topology, torch.cat([a, b]), config.coordinates, fixed)
+        if config.map == "nearby":
+            return fit_nearby_map(coordinates, a, b, (state_a, state_b))
         return fit_map(
             coordinates, a, b, coupling=config.coupling, architecture=config.architecture,
-            max_pairs=config.max_pairs, config=config.train, target_noise=config.target_noise,
+            max_pairs=config.max_pairs, config=config.train.model_copy(update={"seed": config.seed}),
+            target_noise=config.target_noise,
             refine=(state_a, state_b) if config.refine else None,
         )  # fmt: skip
 
