@@ -17,6 +17,9 @@ from openmm_regflow.errors import InputError, InsufficientDataError
 from openmm_regflow.reweighting import Estimate, Seed, as_generator, to_numpy
 from openmm_regflow.units import positions_nm, thermal_energy
 
+#: A free energy whose error is above this [kT] is no figure.
+LARGEST_ERROR = 1.0
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -288,7 +291,9 @@ def _basin_figures(x: np.ndarray, x_ref: np.ndarray, log_w_n: np.ndarray, phi: A
         lambda: metrics.basin_delta_f(angle, log_weights=log_w_n[there]),
         lambda: metrics.basin_delta_f(reference, block=_reference_block(reference)),
     )
-    return {name: _pair(_or_none(call)) for name, call in zip(names, calls)}
+    found = {name: _or_none(call) for name, call in zip(names, calls)}
+    # An error above 1 kT is that of one or two samples in a basin, whatever the value says.
+    return {name: _pair(e) if e is not None and e.error < LARGEST_ERROR else None for name, e in found.items()}
 
 
 def _reference_block(angle: np.ndarray) -> int:

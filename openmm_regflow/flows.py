@@ -364,6 +364,9 @@ def coordinates_for(
     Raises:
         InputError: unknown coordinates, data that do not fit, or fixed bonds that the coordinates cannot hold.
     """
+    n_atoms = sum(1 for _ in topology.atoms())
+    if data.ndim != 3 or tuple(data.shape[1:]) != (n_atoms, 3):
+        raise InputError(f"positions have shape {tuple(data.shape)}; (n, {n_atoms}, 3) in nm fit this molecule")
     if kind == "cartesian" and fixed:
         raise InputError(f"Cartesian coordinates cannot hold {len(fixed)} bonds at fixed length; use kind='internal'")
     if kind == "cartesian":

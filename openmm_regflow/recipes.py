@@ -4,6 +4,7 @@ The configuration is one TOML file; unknown keys are refused and every default c
 """
 
 import dataclasses
+import hashlib
 import json
 import time
 import tomllib
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from openmm_regflow import flows, ranks
@@ -43,6 +44,18 @@ SPLINE_KEYS = ("n_bins", "line_bins", "bound")
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_defaults(cls, given: Any) -> Any:
+        """A table that sets one key of a section leaves the others at that section's own defaults."""
+        if not isinstance(given, dict):
+            return given
+        merged = dict(given)
+        for name, info in cls.model_fields.items():
+            if isinstance(info.default, BaseModel) and isinstance(merged.get(name), dict):
+                merged[name] = info.default.model_dump(exclude_unset=True) | merged[name]
+        return merged
 
 
 class FlowConfig(_Section):
@@ -86,7 +99,7 @@ class PairsConfig(_Section):
     n: int = Field(50_000, ge=1, description="pairs; for ot at most the number of training frames; unused by stream")
     align: bool = Field(False, description="ot only, cartesian only: turn and relabel each frame towards its latent")
     n_steps: int = Field(10, ge=1, description="ODE steps")
-    method: str = "midpoint"
+    method: Literal["midpoint", "euler", "rk4", "dopri5"] = Field("midpoint", description="dopri5: adaptive")
     log_det: Literal["none", "exact", "hutchinson"] = "none"
     seed: int = 1
 
@@ -245,7 +258,7 @@ def fit(
     coordinates = flows.coordinates_for(topology, x_train, config.coordinates, fixed)
     flow = _student(coordinates, x_train, config.flow, metadata).to(device).fuse(config.compile)
     result = FitResult(flow, None)
-    work = _Workspace(Path(folder) if folder else None, config, stage)
+    work = _Workspace(Path(folder) if folder else None, config, stage, (x_train, x_validation))
     if config.objective == "regflow":
         batches, held = _pair_batches(flow, topology, x_train, x_validation, config, work, result)
         _regression(flow, batches, held, config.regression, work, result)
@@ -289,7 +302,9 @@ def data_batches(coordinates: CoordinateMap, x: Tensor, config: TrainConfig) -> 
 class _Workspace:
     """Checkpoint paths and progress of one `fit`."""
 
-    def __init__(self, folder: Path | None, config: RunConfig, stage: Stage | None) -> None:
+    def __init__(
+        self, folder: Path | None, config: RunConfig, stage: Stage | None, data: tuple[Tensor, ...] = ()
+    ) -> None:
         self.main = ranks.current().main
         self.folder, self.stage = folder, stage if self.main else None
         if folder is None or not self.main:
@@ -303,6 +318,11 @@ class _Workspace:
             raise InputError(f"cannot write {folder}: {error}; choose a writable folder") from error
         if RunConfig.model_validate_json(path.read_text()) != config:
             raise IncompatibleFlowError(f"{folder} holds a run of another configuration; choose another folder")
+        digest, seen = _digest(data), folder / "data.sha256"
+        if not seen.exists():
+            seen.write_text(digest)
+        if seen.read_text() != digest:
+            raise IncompatibleFlowError(f"{folder} holds a run on other frames; choose another folder")
 
     @contextmanager
     def clock(self, name: str, result: FitResult) -> Iterator[None]:
@@ -333,6 +353,13 @@ class _Workspace:
         history = train(module, loss, batches, config, validation=validation, checkpoint=path, progress=progress)
         result.histories[name] = history
         result.seconds[name] = history.seconds
+
+
+def _digest(data: tuple[Tensor, ...]) -> str:
+    sha = hashlib.sha256()
+    for x in data:
+        sha.update(x.detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
 
 
 def check_config(config: RunConfig) -> None:

@@ -23,6 +23,8 @@ from openmm_regflow.errors import InputError, InsufficientDataError
 
 #: Fewer weights than this cannot be given a Pareto tail (five tail points out of a fifth of the sample).
 MIN_PARETO_SAMPLES = 25
+#: Fewer effective samples than this are one weight and some company.
+FEWEST_EFFECTIVE = 3.0
 #: Above this shape the variance of the weights is judged infinite (Vehtari et al. 2024, section 3).
 PARETO_K_LIMIT = 0.7
 
@@ -389,7 +391,9 @@ def _fit_pareto(log_w_n: np.ndarray) -> tuple[np.ndarray, float]:
         return log_w_n, 0.0
     # arviz takes log-likelihoods, the negative of the log-ratios.
     smooth, k_hat = array_stats.psislw(-log_w_n)
-    return np.asarray(smooth), float(k_hat)
+    # Where one weight outweighs the rest of the tail, the fit is to the rest and finds nothing wrong with it.
+    alone = effective_sample_size(log_w_n) * log_w_n.size < FEWEST_EFFECTIVE
+    return np.asarray(smooth), math.inf if alone and k_hat < PARETO_K_LIMIT else float(k_hat)
 
 
 def pareto_k(log_weights: Any) -> float:

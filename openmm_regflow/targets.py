@@ -119,7 +119,7 @@ def optimal_transport_pairs(
     if bool(circular.any()):
         raise InputError("only Cartesian features can be rotated, and these hold angles; leave the alignment out")
     a, b = (x.view(len(x), -1, 3) for x in (z, y))
-    order = _assign(rotated_squared_distances(a, b).numpy(), np.ones(len(z)), max_iterations)
+    order = _assign(rotated_squared_distances(a, b).cpu().numpy(), np.ones(len(z)), max_iterations)
     return Pairs(z, align(a, b[order], groups).flatten(1))
 
 
@@ -200,7 +200,7 @@ def transport_cost(z: Tensor, y: Tensor, circular: Tensor) -> np.ndarray:
     linear = torch.cdist(a[:, ~circular], b[:, ~circular]).square()
     for i in circular.nonzero().flatten():
         linear += wrap(a[:, i, None] - b[None, :, i]).square()
-    return linear.numpy()
+    return linear.cpu().numpy()
 
 
 def reflow_chunk(

@@ -16,6 +16,8 @@ from openmm_regflow.flows import Prior
 from openmm_regflow.networks import MLP, ResidualMLP, TimeEmbedding, TransformerBlock, zero_
 
 LogDet = Literal["none", "exact", "hutchinson"]
+#: Methods of torchdiffeq with steps of one length, and with steps to a tolerance.
+FIXED, ADAPTIVE = ("euler", "midpoint", "rk4"), ("dopri5", "dopri8", "bosh3")
 
 
 class VectorField(nn.Module):
@@ -210,7 +212,7 @@ def integrate(
         field: the teacher.
         x: `(n, dim)` start: prior samples, or data if `reverse`.
         n_steps: steps of a fixed-step method.
-        method: any of torchdiffeq: "midpoint", "rk4", "euler" (fixed step), "dopri5" (adaptive).
+        method: of torchdiffeq: one of `FIXED`, with steps of one length, or of `ADAPTIVE`, to a tolerance.
         reverse: from data to prior.
         log_det: "none" (zeros), "exact", or "hutchinson" (unbiased, one probe per sample).
         generator: for the probe.
@@ -220,15 +222,19 @@ def integrate(
         end `(n, dim)` with angles in [-pi, pi), log|det| `(n,)`.
 
     Raises:
-        InputError: an unknown kind of log-determinant.
+        InputError: an unknown method or kind of log-determinant.
     """
     from torchdiffeq import odeint
 
+    if method not in (*FIXED, *ADAPTIVE):
+        raise InputError(f"method is {method!r}; known: {', '.join((*FIXED, *ADAPTIVE))}")
     if log_det not in ("none", "exact", "hutchinson"):
         raise InputError(f"log_det is {log_det!r}; known: none, exact, hutchinson")
     probe = None
     if log_det == "hutchinson":
-        probe = torch.randint(0, 2, x.shape, generator=generator, device=x.device).to(x.dtype) * 2 - 1
+        # A generator draws on its own device alone.
+        source = x.device if generator is None else generator.device
+        probe = torch.randint(0, 2, x.shape, generator=generator, device=source).to(x) * 2 - 1
 
     def rate(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         time = t.to(x.dtype).expand(x.shape[0])
@@ -237,7 +243,7 @@ def integrate(
         return divergence(field, time, state[0], probe)
 
     times = torch.tensor([1.0, 0.0] if reverse else [0.0, 1.0], dtype=x.dtype, device=x.device)
-    options = {} if method == "dopri5" else {"options": {"step_size": 1.0 / n_steps}}
+    options = {} if method in ADAPTIVE else {"options": {"step_size": 1.0 / n_steps}}
     end, total = odeint(
         rate, (x, x.new_zeros(x.shape[0])), times, method=method, rtol=tolerance, atol=tolerance, **options
     )

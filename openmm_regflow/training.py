@@ -10,6 +10,7 @@ import csv
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +30,8 @@ Batch = tuple[Tensor, ...]
 #: (steps done, steps in total, figures of the last step)
 Progress = Callable[[int, int, dict[str, float]], None]
 CHECKPOINT_VERSION = 1
+#: Losses that differ by less than this are equal, where an explosion is concerned.
+LEAST_LEVEL = 1e-2
 CHECKPOINT_KIND = "openmm_regflow.checkpoint"
 
 
@@ -177,6 +180,9 @@ def train(
     """
     run = _Run(module, loss, batches, config, validation, Path(checkpoint) if checkpoint else None)
     run.resume()
+    if run.is_over():
+        run.finish()
+        return run.history
     if validation and run.step == 0:
         run.validate()  # so that a phase which only makes things worse is undone
     began = time.monotonic() - run.history.seconds
@@ -216,7 +222,7 @@ class _Run:
         self.history = History()
         self.step = 0
         self.rate_factor = 1.0
-        self.typical = math.inf
+        self.typical, self.spread = math.inf, 0.0
         self.stale = 0
         self.recent: list[float] = []
         self.since, self.drawn = time.monotonic(), 0
@@ -274,8 +280,9 @@ class _Run:
     def _sane(self, value: float) -> bool:
         if not math.isfinite(value):
             return False
-        # Twenty typical magnitudes above the running level is no fluctuation of a batch mean.
-        return value - self.typical < 20.0 * max(1.0, abs(self.typical))
+        # Twenty typical magnitudes above the running level, or twenty of its own fluctuations where it is about zero,
+        # is no fluctuation of a batch mean.
+        return value - self.typical < 20.0 * max(abs(self.typical), self.spread, LEAST_LEVEL)
 
     def _average(self) -> None:
         # The usual bias correction: early averages forget faster.
@@ -291,7 +298,7 @@ class _Run:
             self.history.step.append(self.step)
             self.history.loss.append(float(np.mean(self.recent)))
             self.history.samples_per_second.append(speed)
-            self.typical, self.recent = self.history.loss[-1], []
+            self.typical, self.spread, self.recent = self.history.loss[-1], float(np.std(self.recent)), []
         if self.validation and (self.step % c.validate_every == 0 or last):
             self.validate()
         if self.step % c.checkpoint_every == 0 or last:
@@ -306,7 +313,8 @@ class _Run:
         with torch.no_grad():
             value = float(self.validation(self.averaged)) if self.ranks.main else math.nan  # type: ignore[misc]
         value = self.ranks.share(value)
-        improved = math.isfinite(value) and value < min(self.history.validation, default=math.inf)
+        known = [v for v in self.history.validation if math.isfinite(v)]
+        improved = math.isfinite(value) and value < min(known, default=math.inf)
         self.history.validation_step.append(self.step)
         self.history.validation.append(value)
         self.stale = 0 if improved else self.stale + 1
@@ -325,7 +333,12 @@ class _Run:
         rollbacks, seconds = self.history.rollbacks, self.history.seconds
         self._restore(self.snapshot)
         self.history.rollbacks, self.history.seconds = rollbacks, seconds
-        self.rate_factor *= 0.5
+        self.rate_factor = 0.5**rollbacks  # the snapshot has that of the rollback before
+        warnings.warn(
+            f"the loss became {value:.3g} and training went back to step {self.step} at {self.rate_factor:g} of the "
+            "learning rate",
+            stacklevel=4,
+        )
         return {"loss": value, "rollbacks": float(rollbacks)}
 
     def _state(self) -> dict[str, Any]:
@@ -336,7 +349,8 @@ class _Run:
                 "best": self.best,
                 "optimizer": self.optimizer.state_dict(),
                 "plain": {
-                    "step": self.step, "rate_factor": self.rate_factor, "typical": self.typical, "stale": self.stale,
+                    "step": self.step, "rate_factor": self.rate_factor, "typical": self.typical,
+                    "spread": self.spread, "stale": self.stale,
                     "recent": self.recent, "history": self.history.to_dict(),
                 },
             }
@@ -351,6 +365,7 @@ class _Run:
         plain = state["plain"]
         self.step, self.stale, self.recent = plain["step"], plain["stale"], plain["recent"]
         self.rate_factor, self.typical = plain["rate_factor"], plain["typical"]
+        self.spread = plain.get("spread", 0.0)
         self.history = History(**plain["history"])
 
     def _write(self) -> None:
@@ -407,6 +422,14 @@ class _Run:
         except RuntimeError as error:
             raise IncompatibleFlowError(f"{self.checkpoint} belongs to another network: {error}") from error
         self.snapshot = state
+
+    def is_over(self) -> bool:
+        """Whether the checkpoint is that of a run which had stopped by itself; more seconds let it go on."""
+        if self.history.stopped == "seconds":
+            given = self.config.seconds
+            if given is None or self.history.seconds < given:
+                self.history.stopped = "steps"
+        return self.history.stopped != "steps"
 
     def finish(self) -> None:
         """Leave the averaged weights (the best validated ones) in the module."""

@@ -199,3 +199,33 @@ def test_teacher_file(data, tmp_path):
     x = torch.zeros(3, result.flow.dim)
     t = torch.full((3,), 0.5)
     assert torch.equal(again(t, x), result.field(t, x))
+
+
+def test_one_key_of_a_section_leaves_its_other_defaults():
+    """Those of the section, not those of a training run in general."""
+    given = RunConfig.model_validate({"likelihood": {"train": {"steps": 300}}, "teacher": {"train": {"patience": 5}}})
+    plain = RunConfig()
+    assert given.likelihood.train == plain.likelihood.train.model_copy(update={"steps": 300})
+    assert given.teacher.train == plain.teacher.train.model_copy(update={"patience": 5})
+    assert given.regression == plain.regression
+
+
+def test_a_folder_belongs_to_its_frames(data, tmp_path):
+    topology, x, held_out = data
+    recipes.fit(topology, x, held_out, config(), folder=tmp_path)
+    with pytest.raises(IncompatibleFlowError, match="other frames"):
+        recipes.fit(topology, x + 0.001, held_out, config(), folder=tmp_path)
+
+
+@pytest.mark.parametrize("coordinates", ["internal", "cartesian"])
+def test_frames_of_another_molecule_are_refused(data, coordinates):
+    topology, x, held_out = data
+    with pytest.raises(InputError, match=r"\(n, 22, 3\)"):
+        recipes.fit(topology, x[:, :21], held_out[:, :21], config(coordinates=coordinates))
+
+
+def test_an_unknown_method_is_refused_before_anything_is_trained(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('[pairs]\nmethod = "midpont"\n')
+    with pytest.raises(InputError, match=r"pairs\.method"):
+        recipes.load_config(path)

@@ -91,6 +91,62 @@ def test_early_stopping_keeps_the_best_weights():
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters()))
 
 
+def test_a_run_that_stopped_early_is_over(tmp_path):
+    """Given again, it ends where it had ended; more seconds let it go on."""
+    count = iter(range(1000))
+    config = CONFIG.model_copy(update={"patience": 3})
+    keywords = {"validation": lambda m: float(next(count)), "checkpoint": tmp_path / "a.safetensors"}
+    first, before = run(config, **keywords)
+    second, after = run(config, **keywords)
+    assert before.to_dict() == after.to_dict()
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
+    short = CONFIG.model_copy(update={"steps": 10_000_000, "seconds": 0.3})
+    _, before = run(short, checkpoint=tmp_path / "b.safetensors")
+    _, after = run(short, checkpoint=tmp_path / "b.safetensors")
+    assert after.seconds == before.seconds and after.stopped == "seconds"
+    _, longer = run(short.model_copy(update={"seconds": 0.6}), checkpoint=tmp_path / "b.safetensors")
+    assert longer.seconds >= 0.6 > before.seconds
+
+
+def test_a_validation_that_is_not_a_number_says_nothing():
+    values = iter([math.nan, 3.0, 1.0, 2.0, 2.0, 2.0, *[2.0] * 100])
+    _, history = run(CONFIG.model_copy(update={"patience": 4}), validation=lambda m: next(values))
+    assert history.stopped == "patience" and history.validation_step[-1] == 120  # four after the best, at 40
+
+
+@pytest.mark.filterwarnings("ignore:the loss became")
+def test_every_rollback_halves_the_rate_again():
+    """Three in a row, all to the same snapshot."""
+    rates, calls = [], iter(range(10_000))
+
+    def explodes(module, batch, generator):
+        value, parts = loss(module, batch, generator)
+        rates.append(run_.optimizer.param_groups[0]["lr"])
+        return (value * math.nan, parts) if next(calls) in (60, 61, 62) else (value, parts)
+
+    settings = CONFIG.model_copy(update={"warmup": 0, "final_rate": 1.0})
+    run_ = _Run(network(), explodes, Batches(problem(), 32), settings, None, None)
+    while run_.step < 100:
+        run_.advance()
+    assert run_.history.rollbacks == 3
+    assert rates[59] == pytest.approx(8 * rates[63]) and rates[-1] == pytest.approx(rates[63])
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_an_explosion_is_seen_at_any_level(scale):
+    """A loss of a thousandth that jumps to five is none that went from one to five thousand."""
+    calls = iter(range(10_000))
+
+    def jumps(module, batch, generator):
+        value, parts = loss(module, batch, generator)
+        return scale * value * (5e4 if next(calls) == 250 else 1.0), parts
+
+    with pytest.warns(UserWarning, match="went back to step"):
+        history = train(network(), jumps, Batches(problem(), 32), CONFIG)
+    assert history.rollbacks == 1
+
+
+@pytest.mark.filterwarnings("ignore:the loss became")
 def test_divergence_rolls_back_and_then_gives_up():
     calls = iter(range(10_000))
 

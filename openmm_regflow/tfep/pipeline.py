@@ -293,17 +293,23 @@ def _refuse_free_centre(one: Any, state: State, x: Tensor, shift: float = 0.3) -
         )
 
 
-def _row_keys(positions: Any) -> set[bytes]:
-    return {row.tobytes() for row in _tensor(positions).to(torch.float32).numpy()}
+def _row_keys(positions: Any, dtype: torch.dtype) -> set[bytes]:
+    return {row.tobytes() for row in _tensor(positions).to(dtype).numpy()}
 
 
-def check_disjoint(positions: Any, trained_on: Any, name: str) -> None:
-    """Refuses evaluation samples that also trained the map (compared in float32).
+def check_disjoint(positions: Any, trained_on: Any, name: str, dtype: torch.dtype = torch.float32) -> None:
+    """Refuses evaluation samples that also trained the map.
+
+    Args:
+        positions: `(n, ...)` for evaluation.
+        trained_on: `(m, ...)`.
+        name: of the state.
+        dtype: in which rows are compared; that of files, unless both come from one array.
 
     Raises:
         InputError: at least one row is in both sets.
     """
-    shared = len(_row_keys(positions) & _row_keys(trained_on))
+    shared = len(_row_keys(positions, dtype) & _row_keys(trained_on, dtype))
     if shared:
         raise InputError(
             f"{shared} samples of state {name} also trained the map, which biases delta_f; evaluate on held-out "
@@ -464,7 +470,7 @@ def cross_fit_works(
     parts = []
     for (train_a, test_a), (train_b, test_b) in zip(_folds(len(x_a), folds, gap), _folds(len(x_b), folds, gap)):
         for x, train, test, name in ((x_a, train_a, test_a, "A"), (x_b, train_b, test_b, "B")):
-            check_disjoint(x[test], x[train], name)  # a frame that is there twice
+            check_disjoint(x[test], x[train], name, x.dtype)  # a frame that is there twice
         fitted = fit(x_a[train_a], x_b[train_b])
         parts.append(works(fitted, state_a, state_b, x_a[test_a], x_b[test_b], batch_size=batch_size))
     return Works(*(np.concatenate([getattr(p, side) for p in parts], axis=-1) for side in ("forward", "reverse")))
