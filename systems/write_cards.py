@@ -57,7 +57,7 @@ def reference_part(molecule: MolecularSystem, record: dict[str, Any]) -> list[st
     lines += ["", "Frames are float32 positions [nm] at the system's temperature, centred; wrong chirality dropped: "]
     lines[-1] += ", ".join(f"{k} {v['wrong_chirality_dropped']}" for k, v in record["splits"].items()) + "; with a cis "
     lines[-1] += "peptide bond: " + ", ".join(f"{k} {v['cis_frames']}" for k, v in record["splits"].items()) + "."
-    lines += ["", "| free energy of φ > 0 above φ < 0 | kT |", "|---|---|"]
+    lines += ["", "| free energy of φ > 0 above φ < 0, runs of all splits together | kT |", "|---|---|"]
     basins = [record, *record.get("basins", [])]
     for k, basin in enumerate(basins, start=1):
         best = basin.get("delta_f_phi_mbar") or basin["delta_f_phi"]
@@ -70,7 +70,7 @@ def reference_part(molecule: MolecularSystem, record: dict[str, Any]) -> list[st
         "",
         f"Mixing of the {'unbiased ' if 'unbiased' in record else ''}runs: {mixing['round_trips']} round trips in "
         f"temperature, swaps accepted {', '.join(f'{a:.2f}' for a in mixing['acceptance'])}, statistical inefficiency "
-        f"of cos φ {mixing['inefficiency']:.1f} iterations, {mixing['visits']} entries into 0 < φ < 2 rad.",
+        f"of cos φ {mixing['inefficiency']:.1f} iterations, {mixing['visits']} entries into 0 < φ < 2 rad (first φ).",
     ]
     if "step_bias" in record:
         command = f"python systems/make_reference.py step-bias runs {molecule.name}"
@@ -89,7 +89,9 @@ def flow_part(molecule: MolecularSystem, folder: Path) -> list[str]:
     flow, found = Flow.load(path), json.loads(figures.read_text())
     training = flow.metadata.training
     again = training.get("refinement", {})
-    flags = f"--rounds {again.get('rounds')} --pool {again.get('pool')} --learning-rate {again.get('learning_rate')}"
+    options = [k for k in ("rounds", "pool", "learning_rate", "anchors", "anchor_moves") if again.get(k)]
+    flags = " ".join(f"--{k.replace('_', '-')} {again[k]}" for k in options)
+    flags = f"--system {molecule.name} {flags}" + (" --compile" if again.get("anchor_moves") else "")
     last = "runs/refined" if again else "runs/flow"
     seconds = ", ".join(f"{k} {v / 60:.1f}" for k, v in training.get("seconds", {}).items())
     a = flow.architecture

@@ -62,8 +62,8 @@ def force_field(*files):
 def peptide_cell(molecule, files):
     try:
         system = force_field(*files).createSystem(molecule.topology, constraints=None)
-    except Exception:  # ForceField raises plain Exception for a residue without a unique template
-        return "no template"
+    except Exception as error:  # ForceField raises plain Exception for a residue without a unique template
+        return "two templates" if "Multiple" in str(error) else "no template"
     return verdict(system, molecule.positions)
 
 
@@ -108,6 +108,16 @@ def test_documented_table_is_what_this_installation_does():
 @pytest.mark.parametrize("files", [["amber14-all.xml", "implicit/gbn2.xml"], ["amber19-all.xml", "implicit/obc1.xml"]])
 def test_two_of_the_table_in_every_run(peptide, files):
     assert peptide_cell(load_system(peptide), files) == "passes"
+
+
+def test_charmm_with_its_maps_in_every_run():
+    assert peptide_cell(load_system("alanine-tripeptide"), ["charmm36.xml"]) == "passes"
+
+
+def test_the_systems_of_this_package():
+    for peptide in PEPTIDES[:2]:
+        molecule = load_system(peptide)
+        assert verdict(molecule.system, molecule.positions) == "passes"
 
 
 if __name__ == "__main__":
