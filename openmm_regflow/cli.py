@@ -398,6 +398,8 @@ def refine(
     before = opened.metadata.training
     energies = before.get("energies", 0) + records[-1].energies
     refined = {"refinement of": str(flow), "refinement": config.model_dump(), "energies": energies}
+    if "refinement" in before:
+        refined["refined before"] = [*before.get("refined before", []), before["refinement"]]
     opened.metadata = dataclasses.replace(opened.metadata, training=before | refined)
     opened.save(output / "flow.safetensors")
     (output / "refinement.json").write_text(json.dumps([record.to_dict() for record in records], indent=1))

@@ -6,6 +6,7 @@ Usage: ``python systems/write_cards.py [name ...]``; all systems by default. Fig
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,14 @@ def reference_part(molecule: MolecularSystem, record: dict[str, Any]) -> list[st
     return [*lines, "", "![Ramachandran plots](ramachandran.png)", ""]
 
 
+def refine_command(molecule: MolecularSystem, settings: dict[str, Any], source: str, target: str) -> str:
+    """The command of one refinement, from what the flow file recorded."""
+    options = [k for k in ("rounds", "pool", "learning_rate", "anchors", "anchor_moves") if settings.get(k)]
+    flags = " ".join(f"--{k.replace('_', '-')} {settings[k]}" for k in options)
+    flags += " --compile" if settings.get("anchor_moves") else ""
+    return f"$ openmm-regflow refine {source}/flow.safetensors --system {molecule.name} {flags} --output {target}"
+
+
 def flow_part(molecule: MolecularSystem, folder: Path) -> list[str]:
     """The card of the shipped flow."""
     path, figures = folder / "flow.safetensors", folder / "flow_metrics.json"
@@ -88,11 +97,8 @@ def flow_part(molecule: MolecularSystem, folder: Path) -> list[str]:
         return []
     flow, found = Flow.load(path), json.loads(figures.read_text())
     training = flow.metadata.training
-    again = training.get("refinement", {})
-    options = [k for k in ("rounds", "pool", "learning_rate", "anchors", "anchor_moves") if again.get(k)]
-    flags = " ".join(f"--{k.replace('_', '-')} {again[k]}" for k in options)
-    flags = f"--system {molecule.name} {flags}" + (" --compile" if again.get("anchor_moves") else "")
-    last = "runs/refined" if again else "runs/flow"
+    refinements = [*training.get("refined before", []), *([training["refinement"]] if "refinement" in training else [])]
+    folders = ["runs/flow", *(f"runs/refined-{k + 1}" for k in range(len(refinements)))]
     seconds = ", ".join(f"{k} {v / 60:.1f}" for k, v in training.get("seconds", {}).items())
     a = flow.architecture
     lines = [
@@ -102,8 +108,8 @@ def flow_part(molecule: MolecularSystem, folder: Path) -> list[str]:
         "",
         "```console",
         f"$ openmm-regflow train {molecule.name} --config systems/{molecule.name}/train.toml --output runs/flow",
-        *([f"$ openmm-regflow refine runs/flow/flow.safetensors {flags} --output runs/refined"] if again else []),
-        f"$ openmm-regflow evaluate {last}/flow.safetensors --system {molecule.name} -n {SAMPLES} -o runs/card",
+        *(refine_command(molecule, r, *places) for r, places in zip(refinements, pairwise(folders))),
+        f"$ openmm-regflow evaluate {folders[-1]}/flow.safetensors --system {molecule.name} -n {SAMPLES} -o runs/card",
         "```",
         "",
         f"`train` took, in minutes on one core shared with other work: {seconds}. Energies evaluated in all: "
