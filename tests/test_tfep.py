@@ -605,6 +605,44 @@ def test_basin_free_energy_is_calibrated():
     check_calibration([through_the_flow(rng)[0] for _ in range(400)], WELL.delta_f())
 
 
+def test_several_states_by_mapped_mbar():
+    """Three wells in five dimensions: perfect maps leave no error, imperfect ones agree within theirs."""
+    rng, widths = np.random.default_rng(70), np.array([1.0, 0.5, 1.6])
+    centres = 3.0 * rng.standard_normal((3, 5))
+    states, samples = [], []
+    for width, centre in zip(widths, torch.as_tensor(centres)):
+        states.append(tfep.State(lambda x, w=width, c=centre: KT * 0.5 * ((x - c) ** 2).sum(-1) / w**2))
+        samples.append(centre.numpy() + width * rng.standard_normal((400, 5)))
+    exact = -5 * np.log(widths / widths[0])
+
+    def to_each(error):
+        origin = torch.zeros(5, dtype=torch.float64)
+        return [
+            tfep.AffineMap(origin, torch.as_tensor(c) + error, (1 + error) * w * torch.eye(5, dtype=torch.float64))
+            for w, c in zip(widths, centres)
+        ]
+
+    perfect = tfep.estimate_states(*tfep.mapped_energies(to_each(0.0), states, samples), generator=0)
+    np.testing.assert_allclose(perfect.delta_f, exact, atol=1e-7)
+    found = tfep.estimate_states(*tfep.mapped_energies(to_each(0.1), states, samples), generator=0)
+    assert (np.abs(found.delta_f - exact) < 4 * found.uncertainty + 1e-12).all()
+    assert (found.uncertainty[1:] > 1e-3).all() and found.verdict.startswith("reliable")
+    # The planted error: a Jacobian left out.
+    u_kn, n_k = tfep.mapped_energies(to_each(0.1), states, samples)
+    wrong = tfep.estimate_states(u_kn + 5 * np.log(1.1 * widths)[:, None], n_k, generator=0)
+    assert (np.abs(wrong.delta_f - exact) > 20 * wrong.uncertainty)[1:].all()
+    with pytest.raises(InputError, match="one of each"):
+        tfep.mapped_energies(to_each(0.0)[:2], states, samples)
+
+
+def test_a_map_remembers_what_it_was_trained_on():
+    a, b, _, _, x, y = wells(3)
+    fitted = tfep.AffineMap.fit(x[:300], y[:300])
+    with pytest.raises(InputError, match="also trained the map"):
+        tfep.free_energy_difference(fitted, a, b, x[200:], y[300:], trained_on=None)
+    tfep.free_energy_difference(fitted, a, b, x[300:], y[300:], trained_on=None)
+
+
 # ---------------------------------------------------------------------------------------------- loud, not confident
 
 

@@ -107,7 +107,7 @@ class TargetedFreeEnergy:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings for JSON (infinite values become None)."""
         out = {k: _plain_value(getattr(self, k)) for k in self.__dataclass_fields__ if k != "plain"}
-        out["kJ/mol"] = [_plain_value(v) for v in self.in_units("kJ/mol")]
+        out |= {name: [_plain_value(v) for v in self.in_units(name)] for name in ("kJ/mol", "kcal/mol")}
         out["plain"] = self.plain.to_dict() if self.plain is not None else None
         return out
 

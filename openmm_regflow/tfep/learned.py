@@ -94,7 +94,7 @@ def transport_pairs(a: Tensor, b: Tensor, circular: Tensor, coupling: str) -> Pa
         InsufficientDataError: fewer samples than stiff features.
     """
     if coupling not in ("full", "torsional"):
-        raise InputError(f"coupling is {coupling!r}; choose 'full', 'torsional' or 'reflow'")
+        raise InputError(f"coupling is {coupling!r}; choose 'full', 'torsional', 'aligned' or 'reflow'")
     if coupling == "full" or not bool(circular.any()) or bool(circular.all()):
         return optimal_transport_pairs(a, b, circular)
     pairs = optimal_transport_pairs(a[:, circular], b[:, circular], circular[circular])
@@ -103,6 +103,23 @@ def transport_pairs(a: Tensor, b: Tensor, circular: Tensor, coupling: str) -> Pa
     stiff = a[:, ~circular].double()
     y[:, ~circular] = AffineMap.fit(stiff, b[:, ~circular]).forward(stiff)[0].to(y.dtype)
     return Pairs(a, y)
+
+
+def aligned_pairs(coordinates: CoordinateMap, x_a: Tensor, x_b: Tensor) -> Pairs:
+    """Regression targets by the exact optimal-transport coupling of frames, over the squared distances of their atoms
+    after superposition (Klein et al. 2023, arXiv 2306.15030, section 4).
+
+    Args:
+        coordinates: features <-> positions.
+        x_a: frames of A `(n, n_atoms, 3)` [nm].
+        x_b: as many of B.
+
+    Returns:
+        Features of A and of the frames of B that they go to, `(n, dim)` each.
+    """
+    a, b = ((x - x.mean(1, keepdim=True)).flatten(1) for x in (x_a, x_b))
+    coupled = optimal_transport_pairs(a, b, torch.zeros(a.shape[1], dtype=torch.bool), groups=[])
+    return Pairs(*(coordinates.to_features(v.view(x_a.shape))[0].float() for v in (coupled.z, coupled.y)))
 
 
 def reflow_between(
@@ -164,7 +181,8 @@ def fit_map(
         positions_a: `(n, n_atoms, 3)` [nm or Quantity] training samples of A.
         positions_b: `(m, n_atoms, 3)` training samples of B.
         coupling: ``torsional`` or ``full``, exact optimal transport, see :func:`transport_pairs` (the same for
-            coordinates without torsions); or ``reflow``, see :func:`reflow_between`.
+            coordinates without torsions); ``aligned``, the same by superposed atoms, see :func:`aligned_pairs`; or
+            ``reflow``, see :func:`reflow_between`.
         architecture: ``spline``, ``real_nvp``, ``res_nvp`` or ``jet``.
         n_layers: couplings.
         hidden: width of the conditioners.
@@ -201,13 +219,17 @@ def fit_map(
         pairs = reflow_between(a, b, coordinates.circular, teacher_config or config)
     else:
         n = min(max(len(a), len(b)), max_pairs, MAX_EXACT)
-        pairs = transport_pairs(_matched(n, a, generator), _matched(n, b, generator), coordinates.circular, coupling)
+        rows = [_matched(n, torch.arange(len(v)), generator) for v in (a, b)]
+        if coupling == "aligned":
+            pairs = aligned_pairs(coordinates, x_a[rows[0]], x_b[rows[1]])
+        else:
+            pairs = transport_pairs(a[rows[0]], b[rows[1]], coordinates.circular, coupling)
     loss: Any = RegFlowLoss(coordinates.circular, forward_backward=forward_backward, target_noise=target_noise)
     train(bijection, loss, Batches((pairs.z, pairs.y), min(config.batch_size, len(pairs.z)), config.seed), config)
     if refine is not None:
         _refine(bijection, coordinates, a, b, refine, refine_config or config)
     # Trained in float32, evaluated in float64: inverse and log-determinant then agree to rounding.
-    return CoordinatesMap(coordinates, bijection.double().eval())
+    return CoordinatesMap(coordinates, bijection.double().eval(), (positions_a, positions_b))
 
 
 def _refine(

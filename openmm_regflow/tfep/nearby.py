@@ -216,7 +216,7 @@ def fit_nearby_map(
     bijection = NearbyMap.fit(coordinates.circular, a, b, torsions)
     if states is not None:
         _train(bijection, WorkSpread(coordinates, *states), a, b, config)
-    return CoordinatesMap(coordinates, bijection.double().eval())
+    return CoordinatesMap(coordinates, bijection.double().eval(), (positions_a, positions_b))
 
 
 def _train(bijection: NearbyMap, loss: WorkSpread, a: Tensor, b: Tensor, config: TrainConfig) -> None:

@@ -57,7 +57,12 @@ class AffineMap:
         mean_a: `(d,)`.
         mean_b: `(d,)`.
         matrix: `(d, d)` symmetric positive definite T.
+
+    Attributes:
+        trained_on: samples (of A, of B) that it was fitted to, None for given moments.
     """
+
+    trained_on: tuple[Any, Any] | None = None
 
     def __init__(self, mean_a: Tensor, mean_b: Tensor, matrix: Tensor) -> None:
         self.mean_a, self.mean_b, self.matrix = mean_a, mean_b, matrix
@@ -78,7 +83,9 @@ class AffineMap:
         c_a, c_b = (torch.atleast_2d(torch.cov(v.T)) for v in (x, y))
         c_a, c_b = (c + ridge * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype) for c in (c_a, c_b))
         root, inverse = _power(c_a, 0.5), _power(c_a, -0.5)
-        return cls(x.mean(0), y.mean(0), inverse @ _power(root @ c_b @ root, 0.5) @ inverse)
+        fitted = cls(x.mean(0), y.mean(0), inverse @ _power(root @ c_b @ root, 0.5) @ inverse)
+        fitted.trained_on = (a, b)
+        return fitted
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """A to B."""
@@ -108,10 +115,13 @@ class CoordinatesMap:
     Args:
         coordinates: object with ``to_features(x) -> (z, log_det)`` and ``to_positions(z) -> (x, log_det)``.
         inner: invertible map of features `(n, dim)`.
+        trained_on: positions (of A, of B) that trained it, which `free_energy_difference` then refuses to evaluate.
     """
 
-    def __init__(self, coordinates: Any, inner: InvertibleMap) -> None:
-        self.coordinates, self.inner = coordinates, inner
+    def __init__(
+        self, coordinates: Any, inner: InvertibleMap, trained_on: tuple[Any, Any] | None = None
+    ) -> None:
+        self.coordinates, self.inner, self.trained_on = coordinates, inner, trained_on
 
     def _carry(self, x: Tensor, step: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         z, to_features = self.coordinates.to_features(x)
@@ -317,6 +327,49 @@ def check_disjoint(positions: Any, trained_on: Any, name: str, dtype: torch.dtyp
         )
 
 
+def mapped_energies(
+    maps: Sequence[InvertibleMap], states: Sequence[State], positions: Sequence[Any], *, batch_size: int = 1000
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `estimate_states` needs, from states that maps carry into each other (Paliwal & Shirts 2013).
+
+    Every state k has a map M_k to it from a common frame (the first state's own, if its map is the identity). In that
+    frame it has the reduced potential ``u_k(M_k(z)) - log|det J_k(z)|``, so that consistent maps are nothing but a
+    change of variables, and MBAR applies as it is.
+
+    Args:
+        maps: one invertible map for each state.
+        states: the states.
+        positions: samples `(n_k, n_atoms, 3)` [nm or Quantity] of each state, independent, none of which trained a map.
+        batch_size: samples evaluated at once.
+
+    Returns:
+        ``u_kn`` `(n_states, n)` [kT] of all samples, grouped by state, and ``n_k`` `(n_states,)`.
+
+    Raises:
+        InputError: unequal numbers of maps, states and samples.
+    """
+    if not len(maps) == len(states) == len(positions):
+        raise InputError(
+            f"{len(maps)} maps, {len(states)} states and {len(positions)} sets of samples; one of each is needed"
+        )
+    samples = [_tensor(x) for x in positions]
+    columns = []
+    with torch.no_grad():
+        for own, x in zip(maps, samples):
+            for batch in x.split(batch_size):
+                z, _ = own.inverse(batch)
+                columns.append(np.stack([_in_frame(m, s, z) for m, s in zip(maps, states)]))
+    return np.concatenate(columns, axis=1), np.array([len(x) for x in samples])
+
+
+def _in_frame(one: InvertibleMap, state: State, z: Tensor) -> np.ndarray:
+    """``u(M(z)) - log|det J(z)|`` `(n,)`; +inf where the map has no value."""
+    x, log_det = one.forward(z)
+    usable = torch.isfinite(x).reshape(len(x), -1).all(1) & torch.isfinite(log_det)
+    u = state.reduced(torch.where(usable.reshape(-1, *[1] * (x.dim() - 1)), x, z.to(x)))
+    return np.where(usable.cpu().numpy(), u - torch.where(usable, log_det, 0.0).cpu().numpy(), np.inf)
+
+
 def free_energy_difference(
     maps: Any,
     state_a: State,
@@ -339,9 +392,9 @@ def free_energy_difference(
         state_b: end.
         positions_a: `(n, n_atoms, 3)` [nm or Quantity] held-out samples of A in order of time.
         positions_b: `(m, n_atoms, 3)` held-out samples of B.
-        trained_on: the samples (of A, of B) that trained the map, to make sure that none is evaluated; None
-        for a
-            map that was not trained on data. There is no default on purpose.
+        trained_on: the samples (of A, of B) that trained the map, to make sure that none is evaluated; None for a map
+            that was not trained on data. There is no default on purpose. What a map itself says of its training
+            (``map.trained_on``) counts as well.
         method: see :func:`openmm_regflow.tfep.estimate`.
         compare_plain: attach the identity map's result as ``.plain`` (None where it has no overlap at all).
         batch_size: samples evaluated at once.
@@ -352,9 +405,11 @@ def free_energy_difference(
         InputError: training samples among the evaluated ones, mismatched atoms, samples outside their basin.
         InsufficientDataError: no overlap or no samples.
     """
-    if trained_on is not None:
-        check_disjoint(positions_a, trained_on[0], "A")
-        check_disjoint(positions_b, trained_on[1], "B")
+    several = list(maps) if isinstance(maps, Sequence) else [maps]
+    for known in (trained_on, *(getattr(one, "trained_on", None) for one in several)):
+        if known is not None:
+            check_disjoint(positions_a, known[0], "A")
+            check_disjoint(positions_b, known[1], "B")
     mapped = works(maps, state_a, state_b, positions_a, positions_b, batch_size=batch_size)
     keywords: dict[str, Any] = {
         "method": method, "temperature": state_a.temperature, "n_resamples": n_resamples, "generator": generator

@@ -110,7 +110,9 @@ class StatesConfig(_Section):
     gap: int = Field(0, ge=0, description="frames beside a held-out fold that train nothing")
     coordinates: Literal["internal", "cartesian"] = "internal"
     architecture: Literal["spline", "real_nvp", "res_nvp", "jet"] = "spline"
-    coupling: Literal["torsional", "full", "reflow"] = Field("torsional", description="pairs that train the map")
+    coupling: Literal["torsional", "full", "aligned", "reflow"] = Field(
+        "torsional", description="pairs that train the map"
+    )
     max_pairs: int = Field(3000, ge=2)
     target_noise: float = Field(0.0, ge=0)
     refine: bool = Field(False, description="go on with the variational bound (differentiable potentials)")
