@@ -618,8 +618,7 @@ def tfep(
         (output / "tfep.json").write_text(json.dumps(result.to_dict(), indent=1))
     finish_output(output)
     print(result)
-    if result.plain is not None:
-        print(f"without a map: {result.plain}")
+    print(f"without a map: {'no overlap' if result.plain is None else result.plain}")
     print(result.verdict)
 
 

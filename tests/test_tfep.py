@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pymbar
@@ -360,6 +361,27 @@ def test_planted_sign_of_the_log_determinant_is_caught():
     assert abs(result.delta_f - exact) == pytest.approx(2 * abs(perfect.log_det), rel=1e-9)
 
 
+def test_perfect_map_of_a_rotated_coupled_gaussian_has_zero_variance():
+    rng = np.random.default_rng(21)
+    c_a, c_b = (torch.as_tensor(m @ m.T + np.eye(6)) for m in rng.standard_normal((2, 6, 6)))
+    means = torch.as_tensor(rng.standard_normal((2, 6)))
+
+    def root(c):
+        values, vectors = torch.linalg.eigh(c)
+        return vectors @ torch.diag(values.sqrt()) @ vectors.T
+
+    half = root(c_a)
+    exact = tfep.AffineMap(*means, torch.linalg.inv(half) @ root(half @ c_b @ half) @ torch.linalg.inv(half))
+    states = [
+        tfep.State(lambda x, m=m, p=p: KT * 0.5 * ((x - m) @ p * (x - m)).sum(1))
+        for m, p in zip(means, (torch.linalg.inv(c) for c in (c_a, c_b)))
+    ]
+    x, y = (rng.multivariate_normal(m, c, 300) for m, c in zip(means.numpy(), (c_a.numpy(), c_b.numpy())))
+    result = tfep.free_energy_difference(exact, *states, x, y, trained_on=None, compare_plain=False)
+    truth = 0.5 * float(torch.logdet(c_a) - torch.logdet(c_b))
+    assert result.delta_f == pytest.approx(truth, abs=1e-6) and result.uncertainty == 0.0
+
+
 def test_rotated_coupled_gaussian_by_a_fitted_map_and_by_cross_fitting():
     rng = np.random.default_rng(20)
     dim = 4
@@ -454,6 +476,39 @@ def test_oracle_normalises():
 def basin_samples():
     rng = np.random.default_rng(30)
     return WELL.sample(4000, rng, -1)[:, None], WELL.sample(3000, rng, 1)[:, None]
+
+
+class Quantiles:
+    """Left well to right well, each point to the one of the same quantile: a perfect map, by quadrature."""
+
+    def __init__(self):
+        halves = [np.where((WELL.grid > 0) == right, WELL.density, 0.0) for right in (False, True)]
+        self.left, self.right = (np.cumsum(h) / h.sum() for h in halves)
+        self.mass = [h.sum() for h in halves]
+
+    def _carry(self, x, source, target, ratio):
+        there = np.interp(np.interp(x[:, 0], WELL.grid, source), target, WELL.grid)
+        log_det = math.log(ratio) - WELL.u(x[:, 0].numpy()) + WELL.u(there)
+        return torch.as_tensor(there)[:, None], torch.as_tensor(log_det)
+
+    def forward(self, x):
+        return self._carry(x, self.left, self.right, self.mass[1] / self.mass[0])
+
+    def inverse(self, y):
+        return self._carry(y, self.right, self.left, self.mass[0] / self.mass[1])
+
+
+def test_perfect_map_of_a_skewed_double_well_has_zero_variance():
+    """The log-determinant is that of the map itself, by differences; works are then constant to the grid's accuracy."""
+    a, b = basin_states()
+    x, y = (v[np.abs(v[:, 0]) > 0.2] for v in basin_samples())  # away from the rim, where a quantile has no slope
+    one = Quantiles()
+    step = 1e-4
+    near = (one.forward(torch.as_tensor(x + s * step))[0][:, 0] for s in (1, -1))
+    slope = torch.log((next(near) - next(near)) / (2 * step))
+    assert (slope - one.forward(torch.as_tensor(x))[1]).abs().median() < 1e-3
+    result = tfep.free_energy_difference(one, a, b, x, y, trained_on=None, compare_plain=False)
+    assert result.delta_f == pytest.approx(WELL.delta_f(), abs=1e-6) and result.uncertainty == 0.0
 
 
 def stretched(factor):
@@ -734,6 +789,47 @@ def test_convergence_of_several_maps_runs_along_the_samples():
     w_f, w_r = (np.stack(column) for column in zip(*pairs))
     table = tfep.convergence(w_f, w_r, [1.0], n_resamples=20)
     assert table["bar"][0] == pytest.approx(tfep.estimate(w_f, w_r, n_resamples=20).delta_f, abs=0.05)
+
+
+def several_maps(rng, n, rho=0.0):
+    """Works of the same samples under two maps of different quality."""
+    pairs = [gaussian_works(rng, n, n, sigma=s, rho=rho) for s in (1.2, 0.6)]
+    return (np.stack(column) for column in zip(*pairs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rho", [0.0, 0.8])
+def test_bar_over_several_maps_is_calibrated(rho):
+    rng = np.random.default_rng(67)
+    n = 500 if rho == 0 else 4000
+    check_calibration([tfep.estimate(*several_maps(rng, n, rho), n_resamples=100) for _ in range(300)], 2.0)
+
+
+@pytest.mark.slow
+def test_several_states_are_calibrated():
+    """Gaussians of three widths in the frame of the first: z of the last free energy."""
+    rng, widths, exact = np.random.default_rng(68), np.array([1.0, 1.3, 1.6]), -np.log(1.6)
+    results = []
+    for _ in range(300):
+        x = np.concatenate([w * rng.standard_normal(200) for w in widths])
+        found = tfep.estimate_states(0.5 * (x / widths[:, None]) ** 2, [200] * 3, generator=rng)
+        results.append(SimpleNamespace(delta_f=found.delta_f[2], uncertainty=found.uncertainty[2]))
+    check_calibration(results, exact)
+
+
+@pytest.mark.slow
+def test_two_flows_are_calibrated():
+    """Two wells, each through a flow that is too wide; held-out samples independent."""
+    rng, results = np.random.default_rng(69), []
+    for _ in range(400):
+        sides = []
+        for width in (0.5, 0.8):
+            z, y = 1.3 * width * rng.standard_normal(600), width * rng.standard_normal(300)
+            log_q = [-0.5 * (v / (1.3 * width)) ** 2 - math.log(1.3 * width * math.sqrt(2 * math.pi)) for v in (z, y)]
+            u = [0.5 * (v / width) ** 2 for v in (z, y)]
+            sides.append(tfep.flow_works(log_q[0], u[0], log_q[1], u[1]))
+        results.append(tfep.through_prior(*sides, correlated=False, n_resamples=60))
+    check_calibration(results, -math.log(0.8 / 0.5))
 
 
 @pytest.mark.slow
