@@ -356,7 +356,7 @@ def coordinates_for(
     """Coordinates for a molecule, fitted to data.
 
     Args:
-        topology: an ``openmm.app.Topology``, or anything with its atoms() and bonds().
+        topology: an ``openmm.app.Topology``, or anything with its atoms() and bonds(); Cartesian ones do without.
         data: positions `(n, n_atoms, 3)` [nm].
         kind: "internal" or "cartesian".
         fixed: ``(i, j, length [nm])`` of bonds of constrained length, see ``constraints.fixed_bonds``; internal only.
@@ -364,7 +364,7 @@ def coordinates_for(
     Raises:
         InputError: unknown coordinates, data that do not fit, or fixed bonds that the coordinates cannot hold.
     """
-    n_atoms = sum(1 for _ in topology.atoms())
+    n_atoms = data.shape[1] if topology is None else sum(1 for _ in topology.atoms())
     if data.ndim != 3 or tuple(data.shape[1:]) != (n_atoms, 3):
         raise InputError(f"positions have shape {tuple(data.shape)}; (n, {n_atoms}, 3) in nm fit this molecule")
     if kind == "cartesian" and fixed:
