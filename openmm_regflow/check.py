@@ -27,7 +27,8 @@ from openmm_regflow.coordinates import build_zmatrix, topology_tables
 from openmm_regflow.coordinates.internal import bond_angle_torsion
 from openmm_regflow.errors import IncompatibleFlowError, InputError, RegflowError, UnsupportedForceError
 from openmm_regflow.potentials import OpenMMPotential, TorchPotential
-from openmm_regflow.proposals import UNSUPPORTED, FlowProposal, ProposalBatch, check_flow, has_global_parameters
+from openmm_regflow.proposals import FlowProposal, ProposalBatch
+from openmm_regflow.refusals import UNSUPPORTED, check_flow, has_global_parameters
 from openmm_regflow.sampling import proposal_log_weights, run_chain
 from openmm_regflow.systems import MolecularSystem
 from openmm_regflow.units import GAS_CONSTANT

@@ -6,7 +6,6 @@ place that says which measure ``log_q`` refers to and which configurations count
 """
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -17,17 +16,22 @@ import torch
 from openmm import unit
 from torch import Tensor
 
-from openmm_regflow.constraints import Constraints, fixed_bonds
+from openmm_regflow.constraints import Constraints
 from openmm_regflow.coordinates.cartesian import random_rotations
 from openmm_regflow.errors import IncompatibleFlowError, InputError, UnsupportedForceError
 from openmm_regflow.potentials import OpenMMPotential
-from openmm_regflow.systems import compare_fingerprints, fingerprint
+from openmm_regflow.refusals import (
+    check_atoms,
+    check_flow,
+    check_subset_supported,
+    check_supported,
+    fixed_bonds_of,
+    has_global_parameters,
+)
 from openmm_regflow.units import temperature_kelvin, thermal_energy
 
 #: Reduced energies this far above the best of their batch [kT] count as impossible.
 ABSURD_ENERGY = 1e6
-#: Relative difference of a constraint's length and the flow's fixed bond that counts as equal (nine digits).
-LENGTH_TOLERANCE = 1e-9
 
 Frame = Literal["free", "fixed"]
 #: Hydrogens, repartitioned or not, are lighter than this [dalton]; everything else is heavier.
@@ -135,7 +139,7 @@ class FlowProposal:
         """Refuse what this kind of proposal does not cover."""
         if self.system is not None:
             self.check_system(self.system)
-        _check_atoms(self.flow, self.potential)
+        check_atoms(self.flow, self.potential)
         if not self.allow_mismatch:
             check_flow(self.flow, self.system, self.temperature, self.extra_forces)
         self._set_constraints()
@@ -143,7 +147,7 @@ class FlowProposal:
     def _set_constraints(self) -> None:
         """Constraints and masses behind the flow's bonds of fixed length."""
         self.constraints: Constraints | None = None
-        if _fixed_bonds_of(self.flow):
+        if fixed_bonds_of(self.flow):
             if self.system is None:
                 raise InputError(
                     "the flow has bonds of fixed length, whose ensemble depends on the masses; give a potential with a "
@@ -541,172 +545,6 @@ def _seed_atoms(flow: Any) -> tuple[int, ...]:
     """The three atoms that a flow's Z-matrix starts from, else the first three."""
     zmatrix = getattr(getattr(flow, "coordinates", None), "zmatrix", None)
     return (0, 1, 2) if zmatrix is None else tuple(zmatrix.seed)
-
-
-def check_subset_supported(system: openmm.System, subset: Sequence[int], flow: Any = None) -> None:
-    """Refuse constraints and virtual sites that involve atoms of a subset; others do not matter to its move.
-
-    Args:
-        system: the whole System.
-        subset: indices of its atoms that the flow moves.
-        flow: whose bonds of fixed length are allowed, and needed, as constraints; in the numbering of the subset.
-
-    Raises:
-        UnsupportedForceError: with the atoms and the remedy; also for atoms without mass.
-        IncompatibleFlowError: a bond that is fixed in the flow is not constrained in the System.
-    """
-    members = set(subset)
-    if frozen := sorted(members & set(_frozen_atoms(system))):
-        raise UnsupportedForceError(
-            f"atom {frozen[0]} of the subset has no mass, so dynamics keep it in place and the flow would move it; "
-            "give it its mass and hold it with a restraint"
-        )
-    touching = [(i, j, d) for i, j, d in fixed_bonds(system) if members & {i, j}]
-    check_constraints(touching, [(subset[i], subset[j], d) for i, j, d in _fixed_bonds_of(flow)], "subset")
-    for site in filter(system.isVirtualSite, range(system.getNumParticles())):
-        virtual = system.getVirtualSite(site)
-        if members & {site, *(virtual.getParticle(k) for k in range(virtual.getNumParticles()))}:
-            raise UnsupportedForceError(
-                f"virtual site {site} belongs to the subset; choose a subset without virtual sites"
-            )
-
-
-def check_supported(system: openmm.System, flow: Any = None) -> None:
-    """Refuse Systems whose measure or boundary the flow's density does not cover.
-
-    Args:
-        system: the System.
-        flow: whose bonds of fixed length are allowed, and needed, as constraints.
-
-    Raises:
-        UnsupportedForceError: constraints that the flow does not fix, virtual sites, particles without mass or
-            periodic boundary conditions, each with its remedy.
-        IncompatibleFlowError: a bond that is fixed in the flow is not constrained in the System.
-    """
-    for _, _, check in UNSUPPORTED:
-        check(system, flow)
-
-
-def check_constraints(
-    found: Sequence[tuple[int, int, float]], fixed: Sequence[tuple[int, int, float]], where: str = "System"
-) -> None:
-    """Refuse constraints ``(i, j, length [nm])`` that are not exactly the bonds that a flow holds fixed.
-
-    Raises:
-        UnsupportedForceError: a constraint that the flow does not fix, or fixes at another length.
-        IncompatibleFlowError: a bond that is fixed in the flow is not constrained in the System.
-    """
-    held = {frozenset((i, j)): d for i, j, d in fixed}
-    loose = [(i, j, d) for i, j, d in found if abs(held.get(frozenset((i, j)), math.inf) - d) > LENGTH_TOLERANCE * d]
-    if loose:
-        i, j, d = loose[0]
-        raise UnsupportedForceError(
-            f"the {where} has {len(found)} constraints, {len(loose)} of which the flow's density does not cover "
-            f"(first: atoms {i} and {j} at {d:g} nm); train a flow with these bonds fixed (coordinates_for(..., "
-            "fixed=constraints.fixed_bonds(system))), or build the System with constraints=None (rigidWater=True may "
-            "stay outside a subset) and use a time step of 1 fs"
-        )
-    constrained = {frozenset((i, j)) for i, j, _ in found}
-    free = [tuple(sorted(bond)) for bond in held if bond not in constrained]
-    if free:
-        raise IncompatibleFlowError(
-            f"the flow holds the bond between atoms {free[0][0]} and {free[0][1]} at fixed length, but the System has "
-            "no constraint there; build it with the constraints of the flow's training, or train a flow without"
-        )
-
-
-def _refuse_constraints(system: openmm.System, flow: Any = None) -> None:
-    check_constraints(fixed_bonds(system), _fixed_bonds_of(flow))
-
-
-def _fixed_bonds_of(flow: Any) -> tuple[tuple[int, int, float], ...]:
-    """Bonds of fixed length of a flow; none for objects that do not know of them."""
-    return tuple(getattr(flow, "fixed_bonds", ()))
-
-
-def _virtual_sites(system: openmm.System) -> list[int]:
-    return [i for i in range(system.getNumParticles()) if system.isVirtualSite(i)]
-
-
-def _refuse_virtual_sites(system: openmm.System, flow: Any = None) -> None:
-    if sites := _virtual_sites(system):
-        raise UnsupportedForceError(
-            f"atom {sites[0]} is a virtual site, whose position is not a degree of freedom; "
-            "use a model without virtual sites"
-        )
-
-
-def _frozen_atoms(system: openmm.System) -> list[int]:
-    masses = ((i, system.getParticleMass(i).value_in_unit(unit.dalton)) for i in range(system.getNumParticles()))
-    return [i for i, mass in masses if mass == 0 and not system.isVirtualSite(i)]
-
-
-def _refuse_frozen_atoms(system: openmm.System, flow: Any = None) -> None:
-    if frozen := _frozen_atoms(system):
-        raise UnsupportedForceError(
-            f"atom {frozen[0]} has no mass, so dynamics keep it in place and a flow would move it; give it its mass "
-            "and hold it with a restraint, or leave it out of the flow with a SubsetProposal"
-        )
-
-
-def _refuse_periodic(system: openmm.System, flow: Any = None) -> None:
-    if system.usesPeriodicBoundaryConditions():
-        raise UnsupportedForceError(
-            "the System is periodic; build it with nonbondedMethod=NoCutoff or CutoffNonPeriodic"
-        )
-
-
-#: What a whole-molecule proposal may not cover: name, how many a System has, and the check that refuses it.
-UNSUPPORTED: tuple[tuple[str, Callable[[openmm.System], int], Callable[[openmm.System, Any], None]], ...] = (
-    ("constraints", lambda system: system.getNumConstraints(), _refuse_constraints),
-    ("virtual sites", lambda system: len(_virtual_sites(system)), _refuse_virtual_sites),
-    ("particles without mass", lambda system: len(_frozen_atoms(system)), _refuse_frozen_atoms),
-    ("periodic box", lambda system: int(system.usesPeriodicBoundaryConditions()), _refuse_periodic),
-)
-
-
-def has_global_parameters(system: openmm.System) -> bool:
-    """Whether a Context can change this System's energies through parameters."""
-    return any(getattr(force, "getNumGlobalParameters", int)() for force in system.getForces())
-
-
-def check_flow(
-    flow: Any, system: openmm.System | None, temperature: float, extra_forces: bool = False
-) -> None:
-    """Refuse a flow that was trained for another System or temperature.
-
-    Args:
-        flow: its ``metadata`` may carry ``fingerprint`` and ``temperature`` [K]; what is missing is not
-            compared.
-        system: the System that energies come from, or None if unknown.
-        temperature: [K].
-        extra_forces: further forces in the System, beside those of the flow's, are no difference.
-
-    Raises:
-        IncompatibleFlowError: naming every difference.
-    """
-    metadata = getattr(flow, "metadata", None)
-    expected, trained_at = getattr(metadata, "fingerprint", None), getattr(metadata, "temperature", None)
-    differences = []
-    if expected is not None and system is not None:
-        differences += compare_fingerprints(expected, fingerprint(system), extra_forces=extra_forces)
-    if trained_at is not None and abs(trained_at - temperature) > 1e-6 * temperature:
-        differences.append(f"trained at {trained_at:g} K, used at {temperature:g} K")
-    if differences:
-        raise IncompatibleFlowError(
-            f"the flow belongs to another System or temperature ({'; '.join(differences)}); train one for "
-            "this System, or pass allow_mismatch=True to use it as it is"
-        )
-
-
-def _check_atoms(flow: Any, potential: Any) -> None:
-    """Refuse different atom counts; no option overrides this."""
-    n_potential = getattr(potential, "n_atoms", flow.n_atoms)
-    if n_potential != flow.n_atoms:
-        raise IncompatibleFlowError(
-            f"the flow generates {flow.n_atoms} atoms, the potential has {n_potential}; "
-            "use the flow of this molecule"
-        )
 
 
 def _sizes(n: int, chunk: int) -> list[int]:

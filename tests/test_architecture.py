@@ -21,8 +21,8 @@ LEARNING = [
     "recipes",
 ]
 PHYSICS = ["units", "constraints", "potentials", "systems", "simulate"]
-MEETING = ["proposals", "sampling", "ensemble", "moves", "chains", "tfep", "evaluation", "check", "report", "demo"]
-MEETING += ["paper", "doctor", "cli"]
+MEETING = ["refusals", "proposals", "sampling", "ensemble", "moves", "chains", "tfep", "evaluation", "check", "report"]
+MEETING += ["demo", "paper", "doctor", "cli"]
 OPTIONAL = {
     "ot": {"targets", "metrics"},
     "pymbar": {"tfep"},

@@ -15,7 +15,8 @@ from openmm_regflow import flows
 from openmm_regflow.errors import IncompatibleFlowError, InputError, UnsupportedForceError
 from openmm_regflow.moves import FlowMove
 from openmm_regflow.potentials import OpenMMPotential, TorchPotential
-from openmm_regflow.proposals import SubsetProposal, check_subset_supported, local_frame
+from openmm_regflow.proposals import SubsetProposal, local_frame
+from openmm_regflow.refusals import check_subset_supported
 from openmm_regflow.sampling import FlowSimulation, FlowStep
 from openmm_regflow.systems import fingerprint
 

@@ -10,7 +10,8 @@ import openmm
 from openmm import app, unit
 
 from openmm_regflow.errors import InputError
-from openmm_regflow.proposals import FlowProposal, has_global_parameters
+from openmm_regflow.proposals import FlowProposal
+from openmm_regflow.refusals import has_global_parameters
 from openmm_regflow.sampling.kernels import FlowStatistics
 from openmm_regflow.sampling.steps import (
     FlowStep,
