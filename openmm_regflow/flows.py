@@ -281,11 +281,12 @@ class Flow(nn.Module):
         return flow.to(device).eval()
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the names and bytes of tensors."""
     sha = hashlib.sha256()
     for name in sorted(tensors):
         sha.update(name.encode())
-        sha.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        sha.update(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
 
@@ -298,7 +299,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping
     temporary = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(tensors), temporary, metadata={"regflow": json.dumps(header), "sha256": _digest(tensors)})
+        save_file(dict(tensors), temporary, metadata={"regflow": json.dumps(header), "sha256": digest(tensors)})
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
         # safetensors makes private files; the umask is the user's word on that.
@@ -336,7 +337,7 @@ def read_safetensors(path: Path, kind: str, version: int) -> tuple[dict[str, Any
     if found != version:
         remedy = "update the package" if found > version else "it was written before the first release; make it again"
         raise CorruptFileError(f"{path} has format {found}, this package reads {version}; {remedy}")
-    if metadata.get("sha256") != _digest(tensors):
+    if metadata.get("sha256") != digest(tensors):
         raise CorruptFileError(f"{path} is damaged: its contents do not match their checksum; copy or make it again")
     return header, tensors
 

@@ -4,7 +4,6 @@ The configuration is one TOML file; unknown keys are refused and every default c
 """
 
 import dataclasses
-import hashlib
 import json
 import time
 import tomllib
@@ -258,7 +257,7 @@ def fit(
     coordinates = flows.coordinates_for(topology, x_train, config.coordinates, fixed)
     flow = _student(coordinates, x_train, config.flow, metadata).to(device).fuse(config.compile)
     result = FitResult(flow, None)
-    work = _Workspace(Path(folder) if folder else None, config, stage, (x_train, x_validation))
+    work = _Workspace(Path(folder) if folder else None, config, stage, {"train": x_train, "validation": x_validation})
     if config.objective == "regflow":
         batches, held = _pair_batches(flow, topology, x_train, x_validation, config, work, result)
         _regression(flow, batches, held, config.regression, work, result)
@@ -303,7 +302,7 @@ class _Workspace:
     """Checkpoint paths and progress of one `fit`."""
 
     def __init__(
-        self, folder: Path | None, config: RunConfig, stage: Stage | None, data: tuple[Tensor, ...] = ()
+        self, folder: Path | None, config: RunConfig, stage: Stage | None, data: dict[str, Tensor]
     ) -> None:
         self.main = ranks.current().main
         self.folder, self.stage = folder, stage if self.main else None
@@ -318,10 +317,10 @@ class _Workspace:
             raise InputError(f"cannot write {folder}: {error}; choose a writable folder") from error
         if RunConfig.model_validate_json(path.read_text()) != config:
             raise IncompatibleFlowError(f"{folder} holds a run of another configuration; choose another folder")
-        digest, seen = _digest(data), folder / "data.sha256"
+        sha256, seen = flows.digest(data), folder / "data.sha256"
         if not seen.exists():
-            seen.write_text(digest)
-        if seen.read_text() != digest:
+            seen.write_text(sha256)
+        if seen.read_text() != sha256:
             raise IncompatibleFlowError(f"{folder} holds a run on other frames; choose another folder")
 
     @contextmanager
@@ -353,13 +352,6 @@ class _Workspace:
         history = train(module, loss, batches, config, validation=validation, checkpoint=path, progress=progress)
         result.histories[name] = history
         result.seconds[name] = history.seconds
-
-
-def _digest(data: tuple[Tensor, ...]) -> str:
-    sha = hashlib.sha256()
-    for x in data:
-        sha.update(x.detach().cpu().contiguous().numpy().tobytes())
-    return sha.hexdigest()
 
 
 def check_config(config: RunConfig) -> None:

@@ -28,7 +28,7 @@ from openmm_regflow import reweighting
 from openmm_regflow.errors import IncompatibleFlowError, InputError
 from openmm_regflow.flows import Flow, read_safetensors, write_safetensors
 from openmm_regflow.objectives import GeneralisedKLLoss
-from openmm_regflow.training import Batch, Batches, pack_optimizer, unpack_optimizer
+from openmm_regflow.training import Batch, Batches, average_into, cosine, pack_optimizer, unpack_optimizer
 
 CHECKPOINT_KIND = "openmm_regflow.refinement"
 CHECKPOINT_VERSION = 2
@@ -126,9 +126,8 @@ class _Learner:
         self.live.train()
         for step in range(batches.per_epoch):
             turn = (k + step / batches.per_epoch) / c.rounds
-            cosine = c.final_rate + (1.0 - c.final_rate) * 0.5 * (1.0 + math.cos(math.pi * turn))
-            warm = min(1.0, (self.steps + 1) / WARMUP)
-            self._step(batches(step, torch.Generator()), factor * c.learning_rate * cosine * warm)
+            rate = factor * c.learning_rate * cosine(turn, c.final_rate) * min(1.0, (self.steps + 1) / WARMUP)
+            self._step(batches(step, torch.Generator()), rate)
 
     def _step(self, batch: Batch, rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -139,9 +138,7 @@ class _Learner:
         if bool(torch.isfinite(norm)):  # a batch that overflows teaches nothing; the next pool judges the rest
             self.optimizer.step()
         self.steps += 1
-        with torch.no_grad():
-            averaged: list[Tensor] = [*self.flow.bijection.parameters()]
-            torch._foreach_lerp_(averaged, [p.detach() for p in self.live.parameters()], 1.0 - self.config.ema)
+        average_into(self.flow.bijection, self.live, self.config.ema)
 
 
 @dataclass

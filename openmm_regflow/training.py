@@ -237,7 +237,7 @@ class _Run:
         turn = (self.step - c.warmup) / max(1, c.steps - c.warmup)
         if c.schedule == "seconds" and c.seconds is not None:
             turn = self.history.seconds / c.seconds
-        return c.learning_rate * (c.final_rate + (1 - c.final_rate) * 0.5 * (1 + math.cos(math.pi * min(1.0, turn))))
+        return c.learning_rate * cosine(turn, c.final_rate)
 
     def advance(self) -> dict[str, float]:
         """One optimiser step with everything that hangs on it."""
@@ -287,9 +287,7 @@ class _Run:
     def _average(self) -> None:
         # The usual bias correction: early averages forget faster.
         decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            old: list[Tensor] = [*self.averaged.parameters()]
-            torch._foreach_lerp_(old, [p.detach() for p in self.module.parameters()], 1.0 - decay)
+        average_into(self.averaged, self.module, decay)
 
     def _periodic(self, speed: float) -> None:
         c = self.config
@@ -440,6 +438,18 @@ class _Run:
             self._write()
         self.module.load_state_dict(self.best if self.best is not None else self.averaged.state_dict())
         self.module.eval()
+
+
+def cosine(turn: float, final: float) -> float:
+    """From 1 at the start of a run to ``final`` at its end, ``turn`` being the part of it that is over."""
+    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, turn)))
+
+
+@torch.no_grad()
+def average_into(averaged: nn.Module, module: nn.Module, decay: float) -> None:
+    """One step of the exponential moving average of a module's weights, in place."""
+    old: list[Tensor] = [*averaged.parameters()]
+    torch._foreach_lerp_(old, [p.detach() for p in module.parameters()], 1.0 - decay)
 
 
 def pack_optimizer(state: dict[str, Any]) -> dict[str, Tensor]:

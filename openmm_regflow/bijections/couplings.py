@@ -139,7 +139,7 @@ class SplineCoupling(Coupling):
         line_bins: spline bins of linear elements.
 
     Attributes:
-        compiled: evaluate splines by `fused.spline` (``Flow.compile``); no part of the flow's description.
+        compiled: evaluate splines by `fused.spline` (``Flow.fuse``); no part of the flow's description.
     """
 
     def __init__(

@@ -633,8 +633,8 @@ def estimate_states(u_kn: Any, n_k: Any, *, n_resamples: int = 50, generator: Se
     if counts.min() < 2:
         raise InsufficientDataError(f"n_k is {counts.tolist()}; every state needs at least two samples")
     owners = np.repeat(np.arange(counts.size), counts)
-    if not np.isfinite(u[owners, np.arange(u.shape[1])]).all():
-        bad = int((~np.isfinite(u[owners, np.arange(u.shape[1])])).sum())
+    bad = int((~np.isfinite(u[owners, np.arange(u.shape[1])])).sum())
+    if bad:
         raise InputError(f"{bad} samples have an infinite energy in their own state; filter the trajectories first")
     # Differences are all that count: with each sample's lowest energy at 0, clipping is harmless (see CLIP).
     u = np.minimum(u - u.min(axis=0), 5 * CLIP)
