@@ -1,0 +1,23 @@
+"""The command line: a thin shell over the package. Bad input gives one line and exit code 2, Ctrl-C gives 130."""
+
+import logging
+
+from openmm_regflow.cli import data, learning, results, workbench  # noqa: F401 (each registers its commands)
+from openmm_regflow.cli.shell import app
+
+__all__ = ["app", "main"]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point.
+
+    Args:
+        arguments: default ``sys.argv[1:]``.
+
+    Raises:
+        SystemExit: always; 0 for success, 2 for bad input, 130 for Ctrl-C.
+    """
+    # Dependencies announce themselves through logging when they are imported; errors still show.
+    for name in ("pymbar", "openmmtools.multistate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    app(args=arguments, prog_name="openmm-regflow")

@@ -1,0 +1,136 @@
+"""Reference data and regression pairs: ``systems``, ``simulate``, ``pairs``."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from openmm_regflow.cli.shell import Output, Seed, bars, command, show_table
+from openmm_regflow.errors import InputError
+
+
+@command
+def systems() -> None:
+    """List the named systems.
+
+    Example: openmm-regflow systems
+    """
+    from openmm_regflow.systems import available_systems, load_system
+
+    rows: list[tuple[str, ...]] = [("name", "atoms", "temperature [K]", "reference frames", "shipped flow")]
+    for name in available_systems():
+        mol = load_system(name)
+        splits = [s for s in ("train", "validation", "test") if mol.reference_path(s).is_file()]
+        shipped = bool(mol.folder and (mol.folder / "flow.safetensors").is_file())
+        row = (name, str(mol.n_atoms), f"{mol.temperature:g}", ", ".join(splits) or "-", "yes" if shipped else "-")
+        rows.append(row)
+    show_table("Named systems", rows)
+
+
+@command
+def simulate(
+    system: Annotated[str, typer.Argument(help="Name of a system or path of a system folder.")],
+    output: Output = Path("runs/simulate"),
+    iterations: Annotated[int, typer.Option(help="Swap attempts (and frames at the target temperature).")] = 1000,
+    steps: Annotated[int, typer.Option(help="Langevin steps between swaps.")] = 500,
+    timestep: Annotated[float, typer.Option(help="[ps], with hydrogens of 4 dalton.")] = 0.002,
+    replicas: Annotated[int, typer.Option(help="Temperatures of the ladder.")] = 6,
+    max_temperature: Annotated[float, typer.Option(help="Highest temperature [K].")] = 700.0,
+    engine: Annotated[str, typer.Option(help="openmmtools, or batched (many ladders in torch).")] = "openmmtools",
+    copies: Annotated[int, typer.Option(help="Independent ladders of the batched engine.")] = 32,
+    scramble: Annotated[int, typer.Option(help="Steps at the highest state that part the starting points.")] = 20_000,
+    frames: Annotated[int | None, typer.Option(help="Most frames to export, evenly spaced.")] = None,
+    burn_in: Annotated[int, typer.Option(help="Iterations left out of the export.")] = 100,
+    seed: Seed = 0,
+) -> None:
+    """Reference data: parallel tempering, resumable, exported to float32 HDF5.
+
+    Example: openmm-regflow simulate alanine-dipeptide --iterations 10000 --output runs/aldp
+    """
+    import numpy as np
+
+    from openmm_regflow import simulate as engines
+    from openmm_regflow.systems import load_system
+
+    mol = load_system(system)
+    values: dict[str, Any] = {
+        "n_iterations": iterations,
+        "steps_per_iteration": steps,
+        "timestep": timestep,
+        "n_replicas": replicas,
+        "max_temperature": max_temperature,
+        "scramble_steps": scramble,
+        "seed": seed,
+    }
+    with bars() as bar:
+        update = bar("tempering", iterations)
+
+        def progress(done: int, total: int) -> None:
+            update(done, total, {})
+
+        if engine == "batched":
+            many = engines.BatchedSettings.create(**values, n_copies=copies)
+            engines.batched_tempering(mol, output, many, progress=progress)
+        elif engine == "openmmtools":
+            one = engines.TemperingSettings.create(**values)
+            engines.parallel_tempering(mol, output, one, resume=True, progress=progress)
+        else:
+            raise InputError(f"unknown engine {engine!r}; known: openmmtools, batched")
+    runs = [run.after(min(burn_in, len(run.positions) // 2)) for run in engines.load_runs(output)]
+    positions = np.concatenate([engines.target_frames(run) for run in runs])
+    path = engines.export_hdf5(engines.thin(positions, frames), mol.topology, output / "trajectory.h5")
+    print(f"acceptance between neighbours: {', '.join(f'{a:.2f}' for a in runs[0].acceptance)}")
+    phi = mol.torsions("phi")
+    if len(phi):
+        print(f"F(phi > 0) - F(phi < 0) at {mol.temperature:g} K: {_delta_f(runs, phi[0])}")
+    print(f"wrote {path}")
+
+
+def _delta_f(runs: Any, phi: Any) -> str:
+    """The free energy of the phi > 0 basin in words; that it was not visited is a result, not a failure."""
+    from openmm_regflow.errors import InsufficientDataError
+    from openmm_regflow.simulate import analyse
+
+    try:
+        return f"{analyse(runs, phi).delta_f} kT"
+    except InsufficientDataError as error:
+        return f"unknown; {error}"
+
+
+@command
+def pairs(
+    teacher: Annotated[Path, typer.Argument(help="A teacher file (.safetensors) written by train.")],
+    output: Output = Path("runs/pairs"),
+    n: Annotated[int, typer.Option("-n", help="Pairs.")] = 100_000,
+    n_steps: Annotated[int, typer.Option(help="ODE steps.")] = 10,
+    method: Annotated[str, typer.Option(help="ODE method of torchdiffeq.")] = "midpoint",
+    log_det: Annotated[str, typer.Option(help="none, exact or hutchinson.")] = "none",
+    workers: Annotated[int, typer.Option(help="Processes.")] = 1,
+    seed: Seed = 0,
+) -> None:
+    """Reflow pairs from a teacher, in resumable shards.
+
+    Example: openmm-regflow pairs runs/aldp-flow/teacher.safetensors -n 1000000 --output runs/pairs
+    """
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    from openmm_regflow.recipes import load_teacher
+    from openmm_regflow.targets import reflow_pairs
+
+    field = load_teacher(teacher)
+    executor = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else None
+    with bars() as bar:
+        progress = bar("pairs", n)
+        made = reflow_pairs(
+            field,
+            n,
+            seed=seed,
+            n_steps=n_steps,
+            method=method,
+            log_det=log_det,
+            folder=output,
+            executor=executor,
+            progress=lambda done, total: progress(done, total, {}),
+        )
+    print(f"{len(made):,} pairs of {made.z.shape[1]} dimensions in {output}")

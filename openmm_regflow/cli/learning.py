@@ -1,0 +1,176 @@
+"""Training: ``train`` and ``refine``."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from openmm_regflow.cli.shell import (
+    Device,
+    FlowFile,
+    Output,
+    Overwrite,
+    Seed,
+    System,
+    bars,
+    command,
+    finish_output,
+    open_proposal,
+    prepare_output,
+)
+
+
+@command
+def train(
+    system: Annotated[str, typer.Argument(help="Name of a system or path of a system folder.")] = "alanine-dipeptide",
+    output: Output = Path("runs/train"),
+    config: Annotated[Path | None, typer.Option(help="TOML configuration; default: built-in settings.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Training trajectory; default: the system's own.")] = None,
+    validation: Annotated[Path | None, typer.Option(help="Held-out trajectory; default: the system's own.")] = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the configuration and stop.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Overrides the seeds of the configuration.")] = None,
+    device: Device = "cpu",
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a flow: teacher, pairs, regression, likelihood phase. Interrupted runs continue.
+
+    Several processes: torchrun --standalone --nproc-per-node 4 -m openmm_regflow train ... shares every batch.
+
+    Example: openmm-regflow train alanine-dipeptide --output runs/aldp-flow
+    """
+    from openmm_regflow import recipes
+
+    settings = recipes.load_config(config) if config else recipes.RunConfig()
+    settings = recipes.with_seed(settings, seed) if seed is not None else settings
+    if print_config:
+        print(recipes.print_config(settings), end="")
+        return
+    from openmm_regflow import ranks
+
+    with ranks.job() as peers:
+        _train(system, output, settings, data, validation, device, overwrite, peers.main)
+
+
+def _train(
+    system: str,
+    output: Path,
+    settings: Any,
+    data: Path | None,
+    validation: Path | None,
+    device: str,
+    overwrite: bool,
+    writes: bool,
+) -> None:
+    """`train` on one rank; one of them writes and prints."""
+    import torch
+
+    from openmm_regflow import recipes
+    from openmm_regflow.constraints import fixed_bonds
+    from openmm_regflow.device import resolve_device
+    from openmm_regflow.ensemble import frame_mover, phi_positive, training_potential
+    from openmm_regflow.flows import FlowMetadata
+    from openmm_regflow.systems import load_system, load_trajectory
+    from openmm_regflow.training import write_history
+
+    where = resolve_device(device)
+    mol = load_system(system)
+    moves = settings.refinement.enabled and settings.refinement.anchor_moves
+    frames = load_trajectory(data, mol.topology) if data else mol.reference("train")
+    held_out = load_trajectory(validation, mol.topology) if validation else mol.reference("validation")
+    described = {"system": system, "config": settings.model_dump(), "data": str(data), "validation": str(validation)}
+    if writes:
+        prepare_output(output, "train", described, overwrite)
+    provenance = {"config": settings.model_dump(), "data": str(data or f"{mol.name}: train"), "frames": len(frames)}
+    metadata = FlowMetadata(mol.name, mol.fingerprint, mol.temperature, provenance)
+    with bars() as bar:
+        result = recipes.fit(
+            mol.topology,
+            torch.as_tensor(frames),
+            torch.as_tensor(held_out),
+            settings,
+            metadata=metadata,
+            folder=output / "work",
+            stage=bar,
+            device=where,
+            reduced_potential=training_potential(mol, where, settings.compile) if settings.refinement.enabled else None,
+            mover=frame_mover(mol, where, settings.compile) if moves else None,
+            watch=[phi_positive(mol)] if len(mol.torsions("phi")) else None,
+            fixed=fixed_bonds(mol.system),
+        )
+    if not writes:
+        return
+    result.flow.save(output / "flow.safetensors")
+    result.save_phases(output / "phases")
+    if result.field is not None:
+        recipes.save_teacher(output / "teacher.safetensors", result.field)
+    write_history(output / "history.json", result.histories)
+    (output / "refinement.json").write_text(json.dumps([record.to_dict() for record in result.rounds], indent=1))
+    for record in result.rounds:
+        print(f"refinement: {record.energies:,} energies  ESS {record.ess:.2%}  truncated {record.ess_truncated:.2%}")
+    finish_output(output)
+    print("  ".join(f"{k} {v:.0f} s" for k, v in result.seconds.items()))
+    print(f"wrote {output / 'flow.safetensors'}")
+
+
+@command
+def refine(
+    flow: FlowFile,
+    output: Output = Path("runs/refine"),
+    system: System = "alanine-dipeptide",
+    rounds: Annotated[int, typer.Option(help="Pools.")] = 10,
+    pool: Annotated[int, typer.Option(help="Flow samples, and energies, per round.")] = 100_000,
+    learning_rate: Annotated[float, typer.Option(help="Of each round.")] = 4e-4,
+    anchors: Annotated[int, typer.Option(help="Training frames mixed into every pool.")] = 10_000,
+    anchor_moves: Annotated[int, typer.Option(help="Monte Carlo trajectories of every frame before each pool.")] = 0,
+    compile: Annotated[bool, typer.Option("--compile", help="Fused splines, compiled float32 energies.")] = False,
+    data: Annotated[Path | None, typer.Option(help="Training trajectory; default: the system's own.")] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    overwrite: Overwrite = False,
+) -> None:
+    """Refine a flow on energies: forward KL on its own reweighted samples and on training frames; resumable.
+
+    Example: openmm-regflow refine runs/flow/flow.safetensors --rounds 10 --output runs/refined
+    """
+    import dataclasses
+
+    import torch
+
+    from openmm_regflow.ensemble import frame_mover, phi_positive, training_potential
+    from openmm_regflow.refinement import RefineConfig
+    from openmm_regflow.refinement import refine as run
+    from openmm_regflow.systems import load_trajectory
+
+    opened, mol, _ = open_proposal(flow, system, device)
+    config = RefineConfig(
+        enabled=True, rounds=rounds, pool=pool, learning_rate=learning_rate, anchors=anchors, anchor_moves=anchor_moves,
+        seed=seed,
+    )  # fmt: skip
+    frames = load_trajectory(data, mol.topology) if data else mol.reference("train")
+    described = {"flow": str(flow), "system": system, "data": str(data), "compile": compile}
+    described |= {"config": config.model_dump()}
+    prepare_output(output, "refine", described, overwrite)
+    with bars() as bar:
+        records = run(
+            opened.fuse(compile),
+            training_potential(mol, opened.device, compile),
+            config,
+            data=torch.as_tensor(frames, device=opened.device),
+            mover=frame_mover(mol, opened.device, compile) if anchor_moves else None,
+            watch=[phi_positive(mol)] if len(mol.torsions("phi")) else None,
+            checkpoint=output / "refinement-checkpoint.safetensors",
+            progress=bar("refinement", rounds),
+        )
+    before = opened.metadata.training
+    energies = before.get("energies", 0) + records[-1].energies
+    refined = {"refinement of": str(flow), "refinement": config.model_dump(), "energies": energies}
+    if "refinement" in before:
+        refined["refined before"] = [*before.get("refined before", []), before["refinement"]]
+    opened.metadata = dataclasses.replace(opened.metadata, training=before | refined)
+    opened.save(output / "flow.safetensors")
+    (output / "refinement.json").write_text(json.dumps([record.to_dict() for record in records], indent=1))
+    finish_output(output)
+    best = min(record.divergence for record in records)
+    print(f"KL {records[0].divergence:.3f} -> {best:.3f} nat, {energies:,} energies in all")
+    print(f"wrote {output / 'flow.safetensors'}")

@@ -1,0 +1,182 @@
+"""What a flow is for: ``sample``, ``evaluate``, ``check``, ``mcmc``, ``tfep``."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from openmm_regflow.cli.shell import (
+    Device,
+    FlowFile,
+    Output,
+    Overwrite,
+    Seed,
+    System,
+    bars,
+    command,
+    finish_output,
+    open_proposal,
+    prepare_output,
+    show_table,
+)
+
+
+@command
+def sample(
+    flow: FlowFile,
+    output: Output = Path("runs/sample"),
+    system: System = "alanine-dipeptide",
+    n: Annotated[int, typer.Option("-n", help="Samples.")] = 10_000,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    overwrite: Overwrite = False,
+) -> None:
+    """Samples with log-densities, energies and weights: a DCD trajectory and an .npz.
+
+    Example: openmm-regflow sample systems/alanine-dipeptide/flow.safetensors -n 10000 --output runs/samples
+    """
+    import torch
+
+    from openmm_regflow import reweighting
+    from openmm_regflow.demo import write_batch
+
+    _, mol, proposal = open_proposal(flow, system, device)
+    prepare_output(output, "sample", {"flow": str(flow), "system": system, "n": n, "seed": seed}, overwrite)
+    batch = proposal.sample(n, torch.Generator(device=proposal.device).manual_seed(seed))
+    kept = write_batch(output, batch, mol)
+    finish_output(output)
+    print(f"ESS {100 * reweighting.effective_sample_size(batch.log_weights.cpu()):.3g} % of {n:,} samples")
+    print(reweighting.verdict(batch.log_weights.cpu()))
+    print(f"wrote {kept:,} frames to {output / 'samples.dcd'}")
+
+
+@command
+def evaluate(
+    flow: FlowFile,
+    output: Output = Path("runs/evaluate"),
+    system: System = "alanine-dipeptide",
+    n: Annotated[int, typer.Option("-n", help="Samples.")] = 20_000,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    overwrite: Overwrite = False,
+) -> None:
+    """ESS, E-W1, T-W2, chirality, delta F against the system's test set: a table, plots and metrics.json.
+
+    Example: openmm-regflow evaluate systems/alanine-dipeptide/flow.safetensors --output runs/evaluate
+    """
+    from openmm_regflow.demo import evaluate_flow
+
+    _, mol, proposal = open_proposal(flow, system, device)
+    prepare_output(output, "evaluate", {"flow": str(flow), "system": system, "n": n, "seed": seed}, overwrite)
+    figures = evaluate_flow(proposal, mol, output, n, seed)
+    finish_output(output)
+    show_table(f"{mol.name}: {n:,} samples", [("figure", "value"), *figures.rows()])
+
+
+@command
+def check(
+    system: Annotated[str, typer.Argument(help="Name of a system or path of a system folder.")],
+    flow: FlowFile,
+    n: Annotated[int, typer.Option("-n", help="Flow samples for the kernel test.")] = 2000,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the findings.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Is this flow exact on this System? Round trip, log-determinant, energies, what the System has, the kernel.
+
+    Prints a table and a verdict; exit code 1 if something fails.
+
+    Example: openmm-regflow check my-system/ runs/my-flow/flow.safetensors
+    """
+    from openmm_regflow.check import run_checks
+    from openmm_regflow.flows import Flow
+    from openmm_regflow.systems import load_system
+
+    molecule = load_system(system)
+    loaded = Flow.load(flow)
+    with bars() as bar:
+        report = run_checks(loaded, molecule, n=n, seed=seed, progress=bar("kernel", n))
+    show_table(f"{flow} on {molecule.name}", [("what", "found", ""), *report.rows()])
+    print(report.verdict)
+    if output:
+        output.write_text(json.dumps(report.to_dict(), indent=1))
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@command
+def mcmc(
+    flow: FlowFile,
+    output: Output = Path("runs/mcmc"),
+    system: System = "alanine-dipeptide",
+    iterations: Annotated[int, typer.Option(help="Iterations of dynamics and flow move.")] = 1000,
+    md_steps: Annotated[int, typer.Option(help="Langevin steps per iteration.")] = 250,
+    n_proposals: Annotated[int, typer.Option(help="1: Metropolis-Hastings; more: i-SIR.")] = 1,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """An openmmtools chain of Langevin dynamics and flow moves: a DCD trajectory and statistics.
+
+    Example: openmm-regflow mcmc systems/alanine-dipeptide/flow.safetensors --iterations 1000 --output runs/mcmc
+    """
+    from openmm_regflow.chains import run_chain, write_trajectory
+    from openmm_regflow.moves import FlowMove
+
+    _, mol, proposal = open_proposal(flow, system, "cpu")
+    settings = {"flow": str(flow), "system": system, "iterations": iterations, "md_steps": md_steps, "seed": seed}
+    prepare_output(output, "mcmc", settings | {"n_proposals": n_proposals}, overwrite)
+    with bars() as bar:
+        trace = run_chain(
+            mol,
+            FlowMove(proposal, n_proposals=n_proposals),
+            n_iterations=iterations,
+            n_md_steps=md_steps,
+            seed=seed,
+            progress=bar("chain", iterations),
+        )
+    write_trajectory(output / "chain.dcd", trace.positions, mol.topology)
+    (output / "statistics.json").write_text(json.dumps(trace.statistics, indent=1))
+    finish_output(output)
+    print("  ".join(f"{k} {v:.4g}" for k, v in trace.statistics.items()))
+    print(f"wrote {output / 'chain.dcd'}")
+
+
+@command
+def tfep(
+    source: Annotated[Path, typer.Argument(help="A states file (.toml), or a flow file (.safetensors).")],
+    output: Output = Path("runs/tfep"),
+    system: System = "alanine-dipeptide",
+    n: Annotated[int, typer.Option("-n", help="Flow samples.")] = 20_000,
+    seed: Annotated[int | None, typer.Option(help="Seed; default the states file's, or 0.")] = None,
+    device: Device = "cpu",
+    overwrite: Overwrite = False,
+) -> None:
+    """Free energy difference by targeted perturbation, with pymbar.
+
+    Of the two states that a TOML file describes, with their trajectories; or, given a flow, of the basins phi > 0 and
+    phi < 0 of its system.
+
+    Example: openmm-regflow tfep states.toml --output runs/tfep
+    """
+    if source.suffix == ".toml":
+        from openmm_regflow.tfep import load_states, run_states
+
+        config = load_states(source)
+        config = config if seed is None else config.model_copy(update={"seed": seed})
+        prepare_output(output, "tfep", config.model_dump(mode="json"), overwrite)
+        result = run_states(config, source.parent, output)
+    else:
+        import torch
+
+        from openmm_regflow.demo import basin_tfep
+
+        seed = seed or 0
+        _, mol, proposal = open_proposal(source, system, device)
+        prepare_output(output, "tfep", {"flow": str(source), "system": system, "n": n, "seed": seed}, overwrite)
+        batch = proposal.sample(n, torch.Generator(device=proposal.device).manual_seed(seed))
+        result = basin_tfep(batch, proposal, mol, seed)
+        (output / "tfep.json").write_text(json.dumps(result.to_dict(), indent=1))
+    finish_output(output)
+    print(result)
+    print(f"without a map: {'no overlap' if result.plain is None else result.plain}")
+    print(result.verdict)

@@ -1,0 +1,165 @@
+"""What every command shares: errors as one line, progress bars, output folders, tables."""
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from openmm_regflow.errors import InputError, RegflowError
+
+app = typer.Typer(
+    name="openmm-regflow",
+    help="Normalizing flows trained by regression (RegFlow) as proposal generators for OpenMM.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Seed = Annotated[int, typer.Option("--seed", help="Seed of every random number.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N, or auto.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the results of a finished run in the folder.")]
+System = Annotated[str, typer.Option("--system", help="Name of a system or path of a system folder.")]
+FlowFile = Annotated[Path, typer.Argument(help="A flow file (.safetensors).")]
+
+RUN_FILE = "run.json"
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a command whose errors become one line and an exit code."""
+
+    @functools.wraps(function)
+    def guarded(*arguments: Any, **options: Any) -> None:
+        try:
+            function(*arguments, **options)
+        except RegflowError as error:
+            fail(f"error: {' '.join(str(error).split())}", 2)
+        except OSError as error:
+            fail(f"error: {error}; check the path, its permissions and the free space", 2)
+        except KeyboardInterrupt:
+            fail("interrupted; the same command continues where it stopped", 130)
+
+    return app.command()(guarded)
+
+
+def fail(line: str, code: int) -> None:
+    """Print one line to standard error and end with an exit code."""
+    print(line, file=sys.stderr)
+    raise typer.Exit(code)
+
+
+@contextmanager
+def bars() -> Iterator[Callable[[str, int], Callable[[int, int, dict[str, float]], None]]]:
+    """Progress bars with figures, rate and remaining time; on a pipe, a line now and then."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description:<14}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+
+        def open_bar(name: str, total: int) -> Callable[[int, int, dict[str, float]], None]:
+            task = progress.add_task(name, total=total, figures="")
+            last = [time.monotonic()]
+
+            def update(done: int, total: int, figures: dict[str, float]) -> None:
+                text = "  ".join(f"{k} {v:.4g}" for k, v in figures.items())
+                progress.update(task, completed=done, total=total, figures=text)
+                if not console.is_terminal and (done == total or time.monotonic() - last[0] > 20):
+                    console.print(f"{name}: {done}/{total}  {text}", highlight=False)
+                    last[0] = time.monotonic()
+
+            return update
+
+        yield open_bar
+
+
+def prepare_output(folder: Path, command: str, settings: dict[str, Any], overwrite: bool) -> None:
+    """Make the output folder, or continue the interrupted run of the same settings in it.
+
+    Raises:
+        InputError: not writable, or holding something else.
+    """
+    marker = folder / RUN_FILE
+    wanted = {"command": command, "settings": settings}
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not marker.is_file())):
+        raise InputError(f"{folder} exists and holds other things; choose an empty or new folder with --output")
+    if marker.is_file():
+        found = json.loads(marker.read_text())
+        if found.get("finished") and not overwrite:
+            raise InputError(f"{folder} holds a finished run; choose another --output or give --overwrite")
+        same = {k: found.get(k) for k in wanted} == wanted
+        if not same and not overwrite:
+            raise InputError(f"{folder} holds a run of other settings; choose another --output or give --overwrite")
+        if found.get("finished") or not same:
+            _clear(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        marker.write_text(json.dumps(wanted | {"finished": False}, indent=1))
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error}; choose a writable --output") from error
+
+
+def _clear(folder: Path) -> None:
+    import shutil
+
+    for entry in folder.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def finish_output(folder: Path) -> None:
+    """Mark the run in the folder as finished."""
+    marker = folder / RUN_FILE
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"finished": True}, indent=1))
+
+
+def open_proposal(flow_file: Path, system: str, device: str, allow_mismatch: bool = False) -> tuple[Any, Any, Any]:
+    """(flow, molecule, proposal) for a flow file and a system."""
+    from openmm_regflow.device import resolve_device
+    from openmm_regflow.flows import Flow
+    from openmm_regflow.potentials import OpenMMPotential, TorchPotential
+    from openmm_regflow.proposals import FlowProposal
+    from openmm_regflow.systems import load_system
+
+    where = resolve_device(device)
+    flow = Flow.load(flow_file, where)
+    molecule = load_system(system)
+    on_gpu = where.type == "cuda"
+    potential = TorchPotential(molecule.system, device=where) if on_gpu else OpenMMPotential(molecule.system)
+    return flow, molecule, FlowProposal(flow, potential, molecule.temperature, allow_mismatch=allow_mismatch)
+
+
+def show_table(title: str, rows: list[tuple[str, ...]]) -> None:
+    """Print rows as a table; the first row is the header."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left")
+    for header in rows[0]:
+        table.add_column(Text(header))  # as Text: a unit in brackets is no markup
+    for row in rows[1:]:
+        table.add_row(*map(Text, row))
+    Console(width=max(100, Console().width)).print(table)

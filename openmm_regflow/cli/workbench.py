@@ -1,0 +1,130 @@
+"""This machine: ``benchmark``, ``doctor``, ``demo``."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from openmm_regflow.cli.shell import (
+    Device,
+    Output,
+    Overwrite,
+    Seed,
+    bars,
+    command,
+    fail,
+    finish_output,
+    prepare_output,
+    show_table,
+)
+from openmm_regflow.errors import InputError
+
+
+@command
+def benchmark(
+    what: Annotated[str, typer.Argument(help="speed, or paper: the table of the RegFlow paper.")] = "speed",
+    system: Annotated[str, typer.Option("--system", help="Name or folder; paper: several, with commas.")] = (
+        "alanine-dipeptide"
+    ),
+    n: Annotated[int | None, typer.Option("-n", help="Samples; default 4096 for speed, 10000 for paper.")] = None,
+    threads: Annotated[int, typer.Option(help="Torch threads.")] = 0,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="speed: JSON file; paper: folder.")] = None,
+    seconds: Annotated[float, typer.Option(help="paper: training time of each run, teacher and pairs included.")] = 600,
+    seeds: Annotated[int, typer.Option(help="paper: runs of each row.")] = 3,
+    ablations: Annotated[bool, typer.Option("--ablations", help="paper: regularisers and numbers of pairs.")] = False,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="paper: any setting, e.g. hidden=64.")] = None,
+    device: Device = "cpu",
+    seed: Seed = 0,
+) -> None:
+    """Speed on this machine: energies per second of each potential, samples and densities per second of each flow.
+
+    With "paper": architectures x ways of training, each run with the same budget; finished runs are not run again.
+
+    Example: openmm-regflow benchmark --system alanine-dipeptide
+
+    Example: openmm-regflow benchmark paper --seconds 60 --seeds 3 --output runs/paper
+    """
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    if what == "paper":
+        given = {"systems": system.split(","), "seconds": seconds, "seeds": seeds, "ablations": ablations}
+        _paper(output or Path("runs/paper"), given | ({"n": n} if n else {}), settings or [], device)
+        return
+    if what != "speed":
+        raise InputError(f"unknown benchmark {what!r}; known: speed, paper")
+    from openmm_regflow.demo import speed_table
+    from openmm_regflow.device import resolve_device
+    from openmm_regflow.systems import load_system
+
+    n = n or 4096
+    rows = speed_table(load_system(system), n, resolve_device(device), seed)
+    show_table(f"{system}, {n} samples, {torch.get_num_threads()} threads, {device}", [("what", "per second"), *rows])
+    if output:
+        output.write_text(json.dumps(dict(rows), indent=1))
+
+
+def _paper(output: Path, given: dict[str, Any], settings: list[str], device: str) -> None:
+    from openmm_regflow.device import resolve_device
+    from openmm_regflow.paper import load_config, run_table
+
+    config = load_config(given, settings)
+    with bars() as bar:
+        progress: list[Any] = []
+
+        def report(name: str, done: int, total: int) -> None:
+            progress[:] = progress or [bar("runs", total)]
+            progress[0](done, total, {})
+            if name:
+                print(f"{name} ({done + 1} of {total})", flush=True)
+
+        rows = run_table(output, config, device=resolve_device(device), report=report)
+    show_table(f"{config.seconds:g} s of training per run", rows)
+    print(f"wrote {output / 'table.md'} and {output / 'table.csv'}")
+
+
+@command
+def doctor() -> None:
+    """What to send with a bug report: versions, platforms, devices, and whether results agree; exit code 1 if not.
+
+    Example: openmm-regflow doctor
+    """
+    from openmm_regflow.doctor import platform_rows, version_rows
+
+    show_table("Versions and devices", [("what", "found"), *version_rows()])
+    rows, fine = platform_rows()
+    show_table("OpenMM platforms on alanine dipeptide, positions by way of the host", rows)
+    if not fine:
+        fail("error: a platform disagrees with the batched potential; choose another with platform=...", 1)
+
+
+@command
+def demo(
+    output: Output = Path("demo"),
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Use the shipped flow; under 90 s.")] = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    overwrite: Overwrite = False,
+) -> None:
+    """The whole job on alanine dipeptide: train, sample, reweight, move a chain, a free energy, a report.
+
+    Example: openmm-regflow demo --pretrained --output demo
+    """
+    from openmm_regflow.demo import Monitor, run_demo
+    from openmm_regflow.device import resolve_device
+
+    resolve_device(device)
+    prepare_output(output, "demo", {"pretrained": pretrained, "seed": seed}, overwrite)
+    began = time.monotonic()
+    with bars() as bar:
+        monitor = Monitor(say=lambda text: print(text, flush=True), bar=bar)
+        result = run_demo(output, pretrained=pretrained, seed=seed, device=device, monitor=monitor)
+    finish_output(output)
+    for title, rows in result.tables:
+        show_table(title, rows)
+    for name, verdict in result.verdicts.items():
+        print(f"{name}: {verdict}")
+    print(f"report: {output / 'report.html'}  ({time.monotonic() - began:.0f} s)")
