@@ -7,8 +7,8 @@ from torch import Tensor
 
 from openmm_regflow import metrics
 from openmm_regflow.constraints import Constraints
+from openmm_regflow.frames import Mover
 from openmm_regflow.potentials import TorchPotential
-from openmm_regflow.refinement import Mover
 from openmm_regflow.sampling import HamiltonianMonteCarlo, system_masses
 from openmm_regflow.sampling.hamiltonian import HYDROGEN_MASS
 from openmm_regflow.simulate.tempering import with_hydrogen_mass

@@ -21,8 +21,9 @@ from openmm_regflow import flows, ranks
 from openmm_regflow.coordinates import CartesianMap, CoordinateMap, identical_atoms
 from openmm_regflow.errors import IncompatibleFlowError, InputError
 from openmm_regflow.flows import Flow, FlowMetadata, read_safetensors, write_safetensors
+from openmm_regflow.frames import FramesConfig, Mover, more_frames
 from openmm_regflow.objectives import FlowMatchingLoss, LikelihoodLoss, RegFlowLoss
-from openmm_regflow.refinement import Mover, RefineConfig, Round, refine
+from openmm_regflow.refinement import RefineConfig, Round, refine
 from openmm_regflow.targets import (
     Pairs,
     StreamedPairs,
@@ -127,6 +128,7 @@ class RunConfig(_Section):
     coordinates: Literal["internal", "cartesian"] = "internal"
     objective: Literal["regflow", "mle"] = Field("regflow", description="mle skips teacher, pairs and regression")
     compile: bool = Field(False, description="fused spline kernels: a minute to compile, then faster steps")
+    frames: FramesConfig = FramesConfig()
     flow: FlowConfig = FlowConfig()
     teacher: TeacherConfig = TeacherConfig()
     pairs: PairsConfig = PairsConfig()
@@ -183,6 +185,7 @@ class FitResult:
         seconds: wall-clock by stage [s].
         phases: student's bijection (state dict) at the end of each phase.
         rounds: pools of the refinement.
+        frame_energies: energies that more frames of the trajectory took.
     """
 
     flow: Flow
@@ -191,10 +194,12 @@ class FitResult:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     phases: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
     rounds: list[Round] = dataclasses.field(default_factory=list)
+    frame_energies: int = 0
 
     def costs(self) -> dict[str, Any]:
-        """Wall-clock by stage [s] and energies evaluated in training."""
-        return {"seconds": self.seconds, "energies": self.rounds[-1].energies if self.rounds else 0}
+        """Wall-clock by stage [s], energies evaluated in all, and the part of them that made frames."""
+        energies = self.frame_energies + (self.rounds[-1].energies if self.rounds else 0)
+        return {"seconds": self.seconds, "energies": energies, "frame energies": self.frame_energies}
 
     def save_phases(self, folder: Path) -> None:
         """Write the student as it was after each phase to ``folder/<phase>.safetensors``."""
@@ -240,7 +245,8 @@ def fit(
         stage: makes the progress callback of each stage.
         device: where the networks train; the result stays there.
         reduced_potential: positions `(n, n_atoms, 3)` [nm] -> `(n,)` [kT]; needed if refinement is enabled.
-        mover: Markov kernel of the target, needed if ``refinement.anchor_moves`` is not zero; see `refine`.
+        mover: Markov kernel of the target, needed if ``frames.copies`` is above one (`more_frames`) or
+            ``refinement.anchor_moves`` is not zero (`refine`).
         watch: indicator functions whose weighted populations the refinement reports, so that a lost mode is seen.
         fixed: ``(i, j, length [nm])`` of bonds of constrained length, see ``constraints.fixed_bonds``.
 
@@ -250,14 +256,18 @@ def fit(
     """
     if config.refinement.enabled and reduced_potential is None:
         raise InputError("refinement is enabled but no potential was given; pass reduced_potential or disable it")
-    if config.refinement.enabled and config.refinement.anchor_moves and mover is None:
-        raise InputError("refinement.anchor_moves is set but no kernel was given; pass mover or set it to 0")
+    if needs_mover(config) and mover is None:
+        raise InputError(
+            "frames.copies is above 1 or refinement.anchor_moves above 0, but no kernel was given; pass mover"
+        )
     check_config(config)
     check_data(x_train, x_validation, config)
     coordinates = flows.coordinates_for(topology, x_train, config.coordinates, fixed)
     flow = _student(coordinates, x_train, config.flow, metadata).to(device).fuse(config.compile)
     result = FitResult(flow, None)
     work = _Workspace(Path(folder) if folder else None, config, stage, {"train": x_train, "validation": x_validation})
+    if mover is not None and config.frames.copies > 1:
+        x_train = _more_frames(x_train.to(device), mover, config.frames, work, result)
     if config.objective == "regflow":
         batches, held = _pair_batches(flow, topology, x_train, x_validation, config, work, result)
         _regression(flow, batches, held, config.regression, work, result)
@@ -354,6 +364,11 @@ class _Workspace:
         result.seconds[name] = history.seconds
 
 
+def needs_mover(config: RunConfig) -> bool:
+    """Whether a run moves frames within the target, which takes energies with forces."""
+    return config.frames.copies > 1 or bool(config.refinement.enabled and config.refinement.anchor_moves)
+
+
 def check_config(config: RunConfig) -> None:
     """Refuse settings that contradict each other, before anything is computed.
 
@@ -404,12 +419,13 @@ def check_data(x_train: Tensor, x_validation: Tensor, config: RunConfig) -> None
             bad = int((~torch.isfinite(x).flatten(1).all(1)).nonzero()[0])
             raise InputError(f"{name} frame {bad} holds a NaN or infinite position; remove it before training")
     source, regression = config.pairs.source, config.objective == "regflow"
-    pairs = config.pairs.n if source == "reflow" else min(config.pairs.n, len(x_train))
+    n_frames = len(x_train) * config.frames.copies
+    pairs = config.pairs.n if source == "reflow" else min(config.pairs.n, n_frames)
     pairs -= int(config.regression.held_out * pairs)
     stages = {
-        "teacher": (regression and source in ("reflow", "stream"), len(x_train)),
+        "teacher": (regression and source in ("reflow", "stream"), n_frames),
         "regression": (regression and source != "stream", pairs),
-        "likelihood": (config.likelihood.enabled or not regression, len(x_train)),
+        "likelihood": (config.likelihood.enabled or not regression, n_frames),
     }
     for name, (needed, n) in stages.items():
         size = getattr(config, name).train.batch_size
@@ -417,6 +433,16 @@ def check_data(x_train: Tensor, x_validation: Tensor, config: RunConfig) -> None
             raise InputError(
                 f"{n} samples are fewer than one batch of {name} ({size}); give more or a smaller batch_size"
             )
+
+
+def _more_frames(x: Tensor, mover: Mover, config: FramesConfig, work: _Workspace, result: FitResult) -> Tensor:
+    progress = work.stage("frames", config.copies - 1) if work.stage else None
+    path, peers, made = work.folder / "frames.safetensors" if work.folder else None, ranks.current(), None
+    with work.clock("frames", result):
+        if peers.main:
+            made = more_frames(x, mover, config, path, progress)
+        frames, result.frame_energies = peers.share(made)
+    return frames.cpu()
 
 
 def _student(coordinates: CoordinateMap, x: Tensor, config: FlowConfig, metadata: FlowMetadata | None) -> Flow:
@@ -542,7 +568,7 @@ def with_seed(config: RunConfig, seed: int) -> RunConfig:
     table["pairs"]["seed"] = seed + 1
     for section in ("teacher", "regression", "likelihood"):
         table[section]["train"]["seed"] = seed
-    table["refinement"]["seed"] = seed
+    table["refinement"]["seed"] = table["frames"]["seed"] = seed
     return RunConfig.model_validate(table)
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from openmm_regflow import reweighting
 from openmm_regflow.errors import IncompatibleFlowError, InputError
 from openmm_regflow.flows import Flow, read_safetensors, write_safetensors
+from openmm_regflow.frames import Mover
 from openmm_regflow.objectives import GeneralisedKLLoss
 from openmm_regflow.training import Batch, Batches, average_into, cosine, pack_optimizer, unpack_optimizer
 
@@ -34,9 +35,6 @@ CHECKPOINT_KIND = "openmm_regflow.refinement"
 CHECKPOINT_VERSION = 2
 #: Steps of linear warm-up, once: the optimiser's moments are then those of the pools.
 WARMUP = 30
-#: A Markov kernel that leaves the target invariant: chains `(n, n_atoms, 3)` [nm] -> their next state, and the energies
-#: that it took.
-Mover = Callable[[Tensor, torch.Generator], tuple[Tensor, int]]
 
 
 class RefineConfig(BaseModel):
@@ -52,7 +50,7 @@ class RefineConfig(BaseModel):
     final_rate: float = Field(0.05, ge=0, le=1, description="of the last round, as a fraction; between, a cosine")
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
     ema: float = Field(0.98, ge=0, lt=1)
-    anchors: int = Field(10_000, ge=0, description="training frames mixed into every pool; they bound its weights")
+    anchors: int = Field(10_000, ge=0, description="frames mixed into every pool, each time others; they bound weights")
     anchor_moves: int = Field(0, ge=0, description="Monte Carlo trajectories of every anchor before each pool")
     clip_top: float = Field(0.0, ge=0, lt=1, description="fraction of the largest weights cut to the next ones")
     tolerance: float = Field(0.9, gt=0, le=1, description="undo a round if exp(-KL) is below this part of the best")
@@ -228,7 +226,7 @@ def refine(
     energies = state.records[-1].energies if state.records else len(anchors.x) if anchors else 0
     for k in range(len(state.records), config.rounds + 1):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + k)
-        energies += config.pool + (anchors.move(generator) if anchors else 0)
+        energies += config.pool + (anchors.renew(k, generator) if anchors else 0)
         x, log_q = flow.sample(config.pool, generator)
         log_w = _log_weights(flow, x, log_q, reduced_potential)
         mixed = anchors.mix(flow, x, log_q, log_w, generator) if anchors else _Pool(x, log_q, log_q, log_w)
@@ -341,23 +339,31 @@ class _Anchors:
         config: RefineConfig,
         mover: Mover | None = None,
     ) -> None:
-        rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed)).to(data.device)
+        self._rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed)).to(data.device)
+        self._data, self._n = data, config.anchors
         self._potential, self._mover, self._n_moves = reduced_potential, mover, config.anchor_moves if mover else 0
-        repeats = math.ceil(config.anchors / len(rows)) if self._n_moves else 1
-        self.place(data[rows.repeat(repeats)[: config.anchors]].double())
+        repeats = math.ceil(self._n / len(data)) if self._n_moves else 1
+        self.place(data[self._rows.repeat(repeats)[: self._n]].double())
 
     def place(self, x: Tensor) -> None:
         """Put the anchors at `x` `(m, n_atoms, 3)` [nm]."""
         self.x = x
         self.u = torch.cat([self._potential(part) for part in x.split(4096)])
 
-    def move(self, generator: torch.Generator) -> int:
-        """Move all anchors within the target; the energies that it took."""
-        if self._mover is None or not self._n_moves:
+    def renew(self, k: int, generator: torch.Generator) -> int:
+        """Other anchors for pool ``k``: moved within the target, or the next of the frames; the energies it took."""
+        if self._mover is not None and self._n_moves:
+            return self._move(self._mover, generator)
+        if k == 0 or len(self._data) <= self._n:
             return 0
+        turn = torch.arange(k * self._n, (k + 1) * self._n, device=self._rows.device) % len(self._rows)
+        self.place(self._data[self._rows[turn]].double())
+        return len(self.x)
+
+    def _move(self, mover: Mover, generator: torch.Generator) -> int:
         x, total = self.x, 0
         for _ in range(self._n_moves):
-            x, energies = self._mover(x, generator)
+            x, energies = mover(x, generator)
             total += energies
         self.place(x)
         return total + len(x)

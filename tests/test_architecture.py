@@ -13,6 +13,7 @@ LEARNING = [
     "bijections",
     "coordinates",
     "flows",
+    "frames",
     "teachers",
     "targets",
     "objectives",

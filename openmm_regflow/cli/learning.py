@@ -75,7 +75,6 @@ def _train(
 
     where = resolve_device(device)
     mol = load_system(system)
-    moves = settings.refinement.enabled and settings.refinement.anchor_moves
     frames = load_trajectory(data, mol.topology) if data else mol.reference("train")
     held_out = load_trajectory(validation, mol.topology) if validation else mol.reference("validation")
     described = {"system": system, "config": settings.model_dump(), "data": str(data), "validation": str(validation)}
@@ -94,7 +93,7 @@ def _train(
             stage=bar,
             device=where,
             reduced_potential=training_potential(mol, where, settings.compile) if settings.refinement.enabled else None,
-            mover=frame_mover(mol, where, settings.compile) if moves else None,
+            mover=frame_mover(mol, where, settings.compile) if recipes.needs_mover(settings) else None,
             watch=[phi_positive(mol)] if len(mol.torsions("phi")) else None,
             fixed=fixed_bonds(mol.system),
         )

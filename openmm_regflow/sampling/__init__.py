@@ -16,6 +16,7 @@ kept after a rejection.
 """
 
 from openmm_regflow.sampling.adaptive import AdaptiveFlow
+from openmm_regflow.sampling.annealed import Annealed, annealed_samples
 from openmm_regflow.sampling.hamiltonian import HamiltonianMonteCarlo
 from openmm_regflow.sampling.kernels import (
     FlowStatistics,
@@ -45,6 +46,7 @@ from openmm_regflow.sampling.steps import (
 
 __all__ = [
     "AdaptiveFlow",
+    "Annealed",
     "ChainResult",
     "FlowReplicaExchange",
     "FlowReporter",
@@ -57,6 +59,7 @@ __all__ = [
     "ProposalPool",
     "ReducedPotential",
     "alternate",
+    "annealed_samples",
     "context_potential",
     "flow_kernel",
     "independence_metropolis_hastings",

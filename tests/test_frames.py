@@ -1,0 +1,68 @@
+"""More frames of one ensemble: invariant on a molecule with known answers, kept on disk, refused elsewhere."""
+
+import pytest
+import torch
+from analytic_molecules import MASSES, TEMPERATURE, Chain, z_scores
+
+from openmm_regflow.errors import CorruptFileError
+from openmm_regflow.frames import FramesConfig, more_frames, thinned
+from openmm_regflow.potentials import TorchPotential
+from openmm_regflow.sampling import HamiltonianMonteCarlo
+
+SIGMAS = 4.5  # 1e-5 two-sided probability per figure
+CHAIN = Chain(4)
+
+
+def mover(scale=1.0):
+    """Hamiltonian Monte Carlo at ``scale`` times the temperature: a wrong kernel unless it is one."""
+    kernel = HamiltonianMonteCarlo(TorchPotential(CHAIN.system), scale * TEMPERATURE, MASSES, 0.02, 5)
+
+    def move(x, generator):
+        before = kernel.n_energies
+        return kernel(x, generator), kernel.n_energies - before
+
+    return move
+
+
+def worst(frames, n):
+    """Largest z-score over the last copies, which are independent of each other."""
+    return max(abs(z) for z in z_scores(frames[-n:], CHAIN.observables()).values())
+
+
+def test_copies_are_of_the_same_ensemble():
+    x, n = CHAIN.sample(8000, torch.Generator().manual_seed(0)), 8000
+    made, energies = more_frames(x, mover(), FramesConfig(copies=5, moves=2))
+    assert torch.equal(made[:n], x) and len(made) == 5 * n
+    assert energies == 4 * 2 * 6 * n
+    assert worst(made, n) < SIGMAS
+    assert worst(more_frames(x, mover(1.3), FramesConfig(copies=5, moves=2))[0], n) > 2 * SIGMAS  # planted
+
+
+def test_copies_move_and_no_two_are_alike():
+    x = CHAIN.sample(50, torch.Generator().manual_seed(1))
+    made, _ = more_frames(x, mover(), FramesConfig(copies=3))
+    assert len(torch.unique(made.flatten(1), dim=0)) > 100
+    other, _ = more_frames(x, mover(), FramesConfig(copies=3, seed=1))
+    assert not torch.equal(made, other)
+    assert torch.equal(made, more_frames(x, mover(), FramesConfig(copies=3))[0])
+
+
+def test_frames_are_kept_and_belong_to_their_trajectory(tmp_path):
+    x = CHAIN.sample(20, torch.Generator().manual_seed(2))
+    path = tmp_path / "frames.safetensors"
+    made, energies = more_frames(x, mover(), FramesConfig(copies=2), path)
+
+    def must_not_move(x, generator):
+        raise AssertionError("frames that exist are read")
+
+    again, same = more_frames(x, must_not_move, FramesConfig(copies=2), path)
+    assert torch.equal(made, again) and same == energies
+    for frames, config in ((x + 1, FramesConfig(copies=2)), (x, FramesConfig(copies=3))):
+        with pytest.raises(CorruptFileError, match="another trajectory or of other settings"):
+            more_frames(frames, mover(), config, path)
+
+
+def test_thinned():
+    x = torch.arange(100.0)
+    assert torch.equal(thinned(x, 100), x)
+    assert len(torch.unique(thinned(x, 10))) == 10
