@@ -41,6 +41,7 @@ from openmm_regflow.recipes import (
 )
 from openmm_regflow.refinement import RefineConfig
 from openmm_regflow.report import Figure, Table, write_report
+from openmm_regflow.sampling import Annealed, annealed_samples
 from openmm_regflow.systems import MolecularSystem, load_system
 from openmm_regflow.tfep import TargetedFreeEnergy
 from openmm_regflow.training import Progress, TrainConfig, write_history
@@ -268,15 +269,27 @@ def evaluate_batch(
     )
 
 
-def evaluate_flow(proposal: FlowProposal, molecule: MolecularSystem, folder: Path, n: int, seed: int) -> Evaluation:
-    """Draw, evaluate against the test split, and write metrics.json, the samples and the plots."""
-    batch = proposal.sample(n, torch.Generator(device=proposal.device).manual_seed(seed))
+def drawn(proposal: FlowProposal, n: int, seed: int, refine_samples: int = 0) -> tuple[ProposalBatch, Annealed | None]:
+    """Samples of a flow, annealed to the target in ``refine_samples`` steps if that is not zero."""
+    generator = torch.Generator(device=proposal.device).manual_seed(seed)
+    if not refine_samples:
+        return proposal.sample(n, generator), None
+    found = annealed_samples(proposal, n, generator, n_steps=refine_samples)
+    return found.batch, found
+
+
+def evaluate_flow(
+    proposal: FlowProposal, molecule: MolecularSystem, folder: Path, n: int, seed: int, refine_samples: int = 0
+) -> tuple[Evaluation, Rows]:
+    """Draw, evaluate against the test split, write metrics.json, the samples and the plots; figures and their table."""
+    batch, annealed = drawn(proposal, n, seed, refine_samples)
     test = molecule.reference("test")
     evaluation = evaluate_batch(batch, proposal, molecule, test, seed)
-    (folder / "metrics.json").write_text(json.dumps(evaluation.to_dict(), indent=1))
+    record = evaluation.to_dict() | ({"annealed": annealed.to_dict()} if annealed else {})
+    (folder / "metrics.json").write_text(json.dumps(record, indent=1))
     draw_samples(folder, molecule, batch, test, proposal)
-    write_batch(folder, batch, molecule)
-    return evaluation
+    write_batch(folder, batch, molecule, density=annealed is None)
+    return evaluation, [*evaluation.rows(), *(annealed.rows() if annealed else [])]
 
 
 def phase_rows(trained: FitResult | None, proposal: FlowProposal, seed: int, n: int = 10_000) -> Rows:
@@ -361,15 +374,18 @@ def speed_table(molecule: MolecularSystem, n: int, device: torch.device, seed: i
     return rows
 
 
-def write_batch(folder: Path, batch: ProposalBatch, molecule: MolecularSystem) -> int:
-    """Samples as samples.dcd (finite frames) and samples.npz (every row); returns the frames written."""
+def write_batch(folder: Path, batch: ProposalBatch, molecule: MolecularSystem, density: bool = True) -> int:
+    """Samples as samples.dcd (finite frames) and samples.npz (every row); returns the frames written.
+
+    Annealed samples have weights, but no density that could be written.
+    """
     positions = batch.positions.cpu().numpy()
     np.savez(
         folder / "samples.npz",
         in_trajectory=np.isfinite(positions).all(axis=(1, 2)),
-        log_q=batch.log_q.cpu().numpy(),
         u=batch.u.cpu().numpy(),
         log_weights=batch.log_weights.cpu().numpy(),
+        **({"log_q": batch.log_q.cpu().numpy()} if density else {}),
     )
     return write_trajectory(folder / "samples.dcd", positions, molecule.topology)
 

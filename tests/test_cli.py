@@ -116,6 +116,14 @@ def test_train_pairs_sample_mcmc_tfep_evaluate(capsys, tmp_path):
     code, out, _ = run(capsys, "evaluate", flow, "-n", 1000, "-o", tmp_path / "evaluate")
     assert code == 0 and 0 < json.loads((tmp_path / "evaluate" / "metrics.json").read_text())["ess"] <= 1
     assert (tmp_path / "evaluate" / "ramachandran.png").stat().st_size > 10_000
+    annealed = ("--refine-samples", 3, "-n", 1000, "-o")
+    code, out, _ = run(capsys, "evaluate", flow, *annealed, tmp_path / "annealed")
+    found = json.loads((tmp_path / "annealed" / "metrics.json").read_text())
+    assert code == 0 and "energies per effective sample" in out
+    assert found["ess"] > found["annealed"]["ess_before"] and found["annealed"]["energies"] > 16_000
+    code, out, _ = run(capsys, "sample", flow, *annealed, tmp_path / "annealed-samples")
+    assert code == 0 and "ESS before and after" in out
+    assert "log_q" not in np.load(tmp_path / "annealed-samples" / "samples.npz")
 
 
 def test_tfep_of_a_states_file(capsys, molecule, tmp_path):

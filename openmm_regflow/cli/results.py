@@ -21,6 +21,10 @@ from openmm_regflow.cli.shell import (
     show_table,
 )
 
+RefineSamples = Annotated[
+    int, typer.Option(help="Annealing steps that carry every sample to the target; weights stay unbiased.")
+]
+
 
 @command
 def sample(
@@ -28,6 +32,7 @@ def sample(
     output: Output = Path("runs/sample"),
     system: System = "alanine-dipeptide",
     n: Annotated[int, typer.Option("-n", help="Samples.")] = 10_000,
+    refine_samples: RefineSamples = 0,
     seed: Seed = 0,
     device: Device = "cpu",
     overwrite: Overwrite = False,
@@ -36,16 +41,18 @@ def sample(
 
     Example: openmm-regflow sample systems/alanine-dipeptide/flow.safetensors -n 10000 --output runs/samples
     """
-    import torch
 
     from openmm_regflow import reweighting
-    from openmm_regflow.demo import write_batch
+    from openmm_regflow.demo import drawn, write_batch
 
     _, mol, proposal = open_proposal(flow, system, device)
-    prepare_output(output, "sample", {"flow": str(flow), "system": system, "n": n, "seed": seed}, overwrite)
-    batch = proposal.sample(n, torch.Generator(device=proposal.device).manual_seed(seed))
-    kept = write_batch(output, batch, mol)
+    described = {"flow": str(flow), "system": system, "n": n, "seed": seed, "refine_samples": refine_samples}
+    prepare_output(output, "sample", described, overwrite)
+    batch, annealed = drawn(proposal, n, seed, refine_samples)
+    kept = write_batch(output, batch, mol, density=annealed is None)
     finish_output(output)
+    for name, value in annealed.rows() if annealed else []:
+        print(f"{name}: {value}")
     print(f"ESS {100 * reweighting.effective_sample_size(batch.log_weights.cpu()):.3g} % of {n:,} samples")
     print(reweighting.verdict(batch.log_weights.cpu()))
     print(f"wrote {kept:,} frames to {output / 'samples.dcd'}")
@@ -57,6 +64,7 @@ def evaluate(
     output: Output = Path("runs/evaluate"),
     system: System = "alanine-dipeptide",
     n: Annotated[int, typer.Option("-n", help="Samples.")] = 20_000,
+    refine_samples: RefineSamples = 0,
     seed: Seed = 0,
     device: Device = "cpu",
     overwrite: Overwrite = False,
@@ -68,10 +76,11 @@ def evaluate(
     from openmm_regflow.demo import evaluate_flow
 
     _, mol, proposal = open_proposal(flow, system, device)
-    prepare_output(output, "evaluate", {"flow": str(flow), "system": system, "n": n, "seed": seed}, overwrite)
-    figures = evaluate_flow(proposal, mol, output, n, seed)
+    described = {"flow": str(flow), "system": system, "n": n, "seed": seed, "refine_samples": refine_samples}
+    prepare_output(output, "evaluate", described, overwrite)
+    _, rows = evaluate_flow(proposal, mol, output, n, seed, refine_samples)
     finish_output(output)
-    show_table(f"{mol.name}: {n:,} samples", [("figure", "value"), *figures.rows()])
+    show_table(f"{mol.name}: {n:,} samples", [("figure", "value"), *rows])
 
 
 @command

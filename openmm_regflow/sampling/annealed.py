@@ -10,10 +10,12 @@ samples that are thrown away.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from openmm_regflow import reweighting
 from openmm_regflow.errors import InputError
 from openmm_regflow.proposals import FlowProposal, ProposalBatch
 
@@ -41,6 +43,24 @@ class Annealed:
     energies: int
     acceptance: tuple[float, ...]
     step: float
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(name, value) pairs for a printed table."""
+        before, after = (
+            100 * reweighting.effective_sample_size(w.cpu()) for w in (self.log_weights_before, self.batch.log_weights)
+        )
+        per_sample = self.energies / len(self.batch.u)
+        return [
+            ("ESS before and after annealing", f"{before:.3g} % and {after:.3g} %"),
+            ("energies, and energies per effective sample", f"{self.energies:,}, {100 * per_sample / after:.3g}"),
+            ("per effective sample without annealing", f"{100 / before:.3g}"),
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        before = reweighting.effective_sample_size(self.log_weights_before.cpu())
+        keys = ("energies", "acceptance", "step")
+        return {"ess_before": before} | {k: getattr(self, k) for k in keys}
 
 
 def annealed_samples(
