@@ -23,12 +23,14 @@ class ChainTrace:
         seconds: `(n,)` wall-clock at which each iteration ended [s].
         md_steps: Langevin steps in all.
         statistics: of the flow move, empty for plain dynamics.
+        accepted: `(n,)` whether the flow move of each iteration was accepted; empty for plain dynamics.
     """
 
     positions: np.ndarray
     seconds: np.ndarray
     md_steps: int
     statistics: dict[str, float] = field(default_factory=dict)
+    accepted: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
 
 
 def run_chain(
@@ -80,9 +82,29 @@ def run_chain(
     with context_platform(platform):
         sampler = mcmc.MCMCSampler(thermodynamic_state, sampler_state, move)
         sampler.run(1)  # makes the Contexts: set-up is not sampling
-        frames, stamps = _loop(sampler, n_iterations, seconds, progress)
+        counted = _Counter(flow_move)
+        frames, stamps = _loop(sampler, n_iterations, seconds, progress, counted)
     statistics = dict(getattr(flow_move, "statistics", {})) if flow_move is not None else {}
-    return ChainTrace(np.asarray(frames, dtype=np.float32), np.asarray(stamps), n_md_steps * len(frames), statistics)
+    accepted = np.asarray(counted.accepted, dtype=bool)
+    n_steps = n_md_steps * len(frames)
+    return ChainTrace(np.asarray(frames, dtype=np.float32), np.asarray(stamps), n_steps, statistics, accepted)
+
+
+class _Counter:
+    """Whether the flow move of each iteration was accepted, from its own statistics."""
+
+    def __init__(self, flow_move: Any | None) -> None:
+        self.move, self.accepted, self._before = flow_move, list[bool](), self._total(flow_move)
+
+    def __call__(self) -> None:
+        if self.move is not None:
+            now = self._total(self.move)
+            self.accepted.append(now > self._before)
+            self._before = now
+
+    @staticmethod
+    def _total(move: Any | None) -> int:
+        return int(getattr(move, "statistics", {}).get("n_accepted", 0))
 
 
 def _loop(
@@ -90,12 +112,14 @@ def _loop(
     n_iterations: int | None,
     seconds: float | None,
     progress: Callable[[int, int, dict[str, float]], None] | None,
+    after: Callable[[], None],
 ) -> tuple[list[np.ndarray], list[float]]:
     frames: list[np.ndarray] = []
     stamps: list[float] = []
     began = time.monotonic()
     while True:
         sampler.run(1)
+        after()
         frames.append(sampler.sampler_state.positions.value_in_unit(unit.nanometers))
         stamps.append(time.monotonic() - began)
         done, total = (len(frames), n_iterations) if n_iterations else (int(stamps[-1]), int(seconds or 0))

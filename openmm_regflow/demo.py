@@ -380,13 +380,10 @@ def write_batch(folder: Path, batch: ProposalBatch, molecule: MolecularSystem, d
     Annealed samples have weights, but no density that could be written.
     """
     positions = batch.positions.cpu().numpy()
-    np.savez(
-        folder / "samples.npz",
-        in_trajectory=np.isfinite(positions).all(axis=(1, 2)),
-        u=batch.u.cpu().numpy(),
-        log_weights=batch.log_weights.cpu().numpy(),
-        **({"log_q": batch.log_q.cpu().numpy()} if density else {}),
-    )
+    columns: dict[str, Any] = {"in_trajectory": np.isfinite(positions).all(axis=(1, 2))}
+    columns |= {"u": batch.u.cpu().numpy(), "log_weights": batch.log_weights.cpu().numpy()}
+    columns |= {"log_q": batch.log_q.cpu().numpy()} if density else {}
+    np.savez(folder / "samples.npz", **columns)
     return write_trajectory(folder / "samples.dcd", positions, molecule.topology)
 
 

@@ -47,7 +47,10 @@ class Evaluation:
         delta_f_phi: (value, standard error) [kT] of phi > 0 above phi < 0, plain.
         delta_f_phi_reweighted: after importance sampling.
         delta_f_phi_reference: in the reference samples, taken as one chain in order of time (block bootstrap).
-        verdict: on the weights, in words.
+        clip_bias: mean energy of the reweighted samples without the largest 0.2 % of the weights less that with them
+            [kT]: what such clipping, which no other figure here uses but ``ess_truncated``, would do to an observable.
+        missing: basins (phi or psi of one residue in a half circle) that the reference has and the samples lack.
+        verdict: on the weights, in words, and on missing basins.
     """
 
     n: int
@@ -70,6 +73,8 @@ class Evaluation:
     delta_f_phi: tuple[float, float] | None
     delta_f_phi_reweighted: tuple[float, float] | None
     delta_f_phi_reference: tuple[float, float] | None
+    clip_bias: float | None
+    missing: tuple[str, ...]
     verdict: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,6 +101,7 @@ class Evaluation:
             if value is not None:
                 words = {"delta_f_phi": "plain", "delta_f_phi_reweighted": "reweighted"}.get(name, "reference")
                 rows.append((f"ΔF(φ>0) − ΔF(φ<0), {words} [kT]", f"{value[0]:.2f} ± {value[1]:.2f}"))
+        rows.append(("mean energy with the top 0.2 % clipped, less without [kT]", _number(self.clip_bias)))
         return [*rows, ("verdict", self.verdict)]
 
 
@@ -186,8 +192,53 @@ def evaluate(
         **_torsion_figures(x, x_ref, log_w_n, phi, psi, n_torsion_points, rng),
         **_chirality_figures(x, log_w_n, centres),
         **_basin_figures(x, x_ref, log_w_n, phi),
+        "clip_bias": _clip_bias(u_n, log_w_n),
+        "missing": missing_basins(x, x_ref, phi, psi),
     }
-    return Evaluation(n=len(x), n_finite=int(np.isfinite(u_n).sum()), verdict=reweighting.verdict(log_w_n), **figures)
+    verdict = reweighting.verdict(log_w_n)
+    if figures["missing"]:
+        verdict = f"do not trust: the samples lack {', '.join(figures['missing'])} of the reference; " + verdict
+    return Evaluation(n=len(x), n_finite=int(np.isfinite(u_n).sum()), verdict=verdict, **figures)
+
+
+def missing_basins(x: Any, x_ref: Any, phi: Any, psi: Any, factor: float = 10.0) -> tuple[str, ...]:
+    """Half circles of single torsions that hold at least ``factor`` times less of the samples than of the reference.
+
+    Weights cannot make up for a basin in which there are no samples, nor tell that it is missing. A basin counts if the
+    reference has a hundred frames in it and its share would give ten samples or more: fewer than a tenth of these then
+    have a probability below 1e-3 by chance.
+
+    Args:
+        x: `(n, n_atoms, 3)` [nm]; NaN rows are left out.
+        x_ref: `(m, n_atoms, 3)` [nm].
+        phi: `(k, 4)` atom indices.
+        psi: `(k', 4)` atom indices.
+        factor: how much too few.
+    """
+    found = []
+    there = np.isfinite(x).all(axis=(1, 2))
+    for name, rows in (("phi", phi), ("psi", psi)):
+        table = np.asarray(rows, dtype=np.int64).reshape(-1, 4)
+        if not len(table) or not there.any():
+            continue
+        mine, theirs = metrics.dihedrals(x[there], table), metrics.dihedrals(x_ref, table)
+        for k in range(len(table)):
+            for sign, words in ((1, "> 0"), (-1, "< 0")):
+                share, had = float((sign * theirs[:, k] > 0).mean()), float((sign * mine[:, k] > 0).mean())
+                if share * len(x_ref) >= 100 and share * there.sum() >= 10 and had * factor < share:
+                    found.append(f"{name}{k + 1} {words} (has {100 * had:.2g} % for {100 * share:.2g} %)")
+    return tuple(found)
+
+
+def _clip_bias(u_n: np.ndarray, log_w_n: np.ndarray) -> float | None:
+    """Reweighted mean energy without the largest 0.2 % of the weights less that with them [kT]."""
+    used = np.isfinite(u_n) & np.isfinite(log_w_n)
+    n_drop = int(0.002 * len(log_w_n))
+    if not n_drop or used.sum() <= n_drop:
+        return None
+    u, w = u_n[used], reweighting.normalised_weights(log_w_n[used])
+    kept = np.argsort(w)[: len(w) - n_drop]
+    return float(np.average(u[kept], weights=w[kept]) - np.sum(w * u))
 
 
 def to_numpy_if_tensor(positions: Any) -> Any:

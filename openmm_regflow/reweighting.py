@@ -446,3 +446,32 @@ def verdict_from(k_hat: float, ess: float, n: int) -> str:
     if k_hat > 0.5 or ess * n < 400:
         return f"use with care: {figures}"
     return f"reliable: {figures}"
+
+
+def longest_stretch(accepted: Any) -> int:
+    """Length of the longest run of False in `(n,)`: the longest that a chain has held one state."""
+    edges = np.flatnonzero(np.concatenate([[True], np.asarray(accepted, dtype=bool).ravel(), [True]]))
+    return int(np.diff(edges).max() - 1)
+
+
+def chain_verdict(accepted: Any) -> str:
+    """What the acceptances of an independence chain say about it, in one line of words.
+
+    A state of very large weight is left by hardly any proposal. If rejections were independent, the longest run of them
+    among n steps of rejection rate r would be about ``log(n (1 - r)) / log(1 / r)`` (Erdos & Renyi 1970).
+
+    Args:
+        accepted: `(n,)` bool, whether each step moved.
+    """
+    moved = np.asarray(accepted, dtype=bool).ravel()
+    n, rate = moved.size, float(moved.mean()) if moved.size else 0.0
+    if not n or not rate:
+        return f"do not trust: none of {n} flow moves was accepted"
+    longest = longest_stretch(moved)
+    expected = max(1.0, math.log(max(n * rate, math.e)) / -math.log1p(-min(rate, 1.0 - 1e-12)))
+    figures = f"{100 * rate:.3g} % of n = {n} accepted, longest stuck stretch {longest} (about {expected:.0f} expected)"
+    if longest > n / 10:
+        return f"do not trust: {figures}; one state was held for more than a tenth of the chain"
+    if longest > 10 * expected:
+        return f"use with care: {figures}; a state of large weight was hardly left"
+    return f"reliable: {figures}"

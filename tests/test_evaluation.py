@@ -136,3 +136,43 @@ def test_error_of_replica_exchange_frames_covers_their_slow_mode():
         z.append((estimate.value - math.log(0.94 / 0.06)) / estimate.error)
     # With 20 blocks z is Student's t, sd sqrt(19/17) = 1.06, known to 7 % from 100 repeats: four standard errors.
     assert np.std(z) == pytest.approx(1.06, abs=0.3)
+
+
+def test_a_missing_basin_is_named_and_a_rare_one_is_not():
+    """Torsions by construction: psi turned to the other side in a part of the reference."""
+    reference, _ = GaussianFlow(0.01).sample(3000, generator(1))
+    other = reference.clone()
+    other[:, 5, 2] *= -1  # the last atom to the other side of the plane of the three before it
+    sides = [np.sign(metrics.dihedrals(x.numpy(), np.array(PSI))[:, 0]).mean() for x in (reference, other)]
+    assert abs(sides[0]) == 1 and sides[1] == -sides[0]
+    samples, _ = GaussianFlow(0.01).sample(5000, generator(2))
+
+    def missing(n_other, n=5000):
+        mixed = np.concatenate([reference[: 3000 - n_other], other[:n_other]])
+        return evaluation.missing_basins(samples[:n].numpy(), mixed, PHI, PSI)
+
+    assert missing(0) == () and missing(60) == ()  # too few in the reference to say
+    (words,) = missing(300)
+    assert words.startswith("psi1") and "0 % for 10 %" in words
+    assert missing(300, n=50) == ()  # too few samples to say
+    some = np.concatenate([samples[:4900], other[:100].numpy()])
+    assert evaluation.missing_basins(some, np.concatenate([reference, other[:300]]), PHI, PSI) == ()
+
+
+def test_a_missing_basin_is_in_the_verdict():
+    reference, _ = GaussianFlow(WIDTH).sample(3000, generator(1))
+    reference[:1500, 5, 2] *= -1
+    x, log_q = GaussianFlow(0.5 * WIDTH).sample(2000, generator(2))
+    u = potential(x) / KT
+    options = {"psi": PSI, "n_torsion_points": 100, "generator": 0}
+    found = evaluation.evaluate(x, log_q, u, reference, potential(reference) / KT, **options)
+    assert found.missing and found.verdict.startswith("do not trust: the samples lack psi1")
+
+
+def test_bias_of_clipping_is_that_of_leaving_weights_out():
+    """Equal weights but for one in a thousand samples, of high energy, that carries half of all weight."""
+    u, log_w = np.zeros(10_000), np.zeros(10_000)
+    u[:10], log_w[:10] = 8.0, math.log(999.0)
+    share = 10 * 999 / (10 * 999 + 9990)
+    assert evaluation._clip_bias(u, log_w) == pytest.approx(-8.0 * share)
+    assert evaluation._clip_bias(u[:100], log_w[:100]) is None

@@ -178,6 +178,26 @@ def test_refinement_needs_a_potential(data):
     assert [r.energies for r in result.rounds] == [anchors + 1000, anchors + 2000] and "refinement" in result.phases
 
 
+def test_more_frames_are_trained_on_and_their_energies_counted(data, tmp_path):
+    few = {"frames": {"copies": 3}, "likelihood": {"enabled": False}}
+    with pytest.raises(InputError, match="no kernel was given"):
+        recipes.fit(*data, config(**few))
+    calls = []
+
+    def mover(x, generator):
+        calls.append(len(x))
+        return x + 0.001 * torch.randn(x.shape, generator=generator, dtype=x.dtype), 7 * len(x)
+
+    first = recipes.fit(*data, config(**few), mover=mover, folder=tmp_path)
+    assert calls == [400] * 4 and first.costs()["frame energies"] == first.costs()["energies"] == 4 * 7 * 400
+    again = recipes.fit(*data, config(**few), mover=mover, folder=tmp_path)
+    assert len(calls) == 4 and again.costs()["energies"] == first.costs()["energies"]  # read, not made again
+    plain = recipes.fit(*data, config(likelihood={"enabled": False}))
+    assert plain.histories["teacher"].loss != first.histories["teacher"].loss
+    wide = config(frames={"copies": 3}, objective="mle", likelihood={"train": {"steps": 2, "batch_size": 1000}})
+    recipes.fit(*data, wide, mover=mover)  # a batch larger than the trajectory, not than its copies
+
+
 def test_configuration_file(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text(recipes.print_config(config()))

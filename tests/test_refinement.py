@@ -125,6 +125,33 @@ def test_anchors_move_and_a_stopped_refinement_takes_them_up_again(coordinates, 
     )
 
 
+def test_anchors_take_turns(coordinates, tmp_path):
+    """Where there are more frames than anchors, every pool gets others; a stopped refinement goes on with its own."""
+    target = flows.spline(coordinates, n_layers=2, hidden=8)
+    data, _ = target.sample(1000, torch.Generator().manual_seed(5))
+    settings = config(3e-3).model_copy(update={"anchors": 400})
+    flow, potential = pair(coordinates)
+    anchors, seen = refinement._Anchors(data, potential, settings), []
+    for k in range(5):
+        assert anchors.renew(k, torch.Generator()) == (400 if k else 0)
+        seen.append(anchors.x)
+    rows = torch.cat(seen)
+    assert len(torch.unique(rows.flatten(1), dim=0)) == 1000  # two rounds of all frames
+    whole = refine(flow, potential, settings, data=data)
+    assert [r.energies for r in whole] == [400 + 4000 + k * 4400 for k in range(4)]
+    path = tmp_path / "refinement.safetensors"
+
+    def stop(k, total, figures):
+        if k == 2:
+            raise KeyboardInterrupt
+
+    again, _ = pair(coordinates)
+    with pytest.raises(KeyboardInterrupt):
+        refine(again, potential, settings, data=data, checkpoint=path, progress=stop)
+    fresh, _ = pair(coordinates)
+    assert refine(fresh, potential, settings, data=data, checkpoint=path) == whole
+
+
 def test_hopeless_pool(coordinates):
     flow, _ = pair(coordinates)
     with pytest.raises(InputError, match="finite weight"):

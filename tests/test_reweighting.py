@@ -227,3 +227,28 @@ def test_systematic_resampling_copies_within_one():
 
 def test_estimate_prints_its_error():
     assert str(rw.Estimate(1.23456, 0.0211, 100, 0.5)) == "1.235 ± 0.021 (n = 100, ESS 0.5)"
+
+
+def longest_by_hand(accepted):
+    best = now = 0
+    for moved in accepted:
+        now = 0 if moved else now + 1
+        best = max(best, now)
+    return best
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=60))
+def test_longest_stretch_is_that_of_counting(accepted):
+    assert rw.longest_stretch(accepted) == longest_by_hand(accepted)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.5, 0.95])
+def test_a_chain_that_mixes_is_reliable_and_one_that_sticks_is_not(rate):
+    accepted = np.random.default_rng(3).random(20_000) < rate
+    assert rw.chain_verdict(accepted).startswith("reliable")
+    accepted[5000 : 5000 + int(30 * 10 / rate)] = False  # far longer than chance allows, still short of a tenth
+    words = rw.chain_verdict(accepted)
+    assert words.startswith("do not trust" if rate == 0.05 else "use with care") and "stuck stretch" in words
+    accepted[5000:8000] = False
+    assert rw.chain_verdict(accepted).startswith("do not trust")
+    assert rw.chain_verdict(np.zeros(10, bool)).startswith("do not trust")

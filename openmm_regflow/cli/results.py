@@ -128,6 +128,7 @@ def mcmc(
 
     Example: openmm-regflow mcmc systems/alanine-dipeptide/flow.safetensors --iterations 1000 --output runs/mcmc
     """
+    from openmm_regflow import reweighting
     from openmm_regflow.chains import run_chain, write_trajectory
     from openmm_regflow.moves import FlowMove
 
@@ -144,9 +145,11 @@ def mcmc(
             progress=bar("chain", iterations),
         )
     write_trajectory(output / "chain.dcd", trace.positions, mol.topology)
-    (output / "statistics.json").write_text(json.dumps(trace.statistics, indent=1))
+    record = trace.statistics | {"longest_stretch": reweighting.longest_stretch(trace.accepted)}
+    (output / "statistics.json").write_text(json.dumps(record, indent=1))
     finish_output(output)
     print("  ".join(f"{k} {v:.4g}" for k, v in trace.statistics.items()))
+    print(reweighting.chain_verdict(trace.accepted))
     print(f"wrote {output / 'chain.dcd'}")
 
 

@@ -1,0 +1,304 @@
+"""What closes the Jacobian gap: every lever alone and together, on alanine dipeptide.
+
+Regression teaches a flow where samples go; the weights of samples are made of its Jacobian. Each row trains one flow
+and is judged by its weights: ESS with and without the largest 0.2 %, Pareto k-hat, and the divergence KL(p || q) on
+frames that trained nothing. Finished rows are kept; the page that reads them is examples/jacobian_gap.md.
+
+    python examples/jacobian_gap.py runs/gap            # about an hour on one core; give it again after a stop
+"""
+
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import openmm_regflow as rf
+from openmm_regflow import flows, recipes, reweighting
+from openmm_regflow.ensemble import frame_mover, training_potential
+from openmm_regflow.frames import FramesConfig, more_frames
+from openmm_regflow.objectives import FlowMatchingLoss, LikelihoodLoss, RegFlowLoss, wrapped_difference
+from openmm_regflow.refinement import RefineConfig, log_normalisation, refine
+from openmm_regflow.sampling import annealed_samples
+from openmm_regflow.targets import Pairs, StreamedPairs, optimal_transport_pairs, reflow_pairs
+from openmm_regflow.teachers import VectorField, integrate
+from openmm_regflow.training import Batches, TrainConfig, train
+
+SYSTEM, SAMPLES, COPIES = "alanine-dipeptide", 20_000, 20
+PAIRS, FEW_PAIRS, ODE_STEPS = 200_000, 50_000, 8
+FLOW = {"n_layers": 6, "hidden": 96, "n_bins": 8, "line_bins": 4}
+TEACHER = TrainConfig(steps=4000, learning_rate=1e-3, validate_every=250, patience=6)
+REGRESSION = TrainConfig(steps=4000, learning_rate=1e-3, ema=0.998)
+LIKELIHOOD = TrainConfig(steps=3000, learning_rate=1e-3, ema=0.99, warmup=100, validate_every=50, patience=8)
+#: Length of the finite differences that stand for Jacobian-vector products, in latent units.
+PROBE = 0.05
+
+
+@dataclass(frozen=True)
+class DirectionalLoss(RegFlowLoss):
+    """RegFlow that also regresses Jacobian-vector products: the student's difference between neighbours, the teacher's.
+
+    Attributes:
+        directional: weight of the squared difference of derivatives along one random unit direction.
+    """
+
+    directional: float = 0.0
+
+    def of(self, module: Any, drawn: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss of a batch (z, y, log-determinant, neighbours of z, their images)."""
+        z, y, _, z_near, y_near = drawn
+        total, parts = super().of(module, drawn[:3])
+        mine = wrapped_difference(module(z_near)[0], module(z)[0], self.circular)
+        error = (mine - wrapped_difference(y_near, y, self.circular)) / PROBE
+        parts["directional"] = self.directional * error.square().sum(1).mean()
+        return total + parts["directional"], parts
+
+
+class Bench:
+    """Data, teacher and pairs that the rows share, kept in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.molecule = folder, rf.load_system(SYSTEM)
+        self.few, self.held_out, self.test = (
+            torch.as_tensor(self.molecule.reference(split)) for split in ("train", "validation", "test")
+        )
+        self.potential = training_potential(self.molecule, compile=True)
+        self.many, _ = more_frames(
+            self.few, frame_mover(self.molecule, compile=True), FramesConfig(copies=COPIES, moves=1), folder / "frames"
+        )
+        self.coordinates = flows.coordinates_for(self.molecule.topology, self.few)
+        self.circular = self.coordinates.circular
+        shipped = rf.Flow.load(self.molecule.folder / "flow.safetensors").fuse()
+        self.log_z = self.log_evidence(shipped)
+
+    def flow(self) -> flows.Flow:
+        """A new flow."""
+        return flows.spline(self.coordinates, **FLOW).fuse()
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """Features `(n, dim)` of frames."""
+        return recipes.features(self.coordinates, x, torch.Generator().manual_seed(0))
+
+    def teacher(self, name: str, x: torch.Tensor) -> VectorField:
+        """A residual MLP trained by flow matching on frames; read if it exists."""
+        path = self.folder / f"teacher-{name}.safetensors"
+        if path.exists():
+            return recipes.load_teacher(path)
+        field = VectorField(self.circular, "mlp", 256, 3, 0)
+        loss, y = FlowMatchingLoss(self.flow().prior), self.features(self.held_out)
+
+        def judge(module: torch.nn.Module) -> float:
+            g = torch.Generator().manual_seed(0)
+            return sum(float(loss(module, (y,), g)[0]) for _ in range(5))
+
+        train(field, loss, Batches((self.features(x),), 512), TEACHER, validation=judge)
+        recipes.save_teacher(path, field)
+        return field
+
+    def pairs(self, name: str, x: torch.Tensor) -> Pairs:
+        """Reflow pairs with log-determinants from the teacher of that name."""
+        options: dict[str, Any] = {
+            "n_steps": ODE_STEPS,
+            "log_det": "hutchinson",
+            "folder": self.folder / f"pairs-{name}",
+        }
+        return reflow_pairs(self.teacher(name, x), PAIRS, seed=1, **options)
+
+    def neighbours(self, pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents one probe away from those of the pairs, and where the teacher carries them."""
+        v = torch.randn(pairs.z.shape, generator=torch.Generator().manual_seed(2))
+        z = pairs.z + PROBE * v / v.norm(dim=1, keepdim=True)
+        field = self.teacher("few", self.few)
+        return z, torch.cat([integrate(field, part, n_steps=ODE_STEPS)[0] for part in z.split(8192)])
+
+    def log_evidence(self, flow: flows.Flow) -> float:
+        """log of the integral of ``exp(-u)``, by bridge sampling between a good flow and the test frames."""
+        x, log_q = flow.sample(SAMPLES, torch.Generator().manual_seed(0))
+        both = torch.cat([x, self.test.to(x)])
+        log_p = -self.potential(both).numpy()
+        return log_normalisation(
+            log_p, torch.cat([log_q, flow.log_prob(self.test)]).double().numpy(), len(x), len(both) - len(x)
+        )
+
+    def judge(self, flow: flows.Flow) -> dict[str, float]:
+        """Figures of a flow's weights."""
+        flow.eval()
+        x, log_q = flow.sample(SAMPLES, torch.Generator().manual_seed(5))
+        u = self.potential(x)
+        log_w = torch.where(torch.isfinite(u), -u - log_q, -torch.inf).double().numpy()
+        ratio = (-self.potential(self.test) - self.log_z - flow.log_prob(self.test).double()).numpy()
+        ess, cut = reweighting.effective_sample_size, reweighting.truncated_effective_sample_size
+        return {
+            "ess": ess(log_w),
+            "ess_error": reweighting.bootstrap_error(ess, log_w, generator=0),
+            "ess_truncated": cut(log_w),
+            "k_hat": reweighting.pareto_k(log_w),
+            "kl": float(ratio.mean()),
+            "kl_error": float(ratio.std() / math.sqrt(len(ratio))),
+            "u_excess": float(u.median() - self.potential(self.test).median()),
+        }
+
+
+def regression(bench: Bench, source: Any, loss: RegFlowLoss) -> flows.Flow:
+    """A flow regressed on pairs, a tuple of tensors, or on a stream."""
+    flow = bench.flow()
+    train(flow.bijection, loss, Batches(source, 512) if isinstance(source, tuple) else source, REGRESSION)
+    return flow
+
+
+def likelihood(bench: Bench, flow: flows.Flow, x: torch.Tensor, noise: float = 0.0, rate: float = 1e-3) -> flows.Flow:
+    """The flow after maximum likelihood on frames, stopped by held-out ones."""
+    y, clean = bench.features(bench.held_out), LikelihoodLoss(flow.prior)
+
+    def judge(module: torch.nn.Module) -> float:
+        with torch.no_grad():
+            return float(clean(module, (y,), torch.Generator())[0])
+
+    config = LIKELIHOOD.model_copy(update={"learning_rate": rate})
+    train(
+        flow.bijection, LikelihoodLoss(flow.prior, noise), Batches((bench.features(x),), 512), config, validation=judge
+    )
+    return flow
+
+
+def refined(bench: Bench, flow: flows.Flow, anchors: int) -> flows.Flow:
+    """The flow after ten pools of 50,000 energies, with and without frames in them."""
+    refine(flow, bench.potential, RefineConfig(rounds=10, pool=50_000, anchors=anchors), data=bench.many)
+    return flow
+
+
+def of_pairs(n: int, **weights: float) -> Any:
+    """Row: regression on the first n pairs of the teacher of few frames."""
+
+    def run(bench: Bench, start: Any) -> flows.Flow:
+        p = bench.pairs("few", bench.few)
+        tensors = (p.z[:n], p.y[:n], p.log_det[:n])
+        return regression(bench, tensors, RegFlowLoss(bench.circular, forward_backward=1e-6, **weights))
+
+    return run
+
+
+def directional(**weights: float) -> Any:
+    """Row: regression on values and Jacobian-vector products."""
+
+    def run(bench: Bench, start: Any) -> flows.Flow:
+        p = bench.pairs("few", bench.few)
+        loss = DirectionalLoss(bench.circular, forward_backward=1e-6, directional=1e-2, **weights)
+        return regression(bench, (p.z, p.y, p.log_det, *bench.neighbours(p)), loss)
+
+    return run
+
+
+def transport(bench: Bench, start: Any) -> flows.Flow:
+    """Row: exact optimal transport between the prior and all frames."""
+    y = bench.features(bench.few)
+    z = bench.flow().prior.sample(len(y), torch.Generator().manual_seed(1))
+    p = optimal_transport_pairs(z, y, bench.circular)
+    return regression(bench, (p.z, p.y), RegFlowLoss(bench.circular, forward_backward=1e-6))
+
+
+def streamed(bench: Bench, start: Any) -> flows.Flow:
+    """Row: fresh pairs in every step."""
+    stream = StreamedPairs(bench.teacher("few", bench.few), 512, n_steps=ODE_STEPS)
+    return regression(bench, stream, RegFlowLoss(bench.circular, forward_backward=1e-6))
+
+
+def teacher_of_many(bench: Bench, start: Any) -> flows.Flow:
+    """Row: everything from a teacher that has seen the many frames."""
+    p = bench.pairs("many", bench.many)
+    return regression(bench, (p.z, p.y, p.log_det), RegFlowLoss(bench.circular, log_det=1e-3, forward_backward=1e-6))
+
+
+LOG_DET = "200,000 pairs, log-determinants"
+#: row -> (the row it starts from or None, how it is trained)
+ROWS: dict[str, tuple[str | None, Any]] = {
+    "OT pairs": (None, transport),
+    "50,000 reflow pairs": (None, of_pairs(FEW_PAIRS)),
+    "200,000 reflow pairs": (None, of_pairs(PAIRS)),
+    "2,048,000 reflow pairs, streamed": (None, streamed),
+    LOG_DET: (None, of_pairs(PAIRS, log_det=1e-3)),
+    "200,000 pairs, Jacobian-vector products": (None, directional()),
+    "200,000 pairs, both": (None, directional(log_det=1e-3)),
+    "teacher of 200,000 frames, log-determinants": (None, teacher_of_many),
+    "likelihood alone, 10,000 frames": (None, lambda b, s: likelihood(b, b.flow(), b.few)),
+    "the same with noise of 0.1": (None, lambda b, s: likelihood(b, b.flow(), b.few, 0.1)),
+    "regression, then likelihood, 10,000 frames": (LOG_DET, lambda b, s: likelihood(b, s, b.few, rate=2e-4)),
+    "the same with noise of 0.1 ": (LOG_DET, lambda b, s: likelihood(b, s, b.few, 0.1, rate=2e-4)),
+    "likelihood alone, 200,000 frames": (None, lambda b, s: likelihood(b, b.flow(), b.many)),
+    "regression, then likelihood, 200,000 frames": (LOG_DET, lambda b, s: likelihood(b, s, b.many)),
+    "... then 10 pools, no frames in them": (
+        "regression, then likelihood, 200,000 frames",
+        lambda b, s: refined(b, s, 0),
+    ),
+    "... then 10 pools with 10,000 frames": (
+        "regression, then likelihood, 200,000 frames",
+        lambda b, s: refined(b, s, 10_000),
+    ),
+}
+
+
+def run_row(bench: Bench, name: str) -> None:
+    """Train and judge one row; its flow and figures stay in the folder."""
+    path = bench.folder / f"{list(ROWS).index(name):02d}.json"
+    if path.exists():
+        return
+    start, make = ROWS[name]
+    before = None
+    if start is not None:
+        before = rf.Flow.load(bench.folder / f"{list(ROWS).index(start):02d}.safetensors").fuse()
+    began = time.process_time()
+    flow = make(bench, before)
+    figures = {"row": name, "minutes": (time.process_time() - began) / 60, **bench.judge(flow)}
+    flow.save(path.with_suffix(".safetensors"))
+    path.write_text(json.dumps(figures, indent=1))
+    print({k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}, flush=True)
+
+
+def annealing(bench: Bench) -> list[dict[str, float]]:
+    """Annealing of samples of two flows: what it gives, and what it costs."""
+    path, found = bench.folder / "annealing.json", []
+    if path.exists():
+        return json.loads(path.read_text())
+    potential = rf.TorchPotential(bench.molecule.system, dtype=torch.float32, compile=True)
+    for row in (LOG_DET, "regression, then likelihood, 200,000 frames"):
+        flow = rf.Flow.load(bench.folder / f"{list(ROWS).index(row):02d}.safetensors")
+        proposal = rf.FlowProposal(flow, potential, bench.molecule.temperature, allow_mismatch=True)
+        for steps in (0, 4, 16):
+            made = annealed_samples(proposal, 10_000, torch.Generator().manual_seed(6), n_steps=steps)
+            log_w = made.batch.log_weights.numpy()
+            ess = reweighting.effective_sample_size(log_w)
+            error = reweighting.bootstrap_error(reweighting.effective_sample_size, log_w, generator=0)
+            entry = {"row": row, "steps": steps, "ess": ess, "ess_error": error, "k_hat": reweighting.pareto_k(log_w)}
+            found.append(entry | {"energies_per_effective_sample": made.energies / (ess * 10_000)})
+    path.write_text(json.dumps(found, indent=1))
+    return found
+
+
+def table(folder: Path) -> str:
+    """The rows of a folder as Markdown."""
+    lines = [
+        "| | ESS | without the top 0.2 % | k̂ | KL(p‖q) [nat] | median energy [kT] | CPU minutes |",
+        "|---|" + "---|" * 6,
+    ]
+    for path in sorted(folder.glob("[0-9]*.json")):
+        f = json.loads(path.read_text())
+        lines.append(
+            f"| {f['row'].strip()} | {100 * f['ess']:.2g} ± {100 * f['ess_error']:.1g} % "
+            f"| {100 * f['ess_truncated']:.2g} % | "
+            f"{f['k_hat']:.2f} | {f['kl']:.2f} ± {f['kl_error']:.2f} | {f['u_excess']:+.1f} | {f['minutes']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    bench = Bench(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/gap"))
+    for name in ROWS:
+        run_row(bench, name)
+    print(table(bench.folder))
+    for entry in annealing(bench):
+        print(entry)
