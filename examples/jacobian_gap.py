@@ -19,7 +19,7 @@ import torch
 
 import openmm_regflow as rf
 from openmm_regflow import flows, recipes, reweighting
-from openmm_regflow.ensemble import frame_mover, training_potential
+from openmm_regflow.ensemble import frame_mover, phi_positive, training_potential
 from openmm_regflow.frames import FramesConfig, more_frames
 from openmm_regflow.objectives import FlowMatchingLoss, LikelihoodLoss, RegFlowLoss, wrapped_difference
 from openmm_regflow.refinement import RefineConfig, log_normalisation, refine
@@ -27,6 +27,7 @@ from openmm_regflow.sampling import annealed_samples
 from openmm_regflow.targets import Pairs, StreamedPairs, optimal_transport_pairs, reflow_pairs
 from openmm_regflow.teachers import VectorField, integrate
 from openmm_regflow.training import Batches, TrainConfig, train
+from openmm_regflow.units import thermal_energy
 
 SYSTEM, SAMPLES, COPIES = "alanine-dipeptide", 20_000, 20
 PAIRS, FEW_PAIRS, ODE_STEPS = 200_000, 50_000, 8
@@ -68,6 +69,7 @@ class Bench:
             torch.as_tensor(self.molecule.reference(split)) for split in ("train", "validation", "test")
         )
         self.potential = training_potential(self.molecule, compile=True)
+        self.molecule_kt = thermal_energy(self.molecule.temperature)
         self.many, _ = more_frames(
             self.few, frame_mover(self.molecule, compile=True), FramesConfig(copies=COPIES, moves=1), folder / "frames"
         )
@@ -132,6 +134,7 @@ class Bench:
         u = self.potential(x)
         log_w = torch.where(torch.isfinite(u), -u - log_q, -torch.inf).double().numpy()
         ratio = (-self.potential(self.test) - self.log_z - flow.log_prob(self.test).double()).numpy()
+        inside = phi_positive(self.molecule)
         ess, cut = reweighting.effective_sample_size, reweighting.truncated_effective_sample_size
         return {
             "ess": ess(log_w),
@@ -140,6 +143,7 @@ class Bench:
             "k_hat": reweighting.pareto_k(log_w),
             "kl": float(ratio.mean()),
             "kl_error": float(ratio.std() / math.sqrt(len(ratio))),
+            "phi_positive": float(inside(x).double().mean() / inside(self.test).double().mean()),
             "u_excess": float(u.median() - self.potential(self.test).median()),
         }
 
@@ -169,6 +173,48 @@ def likelihood(bench: Bench, flow: flows.Flow, x: torch.Tensor, noise: float = 0
 def refined(bench: Bench, flow: flows.Flow, anchors: int) -> flows.Flow:
     """The flow after ten pools of 50,000 energies, with and without frames in them."""
     refine(flow, bench.potential, RefineConfig(rounds=10, pool=50_000, anchors=anchors), data=bench.many)
+    return flow
+
+
+def with_reverse_kl(bench: Bench, flow: flows.Flow, steps: int = 1300, n: int = 384) -> flows.Flow:
+    """The flow after likelihood on frames with half of the reverse KL, E_q[log q + u], added: 500,000 energies."""
+    y, g = bench.features(bench.many), torch.Generator().manual_seed(3)
+    potential = rf.TorchPotential(bench.molecule.system, dtype=torch.float32, compile=True)
+    optimizer = torch.optim.Adam(flow.bijection.parameters(), lr=3e-4)
+    for _ in range(steps):
+        back, log_det = flow.bijection.inverse(y[torch.randint(len(y), (512,), generator=g)])
+        loss = -(flow.prior.log_prob(back) + log_det).mean()
+        features, log_det = flow.bijection(flow.prior.sample(n, g))
+        x, log_volume = flow.coordinates.to_positions(features.double())
+        energy, force = (t.double() / bench.molecule_kt for t in potential.energy_and_forces(x.detach().float()))
+        fine = torch.isfinite(x).flatten(1).all(1) & torch.isfinite(energy) & (energy < energy.median() + 100)
+        along = -(force * x).sum((1, 2))[fine]  # the gradient of the energy, as that of a number
+        loss = loss + 0.5 * (along - log_det[fine] - log_volume[fine]).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(flow.bijection.parameters(), 1.0)
+        optimizer.step()
+    return flow
+
+
+def with_annealed_pools(bench: Bench, flow: flows.Flow, pools: int = 10, n: int = 2380) -> flows.Flow:
+    """The flow after ten pools of annealed samples, at 21 energies each, weighted: 500,000 energies."""
+    potential = rf.TorchPotential(bench.molecule.system, dtype=torch.float32, compile=True)
+    proposal = rf.FlowProposal(flow, potential, bench.molecule.temperature, allow_mismatch=True)
+    optimizer, kept = torch.optim.Adam(flow.bijection.parameters(), lr=3e-4), []
+    for k in range(pools):
+        made = annealed_samples(proposal, n, torch.Generator().manual_seed(k), n_steps=4).batch
+        w = reweighting.normalised_weights(made.log_weights.numpy())
+        rows = torch.multinomial(torch.as_tensor(w), n, replacement=True, generator=torch.Generator().manual_seed(k))
+        kept.append(bench.features(made.positions[rows]))  # a replay buffer of all pools so far
+        y, g = torch.cat(kept), torch.Generator().manual_seed(k)
+        for _ in range(100):
+            back, log_det = flow.bijection.inverse(y[torch.randint(len(y), (512,), generator=g)])
+            loss = -(flow.prior.log_prob(back) + log_det).mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(flow.bijection.parameters(), 1.0)
+            optimizer.step()
     return flow
 
 
@@ -215,6 +261,7 @@ def teacher_of_many(bench: Bench, start: Any) -> flows.Flow:
 
 
 LOG_DET = "200,000 pairs, log-determinants"
+BOTH = "regression, then likelihood, 200,000 frames"
 #: row -> (the row it starts from or None, how it is trained)
 ROWS: dict[str, tuple[str | None, Any]] = {
     "OT pairs": (None, transport),
@@ -230,15 +277,11 @@ ROWS: dict[str, tuple[str | None, Any]] = {
     "regression, then likelihood, 10,000 frames": (LOG_DET, lambda b, s: likelihood(b, s, b.few, rate=2e-4)),
     "the same with noise of 0.1 ": (LOG_DET, lambda b, s: likelihood(b, s, b.few, 0.1, rate=2e-4)),
     "likelihood alone, 200,000 frames": (None, lambda b, s: likelihood(b, b.flow(), b.many)),
-    "regression, then likelihood, 200,000 frames": (LOG_DET, lambda b, s: likelihood(b, s, b.many)),
-    "... then 10 pools, no frames in them": (
-        "regression, then likelihood, 200,000 frames",
-        lambda b, s: refined(b, s, 0),
-    ),
-    "... then 10 pools with 10,000 frames": (
-        "regression, then likelihood, 200,000 frames",
-        lambda b, s: refined(b, s, 10_000),
-    ),
+    BOTH: (LOG_DET, lambda b, s: likelihood(b, s, b.many)),
+    "... then likelihood and reverse KL": (BOTH, lambda b, s: with_reverse_kl(b, s)),
+    "... then 10 pools of annealed samples": (BOTH, lambda b, s: with_annealed_pools(b, s)),
+    "... then 10 pools, no frames in them": (BOTH, lambda b, s: refined(b, s, 0)),
+    "... then 10 pools with 10,000 frames": (BOTH, lambda b, s: refined(b, s, 10_000)),
 }
 
 
@@ -265,7 +308,7 @@ def annealing(bench: Bench) -> list[dict[str, float]]:
     if path.exists():
         return json.loads(path.read_text())
     potential = rf.TorchPotential(bench.molecule.system, dtype=torch.float32, compile=True)
-    for row in (LOG_DET, "regression, then likelihood, 200,000 frames"):
+    for row in (LOG_DET, BOTH):
         flow = rf.Flow.load(bench.folder / f"{list(ROWS).index(row):02d}.safetensors")
         proposal = rf.FlowProposal(flow, potential, bench.molecule.temperature, allow_mismatch=True)
         for steps in (0, 4, 16):
@@ -282,15 +325,16 @@ def annealing(bench: Bench) -> list[dict[str, float]]:
 def table(folder: Path) -> str:
     """The rows of a folder as Markdown."""
     lines = [
-        "| | ESS | without the top 0.2 % | k̂ | KL(p‖q) [nat] | median energy [kT] | CPU minutes |",
-        "|---|" + "---|" * 6,
+        "| | ESS | without the top 0.2 % | k̂ | KL(p‖q) [nat] | median u [kT] | share of φ > 0 | CPU minutes |",
+        "|---|" + "---|" * 7,
     ]
     for path in sorted(folder.glob("[0-9]*.json")):
         f = json.loads(path.read_text())
         lines.append(
             f"| {f['row'].strip()} | {100 * f['ess']:.2g} ± {100 * f['ess_error']:.1g} % "
             f"| {100 * f['ess_truncated']:.2g} % | "
-            f"{f['k_hat']:.2f} | {f['kl']:.2f} ± {f['kl_error']:.2f} | {f['u_excess']:+.1f} | {f['minutes']:.1f} |"
+            f"{f['k_hat']:.2f} | {f['kl']:.2f} ± {f['kl_error']:.2f} | {f['u_excess']:+.1f} | {f['phi_positive']:.2f} "
+            f"| {f['minutes']:.1f} |"
         )
     return "\n".join(lines)
 
