@@ -100,7 +100,7 @@ def flow_part(molecule: MolecularSystem, folder: Path) -> list[str]:
     refinements = [*training.get("refined before", []), *([training["refinement"]] if "refinement" in training else [])]
     folders = ["runs/flow", *(f"runs/refined-{k + 1}" for k in range(len(refinements)))]
     seconds = ", ".join(f"{k} {v / 60:.1f}" for k, v in training.get("seconds", {}).items())
-    a = flow.architecture
+    a, made = flow.architecture, training.get("frame energies", 0)
     lines = [
         "## The shipped flow",
         "",
@@ -113,7 +113,7 @@ def flow_part(molecule: MolecularSystem, folder: Path) -> list[str]:
         "```",
         "",
         f"`train` took, in minutes on one core shared with other work: {seconds}. Energies evaluated in all: "
-        f"{training.get('energies', 0):,}.",
+        f"{training.get('energies', 0):,}" + (f", of these {made:,} for more frames." if made else "."),
         "",
         f"| figure ({found['n']:,} fresh samples, float64 energies of OpenMM) | |",
         "|---|---|",
