@@ -50,9 +50,8 @@ def child(name: str) -> dict | None:
     began = time.monotonic()
     print(f"{name} ...", flush=True)
     path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", name], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
-    )
+    command = [sys.executable, __file__, "--child", name]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     took = time.monotonic() - began
     if done.returncode:
         print(f"{name} FAILED after {took:.0f} s:\n{done.stderr[-3000:]}", flush=True)

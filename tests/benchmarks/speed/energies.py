@@ -50,6 +50,7 @@ def measure(seconds: float = 0.5) -> dict[str, Any]:
         rows = {}
         for kind in KINDS:
             rate = torch_rate(molecule, kind, seconds)
-            rows[kind] = {"per second": rate, "ratio": rate / engine["steps" if kind.endswith("forces") else "energies"]}
+            against = engine["steps" if kind.endswith("forces") else "energies"]
+            rows[kind] = {"per second": rate, "ratio": rate / against}
         found[name] = {"OpenMM": engine, "TorchPotential": rows}
     return found

@@ -1,7 +1,8 @@
 """Part 6: time and memory per sample as molecules and batches grow, and one million samples in bounded memory.
 
 Molecules are alanine peptides Ace-Ala(n)-Nme and the shipped tripeptide, 22 to 202 atoms, each in its System with
-implicit solvent. Flows are untrained splines of one size (8 couplings, 128 units, 8 and 4 bins) on internal coordinates.
+implicit solvent. Flows are untrained splines of one size (8 couplings, 128 units, 8 and 4 bins) on internal
+coordinates.
 """
 
 import importlib.util

@@ -95,8 +95,9 @@ def likelihoods(found: dict[str, Any]) -> str:
     trip = found["round trip"]
     return (
         markdown(["flow", "how", "seconds", "times the shipped spline, eager, 1 thread"], rows)
-        + f"\nThe shipped spline inverts itself to {trip['rms']:.1e} (rms; {trip['largest']:.1e} at most) of a standard "
-        f"deviation; that is the tolerance of dopri5. Published, on an accelerator that is not named: {published} s.\n"
+        + f"\nThe shipped spline inverts itself to {trip['rms']:.1e} (rms; {trip['largest']:.1e} at most) of a "
+        f"standard deviation; that is the tolerance of dopri5. Published, on an accelerator that is not "
+        f"named: {published} s.\n"
     )
 
 
@@ -128,7 +129,8 @@ def pipeline(found: dict[str, Any]) -> str:
          f"{100 * r['ESS']:.1f} %", f"{r['effective samples']:,.0f}"]
         for r in found["rows"]
     ]  # fmt: skip
-    return markdown(["system", "way", *(f"{p} [µs]" for p in parts), "whole [µs]", "ESS", "effective per second"], lines)
+    header = ["system", "way", *(f"{p} [µs]" for p in parts), "whole [µs]", "ESS", "effective per second"]
+    return markdown(header, lines)
 
 
 def bar_chart(found: dict[str, Any]) -> Any:
@@ -158,8 +160,8 @@ def batches(found: dict[str, Any]) -> str:
                     ([f"{int(n):,}", *(number(row[p]) for p in parts)] for n, row in rows.items()))  # fmt: skip
     if m := found.get("million"):
         text += (
-            f"\n{m['n']:,} samples with densities, energies and weights in one call (fused, compiled): {m['seconds']:.0f} s "
-            f"of CPU time, {m['peak bytes'] / 1e9:.2f} GB at the peak, of which the result is "
+            f"\n{m['n']:,} samples with densities, energies and weights in one call (fused, compiled): "
+            f"{m['seconds']:.0f} s of CPU time, {m['peak bytes'] / 1e9:.2f} GB at the peak, of which the result is "
             f"{m['bytes of the result'] / 1e9:.2f} GB.\n"
         )
     return text

@@ -1,4 +1,4 @@
-"""Start-up: seconds until ``import openmm_regflow``, ``openmm-regflow --help`` and a script's first line are through."""
+"""Start-up: seconds until ``import openmm_regflow``, ``openmm-regflow --help`` and a script's first line are done."""
 
 import subprocess
 import sys

@@ -1,5 +1,6 @@
 """Part 3: training steps per second of RegFlow, of maximum likelihood and of the teacher, on alanine dipeptide."""
 
+import contextlib
 import time
 from typing import Any
 
@@ -49,10 +50,9 @@ def rate(module: Any, loss: Any, batches: Any, seconds: float, skip: int = 3) ->
         if len(stamps) > skip + 3 and (stamps[-1] - stamps[skip] > seconds or time.monotonic() > end):
             raise TimeIsUp
 
-    try:
-        train(module, loss, batches, TrainConfig(steps=100_000, checkpoint_every=100_000, warmup=1000), progress=progress)
-    except TimeIsUp:
-        pass
+    config = TrainConfig(steps=100_000, checkpoint_every=100_000, warmup=1000)
+    with contextlib.suppress(TimeIsUp):
+        train(module, loss, batches, config, progress=progress)
     return (len(stamps) - 1 - skip) / (stamps[-1] - stamps[skip])
 
 
