@@ -11,8 +11,15 @@ import openmm
 import torch
 
 from openmm_regflow._version import __version__
-from openmm_regflow.device import read_positions, write_positions
+from openmm_regflow.device import (
+    choose_way,
+    openmm_properties,
+    read_positions,
+    why_no_gpu,
+    write_positions,
+)
 from openmm_regflow.potentials import TorchPotential
+from openmm_regflow.products import onednn_is_quicker
 from openmm_regflow.systems import load_system
 
 Rows = list[tuple[str, ...]]
@@ -51,42 +58,85 @@ def version_rows() -> Rows:
         names = (torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
         rows.append(("CUDA devices seen by torch", ", ".join(names)))
     else:
-        build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build for CPUs"
-        rows.append(("CUDA devices seen by torch", f"none (torch is {build})"))
+        rows.append(("CUDA devices seen by torch", f"none: {why_no_gpu()}"))
+    rows.append(("products of float32 matrices on the CPU", "oneDNN" if onednn_is_quicker() else "torch's default"))
     return rows
 
 
 def platform_rows() -> tuple[Rows, bool]:
     """Each OpenMM platform beside the batched potential on alanine dipeptide; False if two of them disagree.
 
-    A row is (platform, precision, energies per second, difference from `TorchPotential` in float64 [kJ/mol], time
-    for positions to torch and back [µs], verdict).
+    A row is (platform, precision, energies per second, difference from `TorchPotential` in float64 [kJ/mol], verdict).
     """
     molecule = load_system("alanine-dipeptide")
     expected = float(TorchPotential(molecule.system)(torch.as_tensor(molecule.positions)[None]))
-    rows: Rows = [
-        ("platform", "precision", "energies per second", "difference [kJ/mol]", "positions [µs]", "verdict")
-    ]
+    rows: Rows = [("platform", "precision", "energies per second", "difference [kJ/mol]", "verdict")]
     fine = True
     for index in range(openmm.Platform.getNumPlatforms()):
         engine = openmm.Platform.getPlatform(index)
         try:
-            context = openmm.Context(molecule.system, openmm.VerletIntegrator(0.001), engine)
+            context = _context(molecule.system, engine)
         except openmm.OpenMMException as error:
-            rows.append((engine.getName(), "", "", "", "", f"cannot run: {' '.join(str(error).split())}"))
+            rows.append((engine.getName(), "", "", "", f"cannot run: {' '.join(str(error).split())}"))
             continue
         write_positions(context, torch.as_tensor(molecule.positions))
         difference = abs(_energy(context) - expected)
         rate = 1.0 / seconds_per_call(lambda: _energy(context))  # noqa: B023
-        there_and_back = seconds_per_call(lambda: write_positions(context, read_positions(context)))  # noqa: B023
         back = (read_positions(context) - torch.as_tensor(molecule.positions)).abs().max()
         precision = _precision(engine, context)
         agrees = difference <= AGREEMENT[precision] and float(back) < 1e-6
         fine &= agrees
         verdict = "agrees" if agrees else "DISAGREES: do not use it"
-        row = (engine.getName(), precision, f"{rate:,.0f}", f"{difference:.1e}", f"{1e6 * there_and_back:.0f}", verdict)
-        rows.append(row)
+        rows.append((engine.getName(), precision, f"{rate:,.0f}", f"{difference:.1e}", verdict))
     return rows, fine
+
+
+def transfer_rows(n_large: int = 50_000) -> tuple[Rows, bool]:
+    """How positions travel between every platform and every torch device; False where they come back changed.
+
+    A row is (platform, device, way, latency, bandwidth, verdict): time there and back of three atoms [µs], and float64
+    bytes per second of ``n_large`` atoms, both directions counted.
+    """
+    rows: Rows = [("platform", "torch device", "way", "latency [µs]", "bandwidth [MB/s]", "verdict")]
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    fine = True
+    for index in range(openmm.Platform.getNumPlatforms()):
+        engine = openmm.Platform.getPlatform(index)
+        for device in devices:
+            try:
+                small, large = (_context(_particles(n), engine, device) for n in (3, n_large))
+            except openmm.OpenMMException:  # said in the table of platforms
+                continue
+            x = torch.rand(n_large, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
+            write_positions(large, x)
+            write_positions(small, x[:3])
+            same = float((read_positions(large, device) - x).abs().max()) < 1e-6
+            transfer = choose_way(large, device)
+            latency, long = (seconds_per_call(lambda c=c: _there_and_back(c, device)) for c in (small, large))  # noqa: B023
+            verdict = "agrees" if same else "COMES BACK CHANGED: do not use it"
+            bandwidth = 2 * x.numel() * 8 / long / 1e6
+            rows.append((engine.getName(), device, transfer.way, f"{1e6 * latency:.0f}", f"{bandwidth:,.0f}", verdict))
+            fine &= same
+    return rows, fine
+
+
+def _there_and_back(context: openmm.Context, device: str) -> None:
+    write_positions(context, read_positions(context, device))
+
+
+def _particles(n: int) -> openmm.System:
+    """Particles without forces."""
+    system = openmm.System()
+    for _ in range(n):
+        system.addParticle(12.0)
+    return system
+
+
+def _context(system: openmm.System, engine: openmm.Platform, device: str | None = None) -> openmm.Context:
+    """A Context in the precision, and on the device, that this package would choose."""
+    on_gpu = None if device in (None, "cpu") else device
+    properties = openmm_properties(engine.getName(), on_gpu)
+    return openmm.Context(system, openmm.VerletIntegrator(0.001), engine, properties)
 
 
 def _energy(context: openmm.Context) -> float:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from openmm_regflow.errors import InputError
+from openmm_regflow.products import Linear, columns
 
 
 class Conditioner(nn.Module):
@@ -36,9 +37,9 @@ class HeadedNetwork(Conditioner):
 
     def columns(self, x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
         """`(n, n_in)` -> contiguous tensors `(size, n)`."""
-        h = self.hidden(x).T
-        parts = zip(self.head.bias.split(sizes), self.head.weight.split(sizes))
-        return tuple(torch.addmm(bias[:, None], weight, h) for bias, weight in parts)
+        h = self.hidden(x)
+        parts = zip(self.head.weight.split(sizes), self.head.bias.split(sizes))
+        return tuple(columns(h, weight, bias) for weight, bias in parts)
 
 
 class MLP(HeadedNetwork):
@@ -57,9 +58,9 @@ class MLP(HeadedNetwork):
         widths = [n_in] + [hidden] * depth
         layers: list[nn.Module] = []
         for a, b in pairwise(widths):
-            layers += [nn.Linear(a, b), nn.SiLU()]
+            layers += [Linear(a, b), nn.SiLU()]
         self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(widths[-1], n_out)
+        self.head = Linear(widths[-1], n_out)
         if zero_init:
             zero_(self.head)
 
@@ -81,12 +82,12 @@ class ResidualMLP(HeadedNetwork):
 
     def __init__(self, n_in: int, n_out: int, hidden: int = 128, depth: int = 2, zero_init: bool = True) -> None:
         super().__init__()
-        self.lift = nn.Linear(n_in, hidden)
+        self.lift = Linear(n_in, hidden)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+            nn.Sequential(nn.SiLU(), Linear(hidden, hidden), nn.SiLU(), Linear(hidden, hidden))
             for _ in range(depth)
         )
-        self.head = nn.Linear(hidden, n_out)
+        self.head = Linear(hidden, n_out)
         if zero_init:
             zero_(self.head)
 
@@ -115,10 +116,10 @@ class TransformerBlock(nn.Module):
         affine = n_condition == 0
         self.norm1 = nn.LayerNorm(width, elementwise_affine=affine)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=affine)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        self.feed = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-        self.modulation = nn.Linear(n_condition, 6 * width) if n_condition else None
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
+        self.feed = nn.Sequential(Linear(width, 2 * width), nn.GELU(), Linear(2 * width, width))
+        self.modulation = Linear(n_condition, 6 * width) if n_condition else None
         if self.modulation is not None:
             zero_(self.modulation)
 
@@ -164,12 +165,12 @@ class TokenTransformer(Conditioner):
         self.n_asked = self.n_known
         self.n_out = n_out
         per_token = math.ceil(n_out / self.n_asked)
-        self.lift = nn.Linear(token_size, hidden)
+        self.lift = Linear(token_size, hidden)
         self.known = nn.Parameter(0.5 * torch.randn(self.n_known, hidden))
         self.asked = nn.Parameter(0.5 * torch.randn(self.n_asked, hidden))
         self.blocks = nn.ModuleList(TransformerBlock(hidden, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(hidden)
-        self.head = nn.Linear(hidden, per_token)
+        self.head = Linear(hidden, per_token)
         zero_(self.head)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -387,3 +387,28 @@ def bars(
     axis.set(ylabel=ylabel, title=title, xlim=(-0.6, len(values) - 0.4))
     axis.margins(y=0.2)
     return figure
+
+
+@_styled
+def stacked(values: Mapping[str, Mapping[str, float]], *, label: str, title: str = "") -> Any:
+    """Horizontal bars, each made of parts: where the time of several runs goes.
+
+    Args:
+        values: name of the bar -> name of the part -> its length; every bar has the parts of the first.
+        label: of the axis, with its unit.
+        title: of the panel.
+    """
+    parts = list(next(iter(values.values())))
+    figure, axis = _figure(7.4, 1.1 + 0.42 * len(values))
+    start = np.zeros(len(values))
+    for colour, part in zip(_cycle(len(parts)), parts):
+        length = np.array([bar[part] for bar in values.values()])
+        axis.barh(range(len(values)), length, left=start, color=colour, label=part, height=0.66)
+        start += length
+    for place, total in enumerate(start):
+        axis.annotate(f"{total:.3g}", (total, place), (4, 0), textcoords="offset points", va="center", fontsize=8.5)
+    axis.set_yticks(range(len(values)), list(values))
+    axis.invert_yaxis()
+    axis.set(xlabel=label, title=title, xlim=(0, 1.1 * start.max()))
+    axis.legend(ncols=len(parts), loc="upper center", bbox_to_anchor=(0.45, -0.22), fontsize=8.5)
+    return figure

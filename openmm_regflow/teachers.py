@@ -14,6 +14,7 @@ from openmm_regflow.bijections import wrap
 from openmm_regflow.errors import InputError
 from openmm_regflow.flows import Prior
 from openmm_regflow.networks import MLP, ResidualMLP, TimeEmbedding, TransformerBlock, zero_
+from openmm_regflow.products import Linear
 
 LogDet = Literal["none", "exact", "hutchinson"]
 #: Methods of torchdiffeq with steps of one length, and with steps to a tolerance.
@@ -92,12 +93,12 @@ class TokenField(nn.Module):
         super().__init__()
         self.n_time, self.n_out = n_time, n_out
         self.n_tokens = -(-max(n_in, n_out) // 3)
-        self.lift = nn.Linear(3, hidden)
+        self.lift = Linear(3, hidden)
         self.place = nn.Parameter(0.5 * torch.randn(self.n_tokens, hidden))
-        self.condition = nn.Sequential(nn.Linear(n_time, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
+        self.condition = nn.Sequential(Linear(n_time, hidden), nn.SiLU(), Linear(hidden, hidden), nn.SiLU())
         self.blocks = nn.ModuleList(TransformerBlock(hidden, 4, hidden) for _ in range(depth))
         self.norm = nn.LayerNorm(hidden)
-        self.head = nn.Linear(hidden, 3)
+        self.head = Linear(hidden, 3)
         zero_(self.head)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,11 +130,11 @@ class EquivariantField(nn.Module):
         super().__init__()
         self.n_atoms, self.n_time = n_atoms, n_time
         self.embedding = nn.Parameter(0.5 * torch.randn(n_atoms, hidden))
-        self.time = nn.Linear(n_time, hidden)
+        self.time = Linear(n_time, hidden)
         self.messages = nn.ModuleList(MLP(2 * hidden + 2, hidden, hidden, 1, zero_init=False) for _ in range(depth))
         self.updates = nn.ModuleList(MLP(2 * hidden, hidden, hidden, 1, zero_init=False) for _ in range(depth))
-        self.weights = nn.ModuleList(nn.Linear(hidden, 2) for _ in range(depth))
-        self.drift = nn.Linear(n_time, 1)
+        self.weights = nn.ModuleList(Linear(hidden, 2) for _ in range(depth))
+        self.drift = Linear(n_time, 1)
         for layer in (*self.weights, self.drift):
             zero_(layer)
 

@@ -1,14 +1,31 @@
-"""The device flag, and positions between a Context and torch."""
+"""The device flag, and positions between a Context and torch: every way on every platform that is here."""
 
 import openmm
 import pytest
 import torch
+from openmm import unit
 
-from openmm_regflow import doctor
+from openmm_regflow import OpenMMPotential, device, doctor
 from openmm_regflow.cli import main
-from openmm_regflow.device import read_positions, resolve_device, write_positions
+from openmm_regflow.device import (
+    choose_way,
+    host,
+    memory_line,
+    openmm_properties,
+    read_positions,
+    resolve_device,
+    self_test,
+    write_positions,
+)
+from openmm_regflow.device.native import Layout, Native, Unavailable, pack, unpack
 from openmm_regflow.errors import InputError
 from openmm_regflow.systems import load_system
+
+PLATFORMS = [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())]
+CHOICES = {"CUDA": ("single", "mixed", "double"), "OpenCL": ("single", "mixed", "double")}
+PRECISIONS = [(platform, precision) for platform in PLATFORMS for precision in CHOICES.get(platform, (None,))]
+#: Largest difference of a position of about 1 nm after it went there and back [nm].
+ROUNDING = {"single": 2e-7, "mixed": 1e-13, "double": 0.0, None: 0.0}
 
 
 def test_names():
@@ -27,24 +44,113 @@ def test_a_gpu_that_is_not_there():
         resolve_device("cuda:99")
 
 
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built for CUDA")
+def test_the_line_says_why_there_is_none(capsys):
+    with pytest.raises(InputError, match="a build for CPUs"):
+        resolve_device("cuda")
+    with pytest.raises(SystemExit) as exit_:
+        main(["benchmark", "--device", "cuda"])
+    err = capsys.readouterr().err
+    assert exit_.value.code == 2 and err.startswith("error: no CUDA device") and err.count("\n") == 1
+
+
+def test_lines_for_a_gpu_that_fails():
+    assert "--device auto" in memory_line(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
+    assert "doctor" in memory_line(RuntimeError("CUDA error: no kernel image is available for execution\nmore"))
+    assert memory_line(RuntimeError("shapes cannot be multiplied")) is None and memory_line(ValueError("CUDA")) is None
+
+
+@pytest.mark.parametrize(("name", "code"), [("auto", 0), ("cpu", 2)])
+def test_out_of_memory_goes_on_on_the_cpu_if_asked(name, code, capsys, monkeypatch):
+    from openmm_regflow import demo
+
+    tried = []
+
+    def speed_table(*arguments):
+        tried.append(arguments)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [("energies", "1")]
+
+    monkeypatch.setattr(demo, "speed_table", speed_table)
+    with pytest.raises(SystemExit) as exit_:
+        main(["benchmark", "--device", name])
+    assert exit_.value.code == code and len(tried) == (2 if name == "auto" else 1)
+    assert "out of memory" in capsys.readouterr().err
+
+
+def test_precision_and_device_of_openmm():
+    assert openmm_properties("Reference") == openmm_properties("CPU") == {}
+    assert openmm_properties("OpenCL") == {"Precision": "mixed"}
+    assert openmm_properties("CUDA", "cuda:1")["Precision"] == "mixed"
+    assert ("DeviceIndex" in openmm_properties("CUDA", "cuda:1")) == torch.cuda.is_available()
+    x = load_system("alanine-dipeptide").positions[None]
+    for name in PLATFORMS:
+        engine = OpenMMPotential(load_system("alanine-dipeptide").system, name).engine(x)
+        assert engine.properties.get("Precision") == ("mixed" if name in ("CUDA", "OpenCL", "HIP") else None)
+
+
+def context_of(system, name, precision=None):
+    properties = {} if precision is None else {"Precision": precision}
+    platform = openmm.Platform.getPlatformByName(name)
+    return openmm.Context(system, openmm.LangevinMiddleIntegrator(300.0, 1.0, 0.002), platform, properties)
+
+
+def argon(n=100, edge=2.5):
+    """Particles in a periodic box; after some steps OpenMM's GPU platforms reorder them and fold them into the box."""
+    system = openmm.System()
+    system.setDefaultPeriodicBoxVectors(*(edge * torch.eye(3)).tolist())
+    force = openmm.NonbondedForce()
+    force.setNonbondedMethod(openmm.NonbondedForce.CutoffPeriodic)
+    force.setCutoffDistance(1.0)
+    for _ in range(n):
+        system.addParticle(40.0)
+        force.addParticle(0.0, 0.34, 1.0)
+    system.addForce(force)
+    grid = torch.arange(5, dtype=torch.float64) * 0.45
+    sites = torch.cartesian_prod(grid, grid, grid)
+    return system, sites[torch.randperm(len(sites), generator=torch.Generator().manual_seed(0))[:n]]
+
+
+@pytest.mark.parametrize(("name", "precision"), PRECISIONS)
+def test_positions_there_and_back_on_every_platform(name, precision):
+    molecule = load_system("alanine-dipeptide")
+    context = context_of(molecule.system, name, precision)
+    x = torch.as_tensor(molecule.positions)
+    write_positions(context, x)
+    found = read_positions(context)
+    assert found.dtype == torch.float64 and found.shape == (22, 3)
+    assert float((found - x).abs().max()) <= ROUNDING[precision]
+    context.setVelocitiesToTemperature(300.0, 1)
+    before = context.getState(velocities=True).getVelocities(asNumpy=True)._value
+    write_positions(context, (x + 0.01).float())
+    assert float((read_positions(context) - (x + 0.01).float()).abs().max()) <= ROUNDING[precision]
+    assert (before == context.getState(velocities=True).getVelocities(asNumpy=True)._value).all()
+
+
+@pytest.mark.parametrize(("name", "precision"), PRECISIONS)
+def test_positions_in_a_periodic_box_are_not_folded(name, precision):
+    system, x = argon()
+    context = context_of(system, name, precision)
+    far = x + torch.tensor([7.0, -9.0, 13.0])
+    write_positions(context, far)
+    assert float((read_positions(context) - far).abs().max()) <= 10 * ROUNDING[precision] + 1e-12
+    context.setVelocitiesToTemperature(300.0, 1)
+    context.getIntegrator().step(300)
+    state = context.getState(positions=True, enforcePeriodicBox=False).getPositions(asNumpy=True)
+    assert torch.equal(read_positions(context), torch.as_tensor(state.value_in_unit(unit.nanometer)))
+    assert (read_positions(context) - far).abs().max() < 1.5  # diffused, not moved by a box
+    context.setPeriodicBoxVectors(*(3.0 * torch.eye(3)).tolist())
+    write_positions(context, far)
+    assert float(context.getState().getPeriodicBoxVectors(asNumpy=True)._value[0, 0]) == 3.0
+
+
 @pytest.fixture(scope="module")
 def context():
     molecule = load_system("alanine-dipeptide")
-    integrator = openmm.VerletIntegrator(0.001)
-    context = openmm.Context(molecule.system, integrator, openmm.Platform.getPlatform("Reference"))
+    context = context_of(molecule.system, "Reference")
     context.setPositions(molecule.positions)
     return context
-
-
-def test_positions_there_and_back(context):
-    x = read_positions(context)
-    assert x.dtype == torch.float64 and x.shape == (22, 3)
-    context.setVelocitiesToTemperature(300.0, 1)
-    before = context.getState(velocities=True).getVelocities(asNumpy=True)._value
-    write_positions(context, x + 0.01)
-    assert torch.equal(read_positions(context), x + 0.01)
-    after = context.getState(velocities=True).getVelocities(asNumpy=True)._value
-    assert (before == after).all()
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(21, 3), torch.zeros(1, 22, 3), torch.full((22, 3), torch.nan)])
@@ -55,11 +161,90 @@ def test_bad_positions_leave_the_context_alone(context, bad):
     assert torch.equal(read_positions(context), before)
 
 
+def test_the_host_carries_what_is_not_on_a_gpu(context):
+    transfer = choose_way(context)
+    assert transfer.way == "host" and "CUDA" in transfer.reason and transfer is choose_way(context, "cpu")
+    with pytest.raises(Unavailable, match="Reference"):
+        read_positions(context, way="native")
+
+
+class Turned:
+    """A way that mixes up the atoms: consistent with itself, wrong for everybody else."""
+
+    def __init__(self, reads=True, writes=True):
+        self.reads, self.writes = reads, writes
+
+    def read(self, context, where):
+        x = host.read(context, where)
+        return x.flip(0) if self.reads else x
+
+    def write(self, context, positions):
+        host.write(context, positions.flip(0) if self.writes else positions)
+
+
+@pytest.mark.parametrize(("way", "words"), [(Turned(), "reads"), (Turned(reads=False), "writes")])
+def test_the_self_test_finds_a_wrong_order_and_leaves_the_context_alone(context, way, words):
+    before = read_positions(context)
+    self_test(host, context, torch.device("cpu"))
+    with pytest.raises(Unavailable, match=words):
+        self_test(way, context, torch.device("cpu"))
+    assert torch.equal(read_positions(context), before)
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_layout_with_order_padding_cells_and_corrections(corrected):
+    g = torch.Generator().manual_seed(0)
+    n, padded = 7, 32
+    x = torch.randn(n, 3, generator=g, dtype=torch.float64)
+    order, cells = torch.randperm(n, generator=g), torch.randint(-3, 4, (n, 3), generator=g)
+    box = torch.tensor([[2.0, 0.0, 0.0], [0.5, 2.0, 0.0], [0.1, -0.3, 2.0]], dtype=torch.float64)
+    posq = torch.randn(padded, 4, generator=g, dtype=torch.float32)
+    correction = torch.zeros(padded, 4) if corrected else None
+    kept = posq.clone()
+    pack(x, posq, correction, Layout(order, 0 * cells, box))
+    assert torch.equal(posq[:, 3], kept[:, 3]) and torch.equal(posq[n:], kept[n:])
+    found = unpack(posq, correction, Layout(order, 0 * cells, box))
+    assert float((found - x).abs().max()) < (1e-13 if corrected else 1e-6)
+    folded = posq.clone()
+    folded[:n, :3] += (cells.double() @ box).float()
+    assert float((unpack(folded, correction, Layout(order, cells, box)) - x).abs().max()) < 2e-6
+
+
+def native(platform):
+    try:
+        return Native(platform)
+    except Unavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.skipif("OpenCL" not in PLATFORMS, reason="no OpenCL platform")
+@pytest.mark.parametrize("precision", ["single", "mixed", "double"])
+def test_the_native_layout_on_opencl(precision):
+    """The helper that CUDA would use, on a real Context with padding, a new order of atoms and cells."""
+    helper, where = native("OpenCL"), torch.device("cpu")
+    system, x = argon()
+    moving = context_of(system, "OpenCL", precision)
+    write_positions(moving, x + torch.tensor([7.0, -9.0, 13.0]))
+    moving.setVelocitiesToTemperature(300.0, 1)
+    moving.getIntegrator().step(600)
+    n, padded, dtype, corrected, _ = helper.describe(moving)
+    assert n == 100 and padded > n and corrected == (precision == "mixed")
+    assert dtype == (torch.float64 if precision == "double" else torch.float32)
+    layout = helper._layout(moving, n, where)
+    assert bool(layout.cells.any()) and not torch.equal(layout.order, torch.arange(n))
+    self_test(helper, moving, where)
+    helper.write(moving, x)
+    energy = moving.getState(energy=True).getPotentialEnergy()
+    moving.setPositions(x.numpy())
+    assert abs(energy / moving.getState(energy=True).getPotentialEnergy() - 1) < 1e-5
+
+
 def test_doctor_finds_agreement_and_notices_its_absence(capsys, monkeypatch):
     with pytest.raises(SystemExit) as exit_:
         main(["doctor"])
     out = capsys.readouterr().out
     assert exit_.value.code == 0 and "Reference" in out and "agrees" in out and openmm.version.short_version in out
+    assert "bandwidth" in out and "host" in out
     monkeypatch.setattr(doctor, "_energy", lambda context: 0.0)
     with pytest.raises(SystemExit) as exit_:
         main(["doctor"])
@@ -79,3 +264,65 @@ def test_flow_and_energies_on_the_gpu_agree_with_the_cpu():
     assert (here - there).abs().max() < 1e-3
     u, v = (TorchPotential(mol.system, dtype=torch.float64, device=d) for d in ("cpu", "cuda"))
     assert (u(x) - v(x.cuda()).cpu()).abs().max() < 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["single", "mixed", "double"])
+@pytest.mark.parametrize("way", ["host", "native"])
+def test_positions_on_the_gpu(precision, way):
+    if way == "native":
+        native("CUDA")
+    system, x = argon()
+    moving = context_of(system, "CUDA", precision)
+    moving.setPositions(x.numpy())
+    moving.setVelocitiesToTemperature(300.0, 1)
+    moving.getIntegrator().step(600)
+    there = read_positions(moving, "cuda", way)
+    assert there.is_cuda
+    assert float((there.cpu() - read_positions(moving, "cpu", "host")).abs().max()) < 1e-9
+    write_positions(moving, x.cuda(), way)
+    assert float((read_positions(moving, "cpu", "host") - x).abs().max()) <= 10 * ROUNDING[precision] + 1e-12
+
+
+@pytest.mark.gpu
+def test_the_context_is_on_the_device_of_torch_in_mixed_precision():
+    mol = load_system("alanine-dipeptide")
+    engine = OpenMMPotential(mol.system, "CUDA").engine(mol.positions[None])
+    assert engine.properties == {"Precision": "mixed", "DeviceIndex": str(torch.cuda.current_device())}
+    assert torch.isfinite(OpenMMPotential(mol.system, "CUDA")(torch.as_tensor(mol.positions[None]))).all()
+
+
+@pytest.mark.gpu
+def test_a_pool_of_proposals_never_leaves_the_gpu():
+    from openmm_regflow import Flow, FlowProposal, TorchPotential
+
+    mol = load_system("alanine-dipeptide")
+    flow = Flow.load(mol.folder / "flow.safetensors", "cuda")
+    potential = TorchPotential(mol.system, dtype=torch.float32, device="cuda")
+    batch = FlowProposal(flow, potential, mol.temperature).sample(10_000)
+    assert all(t.is_cuda for t in batch)
+
+
+@pytest.mark.gpu
+def test_a_real_lack_of_memory_is_one_line():
+    total = torch.cuda.get_device_properties(0).total_memory
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        torch.empty(2 * total, dtype=torch.uint8, device="cuda")
+    assert "out of memory" in memory_line(caught.value)
+
+
+@pytest.mark.gpu
+def test_one_warning_where_the_helper_cannot_be_built(monkeypatch):
+    from openmm_regflow.device import native as way
+
+    mol = load_system("alanine-dipeptide")
+    way.load.cache_clear()
+    device._WARNED.clear()
+    monkeypatch.setattr(way, "VERSIONS", ("0.0",))
+    contexts = [context_of(mol.system, "CUDA", "mixed") for _ in range(2)]
+    with pytest.warns(RuntimeWarning, match="by way of the host") as caught:
+        for one in contexts:
+            one.setPositions(mol.positions)
+            assert read_positions(one, "cuda").is_cuda and choose_way(one, "cuda").way == "host"
+    assert len(caught) == 1
+    way.load.cache_clear()

@@ -68,6 +68,8 @@ FIGURES = {
     "chains": chains,
     "convergence": convergence,
     "work_distributions": lambda: plots.work_distributions(*works(), 2.0),
+    "stacked": lambda: plots.stacked({"eager": {"flow": 30.0, "energies": 40.0},
+                                      "compiled": {"flow": 20.0, "energies": 2.0}}, label="time [µs]"),
     "bars": lambda: plots.bars({"umbrella (published)": (4.10, 0.26), "tempering reference": (3.84, 0.17),
                                 "flow, reweighted": (3.95, 0.08)}, ylabel="ΔF [kT]", band=(3.84, 4.36)),
 }  # fmt: skip

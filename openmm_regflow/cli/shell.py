@@ -41,6 +41,16 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             function(*arguments, **options)
         except RegflowError as error:
             fail(f"error: {' '.join(str(error).split())}", 2)
+        except RuntimeError as error:
+            from openmm_regflow.device import memory_line
+
+            line = memory_line(error)
+            if line is None:
+                raise
+            if options.get("device") != "auto":
+                fail(f"error: {line}", 2)
+            print(f"{line.split(';')[0]}: going on on the CPU", file=sys.stderr)
+            guarded(*arguments, **options | {"device": "cpu"})
         except OSError as error:
             fail(f"error: {error}; check the path, its permissions and the free space", 2)
         except KeyboardInterrupt:

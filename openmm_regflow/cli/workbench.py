@@ -92,11 +92,15 @@ def doctor() -> None:
 
     Example: openmm-regflow doctor
     """
-    from openmm_regflow.doctor import platform_rows, version_rows
+    from openmm_regflow.doctor import platform_rows, transfer_rows, version_rows
 
     show_table("Versions and devices", [("what", "found"), *version_rows()])
     rows, fine = platform_rows()
-    show_table("OpenMM platforms on alanine dipeptide, positions by way of the host", rows)
+    show_table("OpenMM platforms on alanine dipeptide", rows)
+    ways, unchanged = transfer_rows()
+    show_table("Positions between an OpenMM Context and torch", ways)
+    if not unchanged:
+        fail("error: positions come back changed; use way='host', and send this output with a bug report", 1)
     if not fine:
         fail("error: a platform disagrees with the batched potential; choose another with platform=...", 1)
 

@@ -22,6 +22,7 @@ import openmm
 import torch
 from torch import Tensor
 
+from openmm_regflow.device import openmm_properties
 from openmm_regflow.errors import InputError
 from openmm_regflow.potentials.base import check_positions
 
@@ -102,7 +103,7 @@ def _store(state: openmm.State, i: int, energy: np.ndarray, force: np.ndarray | 
 def _candidates() -> list[tuple[str, dict[str, str]]]:
     """Platforms of this installation; the CPU platform also with one thread, which suits small molecules."""
     names = [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())]
-    choices: list[tuple[str, dict[str, str]]] = [(name, {}) for name in names]
+    choices: list[tuple[str, dict[str, str]]] = [(name, openmm_properties(name)) for name in names]
     return choices + ([("CPU", {"Threads": "1"})] if "CPU" in names else [])
 
 
@@ -128,7 +129,8 @@ class OpenMMPotential:
             evaluation, once per process and System.
         executor: a `concurrent.futures.Executor` that takes the chunks of a batch, or a number of processes
             (spawned here, and started anew if one dies); by default this process does the work.
-        properties: platform properties, for example ``{"Precision": "mixed"}``.
+        properties: platform properties, for example ``{"DeviceIndex": "1"}``; on a GPU mixed precision and torch's
+            current device are the default.
         groups: force groups to include; all by default.
 
     Attributes:
@@ -225,7 +227,8 @@ class OpenMMPotential:
     def engine(self, x: np.ndarray) -> _Engine:
         """Platform and System, after the probe at the first of these configurations where none was named."""
         if self._platform is not None:
-            return _Engine(self._xml, self._digest, self._platform, self._properties)
+            properties = openmm_properties(self._platform) | self._properties
+            return _Engine(self._xml, self._digest, self._platform, properties)
         if self._digest not in _FASTEST:
             finite = x[np.isfinite(x).all((1, 2))][:1]
             if not len(finite):  # nothing to time; any platform gives the same +inf, and the next batch is probed

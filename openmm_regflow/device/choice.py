@@ -1,0 +1,79 @@
+"""Which torch device, and which OpenMM device and precision go with it."""
+
+import torch
+
+from openmm_regflow.errors import InputError
+
+KNOWN = "known: cpu, cuda, cuda:N, auto"
+#: OpenMM platforms that take a device and a precision.
+GPU_PLATFORMS = ("CUDA", "HIP", "OpenCL")
+
+
+def resolve_device(name: str = "cpu") -> torch.device:
+    """The torch device for a name given by the user.
+
+    Args:
+        name: "cpu", "cuda", "cuda:1", ...; "auto" takes a GPU where there is one that works and the CPU otherwise.
+
+    Raises:
+        InputError: an unknown name, or a GPU that is not there; the line says why torch sees none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"unknown device {name!r}; {KNOWN}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device {name!r} is not supported; {KNOWN}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"no CUDA device was found by torch: {why_no_gpu()}. Use --device cpu, or --device auto to choose by itself"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"there is no {name}; {torch.cuda.device_count()} CUDA device(s) were found")
+    return device
+
+
+def why_no_gpu() -> str:
+    """Why torch sees no GPU, as far as it knows."""
+    built_for = torch.version.cuda
+    if built_for is None:
+        return f"torch {torch.__version__} is a build for CPUs; install one for CUDA"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # the first line names the driver, or that there is none
+        return f"torch is built for CUDA {built_for}, and {str(error).strip().splitlines()[0].rstrip('.')}"
+    return f"torch is built for CUDA {built_for} and the driver lists no device (see CUDA_VISIBLE_DEVICES)"
+
+
+def openmm_properties(platform: str, device: torch.device | str | None = None) -> dict[str, str]:
+    """Properties of an OpenMM platform that go with a torch device: the same GPU, mixed precision.
+
+    OpenMM and torch count GPUs alike (both by the driver, both under CUDA_VISIBLE_DEVICES). Mixed precision keeps
+    positions to 1e-8 nm, single precision rounds an energy by more than a Metropolis step should see.
+
+    Args:
+        platform: name of the platform; Reference and CPU have no such properties.
+        device: torch device; None for torch's current one.
+    """
+    if platform not in GPU_PLATFORMS:
+        return {}
+    properties = {"Precision": "mixed"}
+    if platform == "CUDA" and torch.cuda.is_available():
+        index = None if device is None else torch.device(device).index
+        properties["DeviceIndex"] = str(torch.cuda.current_device() if index is None else index)
+    return properties
+
+
+def memory_line(error: BaseException) -> str | None:
+    """One line for a GPU that is out of memory or does not fit torch's CUDA; None for any other error."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            "the GPU is out of memory; take fewer samples at a time (-n, batch_size, pool), or --device cpu, or "
+            "--device auto to go on there"
+        )
+    text = str(error).strip().splitlines()
+    if isinstance(error, RuntimeError) and text and "CUDA" in text[0]:
+        return f"the GPU failed: {text[0].rstrip('.')}; see openmm-regflow doctor, or take --device cpu"
+    return None

@@ -1,0 +1,111 @@
+"""Matrix products of the networks, by the quicker of the two libraries that torch has for them on a CPU.
+
+torch gives float32 products to MKL, which uses half the vector width on processors that are not Intel's: 90 to 110
+GFLOP/s where oneDNN, in the same torch, reaches 190 to 240 (one thread of an AMD EPYC with AVX-512). oneDNN is taken
+where it is known to win, and where a product is large enough to pay for its set-up; everything else (other processors,
+devices and types, small products, autocast) stays with torch.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: Multiplications of the smallest product that is worth oneDNN's set-up of ten microseconds.
+LEAST_WORK = 128**3
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x weight^T + bias``, as ``torch.nn.functional.linear``.
+
+    Args:
+        x: `(..., n_in)`.
+        weight: `(n_out, n_in)`.
+        bias: `(n_out,)`.
+    """
+    rows = x.numel() // max(1, x.shape[-1])
+    if not _worth_it(x, weight, rows):
+        return nn.functional.linear(x, weight, bias)
+    return _Linear.apply(x.reshape(rows, x.shape[-1]), weight, bias, 1).view(*x.shape[:-1], weight.shape[0])
+
+
+def columns(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`linear` with the samples last: `(n, n_in)` -> contiguous `(n_out, n)`."""
+    if not _worth_it(x, weight, len(x)):
+        return torch.addmm(bias[:, None], weight, x.T)
+    return _Linear.apply(weight, x, bias, 0)
+
+
+class Linear(nn.Linear):
+    """``torch.nn.Linear`` through `linear`; its weights have the same names."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`(..., n_in)` -> `(..., n_out)`."""
+        return linear(input, self.weight, self.bias)
+
+
+def _worth_it(x: Tensor, weight: Tensor, rows: int) -> bool:
+    return (
+        rows * weight.numel() >= LEAST_WORK
+        and x.dtype == weight.dtype == torch.float32
+        and x.device.type == weight.device.type == "cpu"
+        and onednn_is_quicker()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+class _Linear(torch.autograd.Function):
+    """``a b^T + bias`` by oneDNN, differentiable any number of times, and forwards (for divergences of teachers).
+
+    The bias runs along ``axis`` of the result: 1, as in a linear layer, or 0 for one whose samples come last.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, bias: Tensor | None, axis: int) -> Tensor:
+        inner = bias if axis else None
+        result = torch.ops.mkldnn._linear_pointwise(a, b, inner, "none", [], "")
+        return result if axis or bias is None else result.add_(bias[:, None])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, int], output: Tensor) -> None:
+        a, b, bias, axis = inputs
+        ctx.save_for_backward(a, b)
+        ctx.save_for_forward(a, b)
+        ctx.has_bias, ctx.axis = bias is not None, axis
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,), (a, b), needs = grads, ctx.saved_tensors, ctx.needs_input_grad
+        of_a = _Linear.apply(g, b.T, None, 1) if needs[0] else None
+        of_b = _Linear.apply(g.T, a.T, None, 1) if needs[1] else None
+        return of_a, of_b, g.sum(1 - ctx.axis) if ctx.has_bias and needs[2] else None, None
+
+    @staticmethod
+    def jvp(ctx: Any, a_t: Tensor | None, b_t: Tensor | None, bias_t: Tensor | None, _: None) -> Tensor:
+        a, b = ctx.saved_tensors
+        parts = [
+            None if a_t is None else _Linear.apply(a_t, b, None, 1),
+            None if b_t is None else _Linear.apply(a, b_t, None, 1),
+            None if bias_t is None else bias_t.expand(len(a), -1) if ctx.axis else bias_t[:, None].expand(-1, len(b)),
+        ]
+        return sum(part for part in parts if part is not None)  # type: ignore[return-value]
+
+
+@cache
+def onednn_is_quicker() -> bool:
+    """Whether this processor has AVX-512, is not Intel's, and torch's oneDNN multiplies correctly."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        if "vendor_id\t: GenuineIntel" in Path("/proc/cpuinfo").read_text():
+            return False
+        a, b = torch.linspace(-1, 1, 60).view(20, 3), torch.linspace(-2, 1, 21).view(7, 3)
+        found = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    except (OSError, AttributeError, RuntimeError, NotImplementedError):  # another system, or another torch
+        return False
+    return bool(torch.allclose(found, a @ b.T, atol=1e-5))

@@ -1,0 +1,98 @@
+"""Products by oneDNN are torch's own: values, all derivatives, and only where they are asked for."""
+
+import pytest
+import torch
+
+from openmm_regflow import products
+from openmm_regflow.networks import ResidualMLP
+from openmm_regflow.teachers import VectorField, divergence
+
+
+@pytest.fixture(params=[True, False], ids=["onednn", "torch"])
+def way(request, monkeypatch):
+    """Both ways on any processor: oneDNN multiplies correctly everywhere, it is only slower on some."""
+    if request.param and not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    torch.manual_seed(0)
+    monkeypatch.setattr(products, "onednn_is_quicker", lambda: request.param)
+    monkeypatch.setattr(products, "LEAST_WORK", 1)
+    return request.param
+
+
+def numbers(n=300, n_in=70, n_out=50):
+    g = torch.Generator().manual_seed(0)
+    draw = (torch.randn(shape, generator=g) for shape in ((n, n_in), (n_out, n_in), (n_out,)))
+    return [t.requires_grad_() for t in draw]
+
+
+def transposed(x, weight, bias):
+    return products.columns(x, weight, bias).T
+
+
+def largest_difference(a, b):
+    return max(float(((p - q).abs().max() / (1.0 + q.abs().max())).detach()) for p, q in zip(a, b))
+
+
+@pytest.mark.parametrize("function", [products.linear, transposed])
+def test_value_and_derivatives(way, function):
+    inputs = numbers()
+    ours, theirs = (f(*inputs) for f in (function, torch.nn.functional.linear))
+    assert largest_difference([ours], [theirs]) < 1e-4
+    seed = torch.randn_like(theirs)
+    first = [torch.autograd.grad((y.sin() * seed).sum(), inputs, create_graph=True) for y in (ours, theirs)]
+    assert largest_difference(*first) < 1e-4
+    second = [torch.autograd.grad(sum(g.square().sum() for g in grads), inputs) for grads in first]
+    assert largest_difference(*second) < 1e-3
+
+
+@pytest.mark.parametrize("function", [products.linear, transposed])
+def test_forwards_derivative_and_batches_of_calls(way, function):
+    x, weight, bias = (t.detach() for t in numbers())
+    tangents = tuple(torch.randn_like(t) for t in (x, weight, bias))
+    both = function, torch.nn.functional.linear
+    assert largest_difference(*([torch.func.jvp(f, (x, weight, bias), tangents)[1]] for f in both)) < 1e-4
+    many = torch.stack([x, 2 * x])
+    assert largest_difference(*([torch.func.vmap(lambda u, f=f: f(u, weight, bias))(many)] for f in both)) < 1e-4
+
+
+def test_leading_axes_and_rows_that_do_not_lie_side_by_side(way):
+    x, weight, bias = (t.detach() for t in numbers())
+    cube = x.view(30, 10, 70)
+    assert largest_difference(
+        [products.linear(cube, weight, bias)], [torch.nn.functional.linear(cube, weight, bias)]
+    ) < 1e-4
+    skewed = x.T.contiguous().T
+    assert largest_difference([products.linear(skewed, weight)], [skewed @ weight.T]) < 1e-4
+    one = [torch.randn(1, 70), torch.randn(5, 70), torch.randn(5)]
+    assert products.columns(*one).shape == (5, 1)
+
+
+def test_networks_and_divergences_do_not_depend_on_the_way(monkeypatch):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    network = ResidualMLP(20, 60, hidden=64, depth=2, zero_init=False)
+    field = VectorField(torch.arange(6) > 3, hidden=32, depth=1)
+    torch.nn.init.normal_(field.network.head.weight)
+    x, t = torch.randn(200, 20), torch.rand(200)
+    found = []
+    for quick in (True, False):
+        monkeypatch.setattr(products, "onednn_is_quicker", lambda quick=quick: quick)
+        monkeypatch.setattr(products, "LEAST_WORK", 1)
+        network.zero_grad()
+        y = network(x)
+        parts = network.columns(x, [40, 20])
+        y.square().mean().backward()
+        exact = divergence(field, t, x[:, :6], None)
+        found.append([y, *parts, *(p.grad.clone() for p in network.parameters()), *exact])
+    assert largest_difference(*found) < 1e-4
+
+
+def test_what_stays_with_torch(monkeypatch):
+    monkeypatch.setattr(products, "onednn_is_quicker", lambda: True)
+    large, weight = torch.randn(1024, 64), torch.randn(64, 64)
+    assert products._worth_it(large, weight, 1024)
+    assert not products._worth_it(large[:4], weight, 4)
+    assert not products._worth_it(large.double(), weight.double(), 1024)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not products._worth_it(large, weight, 1024)
+        assert products.linear(large, weight).dtype == torch.bfloat16
