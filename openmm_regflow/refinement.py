@@ -8,11 +8,6 @@ truncated at sqrt(n) times their mean (Ionides 2008), every sample is used once,
 (new moments would shake the weights at the start of each), and a round that raises the divergence, as a fresh pool
 shows it, is undone. Where a Markov kernel of the target is given, the frames move before
 every pool, so that these are not learnt by heart either.
-
-The ESS is 1 / E_p[p/q]: one sample where q is a hundredth of p spoils it more than it raises the divergence. With
-``emphasis`` g the target of a round is p (p/q)^g instead of p, q being the flow that drew the pool. Its fixed point is
-the same, q = p; with g = 1 the gradient is that of E_p[p/q] (the alpha-divergence of Midgley et al. 2023, arXiv
-2208.01893, without their annealing).
 """
 
 import copy
@@ -40,8 +35,6 @@ CHECKPOINT_KIND = "openmm_regflow.refinement"
 CHECKPOINT_VERSION = 2
 #: Steps of linear warm-up, once: the optimiser's moments are then those of the pools.
 WARMUP = 30
-#: Bound of |log p/q| in `RefineConfig.emphasis`: a factor of twenty.
-LARGEST_LEAN = 3.0
 
 
 class RefineConfig(BaseModel):
@@ -59,9 +52,6 @@ class RefineConfig(BaseModel):
     ema: float = Field(0.98, ge=0, lt=1)
     anchors: int = Field(10_000, ge=0, description="frames mixed into every pool, each time others; they bound weights")
     anchor_moves: int = Field(0, ge=0, description="Monte Carlo trajectories of every anchor before each pool")
-    emphasis: float = Field(
-        0.0, ge=0, le=1, description="lean to where the flow has too little density; 0: forward KL, 1: variance of p/q"
-    )
     clip_top: float = Field(0.0, ge=0, lt=1, description="fraction of the largest weights cut to the next ones")
     tolerance: float = Field(0.9, gt=0, le=1, description="undo a round if exp(-KL) is below this part of the best")
     seed: int = 0
@@ -127,8 +117,7 @@ class _Learner:
         """One pass over pool k, each sample seen once, at ``factor`` times its learning rate."""
         c, flow = self.config, self.flow
         fine = torch.isfinite(pool.x).flatten(1).all(1) & torch.isfinite(pool.log_r)
-        log_w = pool.log_w + c.emphasis * np.clip(pool.log_ratio(), -LARGEST_LEAN, LARGEST_LEAN)
-        w = torch.as_tensor(truncate(log_w, c.clip_top), dtype=flow.dtype, device=pool.x.device)[fine]
+        w = torch.as_tensor(truncate(pool.log_w, c.clip_top), dtype=flow.dtype, device=pool.x.device)[fine]
         y, log_det = flow.coordinates.to_features(pool.x[fine])
         log_r_y = (pool.log_r[fine] - log_det).to(flow.dtype)  # density of the features, as the loss compares it
         batches = Batches((y.to(flow.dtype), log_r_y, w), min(c.batch_size, len(y)), c.seed + k)
@@ -280,14 +269,12 @@ class _Pool:
     log_r: Tensor
     log_w: np.ndarray
 
-    def log_ratio(self) -> np.ndarray:
-        """log p/q `(n,)` with p normalised by the weights; -inf where p is zero."""
-        return self.log_w + (self.log_r - self.log_q).cpu().numpy() - _log_mean(self.log_w)
-
     def divergence(self) -> tuple[float, float]:
         """KL(p || q) = E_p[log p/q] [nat], ``p/q = (p/r) (r/q)``, with its error; p is normalised by the weights."""
         fine = np.isfinite(self.log_w)
-        w, log_ratio = reweighting.normalised_weights(self.log_w[fine]), self.log_ratio()[fine]
+        w = reweighting.normalised_weights(self.log_w[fine])
+        log_p = self.log_w[fine] + self.log_r.cpu().numpy()[fine] - _log_mean(self.log_w)
+        log_ratio = log_p - self.log_q.cpu().numpy()[fine]
         value = float(np.sum(w * log_ratio))
         return value, float(np.sqrt(np.sum((w * (log_ratio - value)) ** 2)))
 

@@ -170,23 +170,3 @@ def test_truncation_bounds_the_largest_weight():
     log_w[0] = 8.0
     rest = 9999 / (np.exp(8.0) + 9999)
     assert truncate(log_w)[0] == pytest.approx(10_000 * 0.01 / (0.01 + rest), rel=1e-9)
-
-
-def test_emphasis_leans_to_where_there_is_too_little_and_not_at_the_optimum(coordinates):
-    """With g = 1 the weights of a pool are those of E_p[p/q]; a perfect flow is left alone."""
-    flow, potential = pair(coordinates)
-    x, log_q = flow.sample(2000, torch.Generator().manual_seed(7))
-    pool = refinement._Pool(x, log_q, log_q, refinement._log_weights(flow, x, log_q, potential))
-    log_p = -potential(x).numpy() - refinement._log_mean(pool.log_w)
-    assert np.allclose(pool.log_ratio(), log_p - log_q.numpy(), atol=1e-5)
-    seen = []
-    learner = refinement._Learner(flow, config(1e-9).model_copy(update={"emphasis": 1.0, "batch_size": 2000}))
-    learner._step = lambda batch, rate: seen.append(batch)
-    learner.learn(pool, 0, 1.0)
-    (_, log_r, w) = seen[0]
-    lean = np.clip(pool.log_ratio(), -refinement.LARGEST_LEAN, refinement.LARGEST_LEAN)
-    assert np.allclose(np.sort(w.numpy()), np.sort(truncate(pool.log_w + lean)), rtol=1e-4)
-    perfect = flows.spline(coordinates, n_layers=2, hidden=8)
-    x, log_q = perfect.sample(2000, torch.Generator().manual_seed(7))
-    pool = refinement._Pool(x, log_q, log_q, refinement._log_weights(perfect, x, log_q, potential))
-    assert np.abs(pool.log_ratio()).max() < 1e-3
