@@ -30,11 +30,11 @@ from openmm_regflow.training import Batches, TrainConfig, train
 from openmm_regflow.units import thermal_energy
 
 SYSTEM, SAMPLES, COPIES = "alanine-dipeptide", 20_000, 20
-PAIRS, FEW_PAIRS, ODE_STEPS = 200_000, 50_000, 8
+PAIRS, FEW_PAIRS, ODE_STEPS = 100_000, 20_000, 8
 FLOW = {"n_layers": 6, "hidden": 96, "n_bins": 8, "line_bins": 4}
-TEACHER = TrainConfig(steps=4000, learning_rate=1e-3, validate_every=250, patience=6)
-REGRESSION = TrainConfig(steps=4000, learning_rate=1e-3, ema=0.998)
-LIKELIHOOD = TrainConfig(steps=3000, learning_rate=1e-3, ema=0.99, warmup=100, validate_every=50, patience=8)
+TEACHER = TrainConfig(steps=3000, learning_rate=1e-3, validate_every=250, patience=6)
+REGRESSION = TrainConfig(steps=2000, learning_rate=1e-3, ema=0.998)
+LIKELIHOOD = TrainConfig(steps=1500, learning_rate=1e-3, ema=0.99, warmup=100, validate_every=50, patience=8)
 #: Length of the finite differences that stand for Jacobian-vector products, in latent units.
 PROBE = 0.05
 
@@ -260,17 +260,17 @@ def teacher_of_many(bench: Bench, start: Any) -> flows.Flow:
     return regression(bench, (p.z, p.y, p.log_det), RegFlowLoss(bench.circular, log_det=1e-3, forward_backward=1e-6))
 
 
-LOG_DET = "200,000 pairs, log-determinants"
+LOG_DET = "100,000 pairs, log-determinants"
 BOTH = "regression, then likelihood, 200,000 frames"
 #: row -> (the row it starts from or None, how it is trained)
 ROWS: dict[str, tuple[str | None, Any]] = {
     "OT pairs": (None, transport),
-    "50,000 reflow pairs": (None, of_pairs(FEW_PAIRS)),
-    "200,000 reflow pairs": (None, of_pairs(PAIRS)),
-    "2,048,000 reflow pairs, streamed": (None, streamed),
+    "20,000 reflow pairs": (None, of_pairs(FEW_PAIRS)),
+    "100,000 reflow pairs": (None, of_pairs(PAIRS)),
+    "1,024,000 reflow pairs, streamed": (None, streamed),
     LOG_DET: (None, of_pairs(PAIRS, log_det=1e-3)),
-    "200,000 pairs, Jacobian-vector products": (None, directional()),
-    "200,000 pairs, both": (None, directional(log_det=1e-3)),
+    "100,000 pairs, Jacobian-vector products": (None, directional()),
+    "100,000 pairs, both": (None, directional(log_det=1e-3)),
     "teacher of 200,000 frames, log-determinants": (None, teacher_of_many),
     "likelihood alone, 10,000 frames": (None, lambda b, s: likelihood(b, b.flow(), b.few)),
     "the same with noise of 0.1": (None, lambda b, s: likelihood(b, b.flow(), b.few, 0.1)),
