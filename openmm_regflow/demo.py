@@ -20,10 +20,11 @@ from openmm_regflow import flows, metrics, plots, reweighting, tfep
 from openmm_regflow._version import __version__
 from openmm_regflow.chains import ChainTrace, run_chain, write_trajectory
 from openmm_regflow.device import resolve_device
-from openmm_regflow.ensemble import phi_positive, training_potential
+from openmm_regflow.ensemble import frame_mover, phi_positive, training_potential
 from openmm_regflow.errors import InputError
 from openmm_regflow.evaluation import Evaluation, evaluate
 from openmm_regflow.flows import Flow, FlowMetadata
+from openmm_regflow.frames import FramesConfig
 from openmm_regflow.moves import FlowMove
 from openmm_regflow.potentials import OpenMMPotential, TorchPotential
 from openmm_regflow.proposals import FlowProposal, ProposalBatch
@@ -37,6 +38,7 @@ from openmm_regflow.recipes import (
     Stage,
     TeacherConfig,
     fit,
+    needs_mover,
     save_teacher,
 )
 from openmm_regflow.refinement import RefineConfig
@@ -77,6 +79,7 @@ CAPTIONS = {
 def demo_config(seed: int = 0) -> RunConfig:
     """Training settings sized for ten minutes on two CPU cores, chains and plots included."""
     return RunConfig(
+        frames=FramesConfig(copies=15, seed=seed),
         flow=FlowConfig(n_layers=6, hidden=64, depth=1, seed=seed),
         teacher=TeacherConfig(
             hidden=256, depth=3, seed=seed, train=TrainConfig(steps=4000, seconds=110, learning_rate=1e-3, seed=seed)
@@ -89,7 +92,7 @@ def demo_config(seed: int = 0) -> RunConfig:
         ),
         likelihood=LikelihoodConfig(
             train=TrainConfig(
-                steps=300, seconds=30, learning_rate=3e-4, ema=0.99, warmup=20, validate_every=25, patience=3, seed=seed
+                steps=1500, seconds=70, learning_rate=1e-3, ema=0.99, validate_every=50, patience=5, seed=seed
             )
         ),
         refinement=RefineConfig(enabled=True, rounds=6, pool=40_000, seed=seed),
@@ -232,6 +235,8 @@ def obtain_flow(
             raise InputError(f"no flow is shipped for {molecule.name}; run the demo without --pretrained")
         return Flow.load(path, resolve_device(device)), None
     train, held_out = (torch.as_tensor(molecule.reference(split)) for split in ("train", "validation"))
+    # A minute of compilation pays where millions of energies are wanted.
+    where, many = resolve_device(device), needs_mover(config)
     provenance = {"config": config.model_dump(), "data": f"{molecule.name}: train", "frames": len(train)}
     trained = fit(
         molecule.topology,
@@ -241,8 +246,9 @@ def obtain_flow(
         metadata=FlowMetadata(molecule.name, molecule.fingerprint, molecule.temperature, provenance),
         folder=folder / "work",
         stage=monitor.bar,
-        device=resolve_device(device),
-        reduced_potential=training_potential(molecule, resolve_device(device)),
+        device=where,
+        reduced_potential=training_potential(molecule, where, compile=many),
+        mover=frame_mover(molecule, where, compile=True) if many else None,
         watch=[phi_positive(molecule)],
     )
     if trained.field is not None:

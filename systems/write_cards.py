@@ -117,8 +117,8 @@ def flow_part(molecule: MolecularSystem, folder: Path) -> list[str]:
         "",
         f"| figure ({found['n']:,} fresh samples, float64 energies of OpenMM) | |",
         "|---|---|",
-        f"| ESS | {100 * found['ess']:.1f} ± {100 * found['ess_error']:.1f} % |",
-        f"| ESS, top 0.2 % dropped | {100 * found['ess_truncated']:.1f} ± {100 * found['ess_truncated_error']:.1f} % |",
+        f"| ESS | {100 * found['ess']:.1f} ± {100 * found['ess_error']:.2g} % |",
+        f"| ESS, top 0.2 % dropped | {100 * found['ess_truncated']:.1f} ± {100 * found['ess_truncated_error']:.1g} % |",
         f"| Pareto k̂ | {found['k_hat']:.2f} |",
         f"| E-W1 plain / reweighted [kT] | {found['e_w1']:.3g} / {found['e_w1_reweighted']:.3g} |",
         f"| T-W2 plain / reweighted / floor [rad] | {found['t_w2']:.3f} / {found['t_w2_reweighted']:.3f} / "

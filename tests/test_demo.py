@@ -16,6 +16,7 @@ PLOTS = ["ramachandran", "energies", "weights", "free_energy_phi", "training", "
 
 def short_config():
     table = demo_config().model_dump()
+    table["frames"]["copies"] = 2
     table["teacher"]["train"]["steps"] = 100
     table["pairs"]["n"] = 2048
     table["regression"]["train"]["steps"] = table["likelihood"]["train"]["steps"] = 30
