@@ -264,8 +264,8 @@ def test_import_is_silent_and_help_is_light():
     assert done.stdout.strip() == "[]" and done.stderr == ""
     code = (
         "import atexit, sys; from openmm_regflow.cli import main; "
-        "atexit.register(lambda: print([m for m in ('torch', 'openmm', 'openmmtools', 'matplotlib') if m in sys.modules], "
-        "file=sys.stderr)); main(['--help'])"
+        "heavy = {'torch', 'openmm', 'openmmtools', 'matplotlib'}; "
+        "atexit.register(lambda: print(sorted(heavy & set(sys.modules)), file=sys.stderr)); main(['--help'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "train" in done.stdout and done.stderr.strip() == "[]"
