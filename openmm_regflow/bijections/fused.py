@@ -200,10 +200,12 @@ class _Compiled(WithFallback):
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function, "splines")
-        self.compiled = torch.compile(function, dynamic=True, fullgraph=True)
+        self.compiled: Callable[..., Any] | None = None
 
     def quick(self, *arguments: Any) -> Any:
         """The compiled kernel."""
+        if self.compiled is None:  # not before: the compiler's modules take as long to import as the rest of torch
+            self.compiled = torch.compile(self.plain, dynamic=True, fullgraph=True)
         # One variant for each number of bins, direction and type; torch's default stops at eight.
         with torch._dynamo.config.patch(recompile_limit=64):
             return self.compiled(*arguments)
