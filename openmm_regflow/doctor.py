@@ -4,6 +4,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -112,7 +113,7 @@ def transfer_rows(n_large: int = 50_000) -> tuple[Rows, bool]:
             write_positions(small, x[:3])
             same = float((read_positions(large, device) - x).abs().max()) < 1e-6
             transfer = choose_way(large, device)
-            latency, long = (seconds_per_call(lambda c=c: _there_and_back(c, device)) for c in (small, large))  # noqa: B023
+            latency, long = (seconds_per_call(partial(_there_and_back, c, device)) for c in (small, large))
             verdict = "agrees" if same else "COMES BACK CHANGED: do not use it"
             bandwidth = 2 * x.numel() * 8 / long / 1e6
             rows.append((engine.getName(), device, transfer.way, f"{1e6 * latency:.0f}", f"{bandwidth:,.0f}", verdict))

@@ -410,5 +410,5 @@ def stacked(values: Mapping[str, Mapping[str, float]], *, label: str, title: str
     axis.set_yticks(range(len(values)), list(values))
     axis.invert_yaxis()
     axis.set(xlabel=label, title=title, xlim=(0, 1.1 * start.max()))
-    axis.legend(ncols=len(parts), loc="upper center", bbox_to_anchor=(0.45, -0.22), fontsize=8.5)
+    figure.legend(ncols=len(parts), loc="outside lower center", fontsize=8.5)
     return figure

@@ -233,4 +233,4 @@ print(fused.usable(v), [str(w.message) for w in caught if "could not compile" in
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CXX": "/nonexistent/compiler"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("False") and result.stdout.count("run eagerly") == 2  # value and derivative
+    assert result.stdout.startswith("False") and result.stdout.count("running eagerly") == 1

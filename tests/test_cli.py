@@ -270,5 +270,10 @@ def test_import_is_silent_and_help_is_light():
     code = "import sys, openmm_regflow; print([m for m in ('torch', 'openmm', 'openmmtools') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]" and done.stderr == ""
-    code = "import sys, openmm_regflow.cli; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+    code = (
+        "import atexit, sys; from openmm_regflow.cli import main; "
+        "heavy = {'torch', 'openmm', 'openmmtools', 'matplotlib'}; "
+        "atexit.register(lambda: print(sorted(heavy & set(sys.modules)), file=sys.stderr)); main(['--help'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "train" in done.stdout and done.stderr.strip() == "[]"

@@ -179,3 +179,19 @@ def test_bad_sizes(key, data):
 def test_one_dimension_is_refused():
     with pytest.raises(InputError, match="1-dimensional"):
         flows.alternating_masks(torch.tensor([False]), 4, 0)
+
+
+def test_chunks_change_nothing(data, monkeypatch):
+    """Any number of samples takes the memory of one chunk, and gives what its chunks give one by one."""
+    flow = stirred(flows.spline(internal(data), **SMALL))
+    flow.bijection.double()
+    whole = flow.log_prob(data[1][:25])
+    monkeypatch.setattr(flows, "CHUNK", 7)
+    seen = []
+    flow.bijection.register_forward_hook(lambda module, given, out: seen.append(len(given[0])))
+    assert (flow.log_prob(data[1][:25]) - whole).abs().max() < 1e-9
+    x, log_q = flow.sample(25, torch.Generator().manual_seed(1))
+    assert seen[-4:] == [7, 7, 7, 4]
+    one_by_one = torch.Generator().manual_seed(1)
+    parts = [flow.sample(n, one_by_one) for n in (7, 7, 7, 4)]
+    assert torch.equal(x, torch.cat([p[0] for p in parts])) and torch.equal(log_q, torch.cat([p[1] for p in parts]))

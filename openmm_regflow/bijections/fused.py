@@ -6,7 +6,6 @@ becomes a kernel several times larger. The inverse needs no derivative of its ow
 dx = (dy - df) / f'(x).
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from openmm_regflow.bijections.splines import MIN_BIN, MIN_SLOPE, SLOPE_OFFSET
+from openmm_regflow.compiling import WithFallback
 
 Rows = list[Tensor]
 
@@ -195,33 +195,20 @@ def _at_knots(passed: Rows, left: Tensor, right: Tensor) -> Rows:
     return [in_bin(0, left), *inner, in_bin(n_bins - 1, right)]
 
 
-class _Compiled:
-    """A function that is compiled at its first call; eager, after one warning, where that fails."""
+class _Compiled(WithFallback):
+    """One of the kernels, compiled for any size."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self.function, self.failed, self.worked = function, False, False
-        self.compiled = torch.compile(function, dynamic=True, fullgraph=True)
+        super().__init__(function, "splines")
+        self.compiled: Callable[..., Any] | None = None
 
-    def __call__(self, *arguments: Any) -> Any:
-        if not self.failed:
-            try:
-                # One variant for each number of bins, direction and type; torch's default stops at eight.
-                with torch._dynamo.config.patch(recompile_limit=64):
-                    result = self.compiled(*arguments)
-                self.worked = True
-                return result
-            except Exception as error:
-                if self.worked:
-                    raise
-                self.failed = True
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                warnings.warn(
-                    f"could not compile the splines ({reason}); they run eagerly. A C++ compiler on the path (or in "
-                    "the variable CXX) is needed.",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-        return self.function(*arguments)
+    def quick(self, *arguments: Any) -> Any:
+        """The compiled kernel."""
+        if self.compiled is None:  # not before: the compiler's modules take as long to import as the rest of torch
+            self.compiled = torch.compile(self.plain, dynamic=True, fullgraph=True)
+        # One variant for each number of bins, direction and type; torch's default stops at eight.
+        with torch._dynamo.config.patch(recompile_limit=64):
+            return self.compiled(*arguments)
 
 
 _VALUE, _DERIVATIVE = _Compiled(_value), _Compiled(_derivative)

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol
 from weakref import WeakKeyDictionary
 
@@ -141,7 +142,7 @@ def self_test(carrier: _Carrier, context: Any, device: torch.device) -> None:
 
 def _carrier(context: Any, device: torch.device, way: Way) -> _Carrier:
     if way == "host":
-        return host  # type: ignore[return-value]
+        return host
     if way == "native":
         return Native(context.getPlatform().getName())
     return choose_way(context, device).carrier
@@ -160,7 +161,7 @@ def _choose(context: Any, device: torch.device) -> Transfer:
         _warn(f"positions travel by way of the host: {error}")
         return Transfer("host", str(error))
     ways: dict[str, Any] = {"host": host, "native": native}
-    times = {name: _microseconds(lambda way=way: way.read(context, device)) for name, way in ways.items()}
+    times = {name: _microseconds(partial(way.read, context, device)) for name, way in ways.items()}
     if times["native"] < times["host"]:
         return Transfer("native", "", times, native)
     return Transfer("host", "the host is quicker", times)

@@ -1,0 +1,60 @@
+"""Functions that `torch.compile` makes quicker, and that run as they are, after one warning, where it cannot."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+#: Reasons that have been given in this process: a missing compiler is said once, not for every function.
+_WARNED: set[str] = set()
+
+
+class WithFallback:
+    """A plain function and the compiled one in its place; a subclass says how to compile and call it in `quick`.
+
+    If compilation fails, for example for want of a C++ compiler, one warning is given and the plain function runs from
+    then on. Once compiled code has worked, its errors are errors of the input and are raised.
+
+    Args:
+        plain: the function.
+        name: what it computes, for the warning.
+
+    Attributes:
+        failed: it could not be compiled.
+        worked: compiled code has run.
+    """
+
+    def __init__(self, plain: Callable[..., Any], name: str) -> None:
+        self.plain, self.name = plain, name
+        self.failed = self.worked = False
+
+    def quick(self, *arguments: Any) -> Any:
+        """Compile on the first call, and run the compiled code."""
+        raise NotImplementedError
+
+    def __call__(self, *arguments: Any) -> Any:
+        """The function's value."""
+        if not self.failed:
+            try:
+                result = self.quick(*arguments)
+                self.worked = True
+                return result
+            except Exception as error:
+                # The chain raises many kinds of error (missing compiler, failed compiler, unsupported operation); the
+                # plain function below decides whether the input itself was at fault.
+                if self.worked:
+                    raise
+                self.failed = True
+                self._warn(error)
+        return self.plain(*arguments)
+
+    def _warn(self, error: Exception) -> None:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if reason in _WARNED:
+            return
+        _WARNED.add(reason)
+        warnings.warn(
+            f"could not compile {self.name} ({reason}); running eagerly, several times slower. A C++ compiler on the "
+            "path (or in the variable CXX) is needed.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
