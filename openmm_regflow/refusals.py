@@ -8,11 +8,47 @@ import openmm
 from openmm import unit
 
 from openmm_regflow.constraints import fixed_bonds
-from openmm_regflow.errors import IncompatibleFlowError, UnsupportedForceError
+from openmm_regflow.errors import IncompatibleFlowError, InputError, UnsupportedForceError
 from openmm_regflow.systems import compare_fingerprints, fingerprint
 
 #: Relative difference of a constraint's length and the flow's fixed bond that counts as equal (nine digits).
 LENGTH_TOLERANCE = 1e-9
+
+
+def check_subset(subset: Sequence[int], n_atoms: int, n_flow: int) -> None:
+    """Refuse indices that are no subset of a System's atoms, or another number than the flow's.
+
+    Raises:
+        InputError: naming the numbers.
+    """
+    if len(set(subset)) != len(subset) or min(subset, default=-1) < 0 or max(subset) >= n_atoms:
+        raise InputError(f"atom_subset {list(subset)} is empty, repeats atoms or leaves the System's {n_atoms} atoms")
+    if len(subset) != n_flow:
+        raise InputError(f"atom_subset has {len(subset)} atoms, the flow generates {n_flow}")
+
+
+def check_bonded(system: openmm.System, bonds: Sequence[tuple[int, int]]) -> None:
+    """Refuse atoms in another order than the flow's: bonds of its Z-matrix that the System does not have.
+
+    Masses would not tell: a methyl carbon whose mass went to its hydrogens is lighter than they are.
+
+    Args:
+        system: the System; one without harmonic bonds and constraints says nothing.
+        bonds: pairs of atoms, in the numbering of the System.
+
+    Raises:
+        IncompatibleFlowError: naming the first pair.
+    """
+    known = {frozenset(bond[:2]) for bond in fixed_bonds(system)}
+    for force in system.getForces():
+        if isinstance(force, openmm.HarmonicBondForce):
+            known |= {frozenset(force.getBondParameters(k)[:2]) for k in range(force.getNumBonds())}
+    wrong = [bond for bond in bonds if frozenset(bond) not in known]
+    if known and wrong:
+        raise IncompatibleFlowError(
+            f"atoms {wrong[0][0]} and {wrong[0][1]} of atom_subset stand where the flow has a bond, and the System has "
+            "none there; give the atoms in the order of the flow's training, or pass allow_mismatch=True"
+        )
 
 
 def check_subset_supported(system: openmm.System, subset: Sequence[int], flow: Any = None) -> None:

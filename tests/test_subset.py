@@ -66,8 +66,8 @@ class MissingVolume(SubsetProposal):
         return 2 * sum(torch.log((x[:, k + 1] - x[:, k]).norm(dim=1)) for k in range(3))
 
     def _draw(self, n, g):
-        batch = super()._draw(n, g)
-        return batch._replace(log_q=batch.log_q + self.volume(batch.positions))
+        positions, log_q = super()._draw(n, g)
+        return positions, log_q + self.volume(positions)
 
     def _log_q(self, positions):
         return super()._log_q(positions) + self.volume(positions[:, self.atom_subset])

@@ -184,7 +184,7 @@ class NCMCFlowMove(FlowMove):
         step, proposal = self._step, self._step.proposal  # type: ignore[union-attr]
         state = context.getState(getPositions=True)
         x = torch.as_tensor(np.array(state.getPositions(asNumpy=True).value_in_unit(unit.nanometer)))[None]
-        drawn: ProposalBatch = step.pool.take(1)  # type: ignore[union-attr]
+        drawn: ProposalBatch = step.pool.take(1, energies=False)  # type: ignore[union-attr]
         y = proposal.in_place(drawn.positions, x)
         energies = context_potential(context, kT)(torch.cat([x, y]))
         context.setPositions(y[0].numpy())
