@@ -447,7 +447,7 @@ class SubsetProposal(FlowProposal):
             self.check_system(self.system)
         if not self.allow_mismatch:
             check_flow(self.flow, None, self.temperature)
-            if self.system is not None and hasattr(self.flow, "coordinates"):
+            if self.system is not None:
                 check_bonded(self.system, self._bonds)
         self._set_constraints()
 
@@ -507,10 +507,7 @@ class SubsetProposal(FlowProposal):
     @cached_property
     def _bonds(self) -> list[tuple[int, int]]:
         """(atom, bonded to) in the order of the flow's Z-matrix, in the numbering of the System."""
-        zmatrix = self.flow.coordinates.zmatrix
-        first, middle, last = zmatrix.seed
-        pairs = [(first, middle), (last, middle), *((row[0], row[1]) for row in zmatrix.rows)]
-        return [(self._subset[a], self._subset[b]) for a, b in pairs]
+        return bonds_of_subset(self.flow, self._subset)
 
     def _draw(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Subset positions and their density."""
@@ -527,6 +524,16 @@ class SubsetProposal(FlowProposal):
         x = positions[:, self._subset].double()
         with torch.no_grad():
             return self.flow.log_prob(x).double() - self._log_metric(x)
+
+
+def bonds_of_subset(flow: Any, subset: Sequence[int]) -> list[tuple[int, int]]:
+    """(atom, bonded to) in the order of a flow's Z-matrix, in the numbering of the System; none without a Z-matrix."""
+    zmatrix = getattr(getattr(flow, "coordinates", None), "zmatrix", None)
+    if zmatrix is None:
+        return []
+    first, middle, last = zmatrix.seed
+    pairs = [(first, middle), (last, middle), *((row[0], row[1]) for row in zmatrix.rows)]
+    return [(subset[a], subset[b]) for a, b in pairs]
 
 
 def local_frame(three: Tensor) -> tuple[Tensor, Tensor]:

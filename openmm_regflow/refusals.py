@@ -13,6 +13,8 @@ from openmm_regflow.systems import compare_fingerprints, fingerprint
 
 #: Relative difference of a constraint's length and the flow's fixed bond that counts as equal (nine digits).
 LENGTH_TOLERANCE = 1e-9
+#: Name of something that a System may have, how many it has, and the check that refuses it.
+Feature = tuple[str, Callable[[openmm.System], int], Callable[[openmm.System, Any], None]]
 
 
 def check_subset(subset: Sequence[int], n_atoms: int, n_flow: int) -> None:
@@ -63,20 +65,52 @@ def check_subset_supported(system: openmm.System, subset: Sequence[int], flow: A
         UnsupportedForceError: with the atoms and the remedy; also for atoms without mass.
         IncompatibleFlowError: a bond that is fixed in the flow is not constrained in the System.
     """
+    for _, _, check in unsupported_in(subset):
+        check(system, flow)
+
+
+def unsupported_in(subset: Sequence[int]) -> tuple[Feature, ...]:
+    """What a proposal for a subset may not cover, in the form of :data:`UNSUPPORTED`."""
     members = set(subset)
-    if frozen := sorted(members & set(_frozen_atoms(system))):
-        raise UnsupportedForceError(
-            f"atom {frozen[0]} of the subset has no mass, so dynamics keep it in place and the flow would move it; "
-            "give it its mass and hold it with a restraint"
-        )
-    touching = [(i, j, d) for i, j, d in fixed_bonds(system) if members & {i, j}]
-    check_constraints(touching, [(subset[i], subset[j], d) for i, j, d in fixed_bonds_of(flow)], "subset")
-    for site in filter(system.isVirtualSite, range(system.getNumParticles())):
+
+    def frozen(system: openmm.System) -> list[int]:
+        return sorted(members & set(_frozen_atoms(system)))
+
+    def touching(system: openmm.System) -> list[tuple[int, int, float]]:
+        return [(i, j, d) for i, j, d in fixed_bonds(system) if members & {i, j}]
+
+    def refuse_frozen(system: openmm.System, flow: Any = None) -> None:
+        if atoms := frozen(system):
+            raise UnsupportedForceError(
+                f"atom {atoms[0]} of the subset has no mass, so dynamics keep it in place and the flow would move it; "
+                "give it its mass and hold it with a restraint"
+            )
+
+    def refuse_constraints(system: openmm.System, flow: Any = None) -> None:
+        held = [(subset[i], subset[j], d) for i, j, d in fixed_bonds_of(flow)]
+        check_constraints(touching(system), held, "subset")
+
+    def refuse_sites(system: openmm.System, flow: Any = None) -> None:
+        if sites := _sites_of(system, members):
+            raise UnsupportedForceError(
+                f"virtual site {sites[0]} belongs to the subset; choose a subset without virtual sites"
+            )
+
+    return (
+        ("constraints", lambda system: len(touching(system)), refuse_constraints),
+        ("virtual sites", lambda system: len(_sites_of(system, members)), refuse_sites),
+        ("particles without mass", lambda system: len(frozen(system)), refuse_frozen),
+    )
+
+
+def _sites_of(system: openmm.System, members: set[int]) -> list[int]:
+    """Virtual sites that are in a set of atoms or depend on one of them."""
+    sites = []
+    for site in _virtual_sites(system):
         virtual = system.getVirtualSite(site)
         if members & {site, *(virtual.getParticle(k) for k in range(virtual.getNumParticles()))}:
-            raise UnsupportedForceError(
-                f"virtual site {site} belongs to the subset; choose a subset without virtual sites"
-            )
+            sites.append(site)
+    return sites
 
 
 def check_supported(system: openmm.System, flow: Any = None) -> None:
@@ -164,8 +198,8 @@ def _refuse_periodic(system: openmm.System, flow: Any = None) -> None:
         )
 
 
-#: What a whole-molecule proposal may not cover: name, how many a System has, and the check that refuses it.
-UNSUPPORTED: tuple[tuple[str, Callable[[openmm.System], int], Callable[[openmm.System, Any], None]], ...] = (
+#: What a whole-molecule proposal may not cover.
+UNSUPPORTED: tuple[Feature, ...] = (
     ("constraints", lambda system: system.getNumConstraints(), _refuse_constraints),
     ("virtual sites", lambda system: len(_virtual_sites(system)), _refuse_virtual_sites),
     ("particles without mass", lambda system: len(_frozen_atoms(system)), _refuse_frozen_atoms),
