@@ -3,10 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from analytic_molecules import TEMPERATURE, GaussianFlow, Well, z_scores
-from test_sampling import SIGMAS, generator
+from analytic_molecules import TEMPERATURE, Chain, GaussianFlow, Well, chain_topology, z_scores
+from openmm import unit
+from openmmtools import mcmc, states
+from test_sampling import SIGMAS, chain_z, generator
 
+from openmm_regflow import flows
+from openmm_regflow.chains import context_platform
 from openmm_regflow.errors import IncompatibleFlowError, InputError, RegflowError
+from openmm_regflow.moves import FlowMove
+from openmm_regflow.potentials import OpenMMPotential
 from openmm_regflow.proposals import FlowProposal
 from openmm_regflow.sampling import AdaptiveFlow, run_chain
 
@@ -114,3 +120,52 @@ def test_a_retrained_flow_of_another_molecule_is_refused():
     other = GaussianFlow(torch.zeros(2, 3), torch.eye(6))
     with pytest.raises(IncompatibleFlowError, match="2 atoms"):
         AdaptiveFlow(proposal, sample, lambda flow, frames: other).adapt()
+
+
+def likelihood(flow, frames):
+    """Maximum likelihood on the frames of the adaptation, as a user would retrain."""
+    x = torch.as_tensor(frames)
+    flow.requires_grad_(True)
+    optimiser, g = torch.optim.Adam(flow.parameters(), 5e-3), generator(3)
+    for _ in range(60):
+        loss = -flow._log_prob(x[torch.randint(len(x), (128,), generator=g)]).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return flow
+
+
+def test_flow_moves_adapt_and_then_produce(tmp_path):
+    """A real FlowMove beside dynamics in openmmtools: sampled, retrained, frozen; production has the exact answers."""
+    target = Chain(4)
+    coordinates = flows.coordinates_for(chain_topology(4), target.sample(500, generator(1)))
+    flow = flows.spline(coordinates, n_layers=2, hidden=16).double()
+    proposal = FlowProposal(flow, OpenMMPotential(target.system, "Reference"), TEMPERATURE)
+    lengths, accepted = iter((250, 250, 700)), []
+
+    def openmmtools_chain(proposal):
+        np.random.seed(4)
+        n = next(lengths)
+        move = FlowMove(proposal, seed=n)
+        state = states.ThermodynamicState(target.system, TEMPERATURE * unit.kelvin)
+        start = states.SamplerState(target.sample(1, generator(6))[0].numpy() * unit.nanometer)
+        ghmc = mcmc.GHMCMove(timestep=3 * unit.femtosecond, collision_rate=5 / unit.picosecond, n_steps=5)
+        frames = []
+        with context_platform("Reference"):
+            sampler = mcmc.MCMCSampler(state, start, mcmc.SequenceMove([ghmc, move]))
+            for _ in range(n):
+                sampler.run(1)
+                frames.append(sampler.sampler_state.positions.value_in_unit(unit.nanometer))
+        accepted.append(move.n_accepted / n)
+        return np.array(frames)
+
+    adaptive = AdaptiveFlow(proposal, openmmtools_chain, likelihood)
+    frames = adaptive.adapt(2).freeze().produce()
+    assert [len(part) for part in adaptive.adaptation] == [250, 250] and len(frames) == 700
+    # Two proportions of correlated trials; each trial counts for no less than a tenth.
+    error = (accepted[0] * (1 - accepted[0]) / 25 + accepted[2] * (1 - accepted[2]) / 70) ** 0.5
+    assert accepted[2] - accepted[0] > 1.5 * error
+    scores = chain_z(torch.as_tensor(frames), target.observables())
+    assert max(map(abs, scores.values())) < SIGMAS, scores
+    with pytest.raises(InputError, match="adaptation is over"):
+        adaptive.adapt()
