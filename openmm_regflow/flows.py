@@ -194,7 +194,7 @@ class Flow(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return next(self.bijection.parameters()).device
+        return self.prior.circular.device  # a walk through all modules takes longer than a Markov chain's bookkeeping
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Latent `(n, dim)` -> positions `(n, n_atoms, 3)` [nm], log|det dx/dz| `(n,)`."""
