@@ -105,7 +105,8 @@ class NCMCFlowMove(FlowMove):
         if not 0 < steric_share < 1:
             raise InputError(f"steric_share is {steric_share}; a share of the protocol above 0 and below 1 is needed")
         super().__init__(proposal, 1, pool_size, flow_path=flow_path, energy="context", seed=seed)
-        self.n_steps, self.least_coupling = n_steps, tuple(float(c) for c in least_coupling)
+        self.n_steps = n_steps
+        self.least_coupling = float(least_coupling[0]), float(least_coupling[1])
         self.timestep, self.collision_rate = to_float(timestep, "time"), to_float(collision_rate, "rate")
         self.steric_share, self.last_work = float(steric_share), _unknown_work()
         self._switched: Any = None
@@ -226,8 +227,9 @@ class NCMCFlowMove(FlowMove):
         """Langevin dynamics that switch the coupling and measure protocol and shadow work."""
         from openmmtools import integrators
 
+        electrostatics, sterics = self.least_coupling
         return integrators.AlchemicalNonequilibriumLangevinIntegrator(
-            alchemical_functions=schedule(*self.least_coupling, share=self.steric_share),
+            alchemical_functions=schedule(electrostatics, sterics, self.steric_share),
             splitting="O V R H R V O",
             nsteps_neq=self.n_steps,
             temperature=thermodynamic_state.temperature,
