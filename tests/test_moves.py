@@ -1,6 +1,7 @@
 """FlowMove in openmmtools' samplers: exact, stored without weights, and found again after a restart."""
 
 import copy
+import gc
 import math
 import shutil
 
@@ -515,6 +516,25 @@ def test_copies_find_their_own_move_among_equal_ones(flow_path):
     pools = [move._step.pool for move in back]
     assert pools[0] is pools[2] and pools[1] is pools[3] and pools[0] is not pools[1]
     assert not torch.equal(drawn(back[0]), drawn(back[1]))
+
+
+def test_copies_outlive_their_move(flow_path):
+    """They keep the live potential, also one that no file could describe; without any copy nothing is kept."""
+    forget()
+
+    def potential(x):
+        return TorchPotential(MOLECULE.system)(x)
+
+    move = mcmc.SequenceMove([FlowMove(make_proposal(flow_path, potential, frame="free"))])
+    copied = copy.deepcopy(move)
+    del move
+    gc.collect()
+    assert len(registry._SHARED) == 1
+    copied.apply(thermodynamic_state(), sampler_state())
+    assert copied.move_list[0]._step.proposal.potential is potential
+    del copied
+    gc.collect()
+    assert len(registry._SHARED) == 0
 
 
 def test_the_flow_knows_its_file(flow_path, tmp_path):

@@ -8,7 +8,7 @@ import openmm
 from openmm import unit
 
 from openmm_regflow.errors import CorruptFileError, IncompatibleFlowError, InputError, UnsupportedForceError
-from openmm_regflow.moves.registry import Description, Shared, describe, find, own_file, register, steps_so_far
+from openmm_regflow.moves.registry import Description, Shared, describe, find, living, own_file, register, steps_so_far
 from openmm_regflow.proposals import FlowProposal
 from openmm_regflow.sampling import (
     FlowStatistics,
@@ -214,7 +214,7 @@ class FlowMove:
         self._statistics = FlowStatistics.from_dict(serialization["statistics"])
         self._n_steps = int(serialization.get("n_steps", 0))
         self._step, self._reference, self._checked = None, None, None
-        self._shared = None
+        self._shared = living(self._description)  # held from now on: the move that was copied may go
 
     def __str__(self) -> str:
         return f"FlowMove(n_proposals={self.n_proposals}, flow_path={self.flow_path!r})"

@@ -10,6 +10,7 @@ import hashlib
 import json
 import uuid
 import warnings
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,8 @@ class Shared:
     n_steps: int = 0
 
 
-_SHARED: dict[str, Shared] = {}
+#: As long as a move or a copy of it is alive; each one holds its own.
+_SHARED: weakref.WeakValueDictionary[str, Shared] = weakref.WeakValueDictionary()
 _RELINKED: dict[str, tuple[str, bool]] = {}
 
 
@@ -172,18 +174,23 @@ def find(description: Description, system: openmm.System, n_steps: int = 0) -> t
         InputError: the flow file is gone.
         IncompatibleFlowError: the flow file has changed, or belongs to another System.
     """
-    if description.key in _SHARED:
-        return description, _SHARED[description.key]
+    if (shared := living(description)) is not None:
+        return description, shared
     description = _located(description)
-    if description.key not in _SHARED:
+    if (shared := living(description)) is None:
         flow = Flow.load(str(description.flow_path), device=description.device)
-        register(description, _build_proposal(description, flow, system), n_steps)
-    return description, _SHARED[description.key]
+        shared = register(description, _build_proposal(description, flow, system), n_steps)
+    return description, shared
+
+
+def living(description: Description) -> Shared | None:
+    """What a description stands for, if a move with it is alive in this process."""
+    return _SHARED.get(description.key)
 
 
 def steps_so_far(description: Description, before: int) -> int:
     """Flow steps of all copies in this process and before it, for storage: ``before`` where none was taken here."""
-    shared = _SHARED.get(description.key)
+    shared = living(description)
     return before if shared is None else shared.n_steps
 
 
