@@ -129,6 +129,9 @@ class Flow(nn.Module):
         architecture: JSON-ready description from which `load` rebuilds the bijection.
         metadata: what the flow was made for.
         factor: of a harmonic prior, see `Prior`.
+
+    Attributes:
+        path: of the file that it was last loaded from or saved to; None before.
     """
 
     def __init__(
@@ -145,6 +148,7 @@ class Flow(nn.Module):
         self.prior = Prior(coordinates.circular.clone(), factor)
         self.architecture = dict(architecture)
         self.metadata = metadata or FlowMetadata()
+        self.path: Path | None = None
 
     @property
     def n_atoms(self) -> int:
@@ -190,7 +194,7 @@ class Flow(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return next(self.bijection.parameters()).device
+        return self.prior.circular.device  # a walk through all modules takes longer than a Markov chain's bookkeeping
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Latent `(n, dim)` -> positions `(n, n_atoms, 3)` [nm], log|det dx/dz| `(n,)`."""
@@ -258,6 +262,7 @@ class Flow(nn.Module):
         }
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items()}
         write_safetensors(Path(path), tensors, header)
+        self.path = Path(path).absolute()
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Flow":
@@ -278,6 +283,7 @@ class Flow(nn.Module):
         except (KeyError, TypeError, RuntimeError, StopIteration) as error:
             raise CorruptFileError(f"{path} does not describe a flow of this package: {error}") from error
         coordinates.refresh()
+        flow.path = Path(path).absolute()
         return flow.to(device).eval()
 
 

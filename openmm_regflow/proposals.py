@@ -22,7 +22,9 @@ from openmm_regflow.errors import IncompatibleFlowError, InputError, Unsupported
 from openmm_regflow.potentials import OpenMMPotential
 from openmm_regflow.refusals import (
     check_atoms,
+    check_bonded,
     check_flow,
+    check_subset,
     check_subset_supported,
     check_supported,
     fixed_bonds_of,
@@ -34,8 +36,6 @@ from openmm_regflow.units import temperature_kelvin, thermal_energy
 ABSURD_ENERGY = 1e6
 
 Frame = Literal["free", "fixed"]
-#: Hydrogens, repartitioned or not, are lighter than this [dalton]; everything else is heavier.
-LIGHT = 5.0
 EnergyFunction = Callable[[Tensor], Tensor]
 
 
@@ -232,6 +232,14 @@ class FlowProposal:
         other._check()
         return other
 
+    def draw(self, n: int, generator: torch.Generator | None = None) -> ProposalBatch:
+        """The draws of :meth:`sample` without their energies: ``u`` is NaN. For targets with an energy of their own."""
+        if n < 1:
+            raise InputError(f"{n} samples were asked for; at least one is needed")
+        chunks = [self._draw(size, generator) for size in _sizes(n, self.chunk_size)]
+        positions, log_q = (torch.cat(parts) for parts in zip(*chunks))
+        return ProposalBatch(positions, log_q, torch.full_like(log_q, torch.nan))
+
     def sample(self, n: int, generator: torch.Generator | None = None) -> ProposalBatch:
         """Draw ``n`` independent configurations from the flow.
 
@@ -245,11 +253,11 @@ class FlowProposal:
         Raises:
             InputError: ``n`` is below one.
         """
-        if n < 1:
-            raise InputError(f"{n} samples were asked for; at least one is needed")
-        chunks = [self._draw(size, generator) for size in _sizes(n, self.chunk_size)]
-        positions, log_q, u = (torch.cat(parts) for parts in zip(*chunks))
-        return ProposalBatch(positions, log_q, self._without_absurd(u))
+        return self.with_energies(self.draw(n, generator))
+
+    def with_energies(self, batch: ProposalBatch) -> ProposalBatch:
+        """Draws `(n, ...)` with their reduced potential."""
+        return batch._replace(u=self.reduced_potential(batch.positions))
 
     def log_q(self, positions: Any) -> Tensor:
         """Proposal log-density in the measure of ``exp(-u)`` (see the class), float64 `(n,)`.
@@ -334,12 +342,12 @@ class FlowProposal:
             )
         return tensor.to(self.device)
 
-    def _draw(self, n: int, generator: torch.Generator | None) -> ProposalBatch:
-        """One chunk of samples, energies before the cut."""
+    def _draw(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Positions and ``log_q`` of one chunk of samples."""
         with torch.no_grad():
             positions, log_prob = self.flow.sample(n, generator=generator)
             log_q = log_prob.double() - self._frame_log_density(positions) - self._log_metric(positions)
-        return ProposalBatch(positions, log_q, self._energies(positions))
+        return positions, log_q
 
     def _log_q(self, positions: Tensor) -> Tensor:
         """``log_q`` of one chunk."""
@@ -427,15 +435,12 @@ class SubsetProposal(FlowProposal):
         )
 
     def _check(self) -> None:
-        n_atoms, subset = getattr(self.potential, "n_atoms", None), self._subset
+        n_atoms = getattr(self.potential, "n_atoms", None)
         if n_atoms is None:
             raise InputError("the potential has no n_atoms; use TorchPotential or OpenMMPotential of the whole System")
-        if len(set(subset)) != len(subset) or min(subset) < 0 or max(subset) >= n_atoms:
-            raise InputError(f"atom_subset {subset} repeats atoms or leaves the System's {n_atoms} atoms")
-        if len(subset) != self.flow.n_atoms:
-            raise InputError(f"atom_subset has {len(subset)} atoms, the flow generates {self.flow.n_atoms}")
-        if len(set(self._frame_atoms)) != 3 or not set(self._frame_atoms) <= set(range(len(subset))):
-            raise InputError(f"frame_atoms {self._frame_atoms} are not three places among {len(subset)} atoms")
+        check_subset(self._subset, n_atoms, self.flow.n_atoms)
+        if len(set(self._frame_atoms)) != 3 or not set(self._frame_atoms) <= set(range(len(self._subset))):
+            raise InputError(f"frame_atoms {self._frame_atoms} are not three places among {len(self._subset)} atoms")
         if not self.flow.rotation_invariant:
             raise IncompatibleFlowError("a subset moves in its internal coordinates; train a flow on kind='internal'")
         if self.system is not None:
@@ -443,26 +448,12 @@ class SubsetProposal(FlowProposal):
         if not self.allow_mismatch:
             check_flow(self.flow, None, self.temperature)
             if self.system is not None:
-                self._check_elements(self.system)
+                check_bonded(self.system, self._bonds)
         self._set_constraints()
 
     def check_state_system(self, system: openmm.System) -> None:
         """As :meth:`check_system`; the flow's own System says nothing about the surroundings."""
         self.check_system(system)
-
-    def _check_elements(self, system: openmm.System) -> None:
-        """Refuse a subset whose hydrogens are not in the places of the flow's."""
-        known = getattr(getattr(self.flow, "metadata", None), "fingerprint", None)
-        if known is None or len(known.get("masses", ())) != len(self._subset):
-            return
-        masses = [system.getParticleMass(i).value_in_unit(unit.dalton) for i in self._subset]
-        wrong = [k for k, (m, n) in enumerate(zip(known["masses"], masses)) if (m < LIGHT) != (n < LIGHT)]
-        if wrong:
-            raise IncompatibleFlowError(
-                f"atom {self._subset[wrong[0]]} of atom_subset ({masses[wrong[0]]:.4g} dalton) stands where the flow "
-                f"has one of {known['masses'][wrong[0]]:.4g} dalton; give the atoms in the order of the flow's "
-                "training, or pass allow_mismatch=True"
-            )
 
     def check_system(self, system: openmm.System) -> None:
         """Refuse virtual sites that touch the subset, and constraints that do and are not fixed in the flow."""
@@ -516,22 +507,33 @@ class SubsetProposal(FlowProposal):
     @cached_property
     def _bonds(self) -> list[tuple[int, int]]:
         """(atom, bonded to) in the order of the flow's Z-matrix, in the numbering of the System."""
-        zmatrix = self.flow.coordinates.zmatrix
-        first, middle, last = zmatrix.seed
-        pairs = [(first, middle), (last, middle), *((row[0], row[1]) for row in zmatrix.rows)]
-        return [(self._subset[a], self._subset[b]) for a, b in pairs]
+        return bonds_of_subset(self.flow, self._subset)
 
-    def _draw(self, n: int, generator: torch.Generator | None) -> ProposalBatch:
-        """Subset positions and their density; the energy is known only beside a current configuration."""
+    def _draw(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Subset positions and their density."""
         with torch.no_grad():
             positions, log_prob = self.flow.sample(n, generator=generator)
             log_q = log_prob.double() - self._log_metric(positions)
-        return ProposalBatch(positions, log_q, torch.zeros_like(log_q))
+        return positions, log_q
+
+    def with_energies(self, batch: ProposalBatch) -> ProposalBatch:
+        """Zeros: the energy is known only beside a current configuration."""
+        return batch._replace(u=torch.zeros_like(batch.log_q))
 
     def _log_q(self, positions: Tensor) -> Tensor:
         x = positions[:, self._subset].double()
         with torch.no_grad():
             return self.flow.log_prob(x).double() - self._log_metric(x)
+
+
+def bonds_of_subset(flow: Any, subset: Sequence[int]) -> list[tuple[int, int]]:
+    """(atom, bonded to) in the order of a flow's Z-matrix, in the numbering of the System; none without a Z-matrix."""
+    zmatrix = getattr(getattr(flow, "coordinates", None), "zmatrix", None)
+    if zmatrix is None:
+        return []
+    first, middle, last = zmatrix.seed
+    pairs = [(first, middle), (last, middle), *((row[0], row[1]) for row in zmatrix.rows)]
+    return [(subset[a], subset[b]) for a, b in pairs]
 
 
 def local_frame(three: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,11 +8,49 @@ import openmm
 from openmm import unit
 
 from openmm_regflow.constraints import fixed_bonds
-from openmm_regflow.errors import IncompatibleFlowError, UnsupportedForceError
+from openmm_regflow.errors import IncompatibleFlowError, InputError, UnsupportedForceError
 from openmm_regflow.systems import compare_fingerprints, fingerprint
 
 #: Relative difference of a constraint's length and the flow's fixed bond that counts as equal (nine digits).
 LENGTH_TOLERANCE = 1e-9
+#: Name of something that a System may have, how many it has, and the check that refuses it.
+Feature = tuple[str, Callable[[openmm.System], int], Callable[[openmm.System, Any], None]]
+
+
+def check_subset(subset: Sequence[int], n_atoms: int, n_flow: int) -> None:
+    """Refuse indices that are no subset of a System's atoms, or another number than the flow's.
+
+    Raises:
+        InputError: naming the numbers.
+    """
+    if len(set(subset)) != len(subset) or min(subset, default=-1) < 0 or max(subset) >= n_atoms:
+        raise InputError(f"atom_subset {list(subset)} is empty, repeats atoms or leaves the System's {n_atoms} atoms")
+    if len(subset) != n_flow:
+        raise InputError(f"atom_subset has {len(subset)} atoms, the flow generates {n_flow}")
+
+
+def check_bonded(system: openmm.System, bonds: Sequence[tuple[int, int]]) -> None:
+    """Refuse atoms in another order than the flow's: bonds of its Z-matrix that the System does not have.
+
+    Masses would not tell: a methyl carbon whose mass went to its hydrogens is lighter than they are.
+
+    Args:
+        system: the System; one without harmonic bonds and constraints says nothing.
+        bonds: pairs of atoms, in the numbering of the System.
+
+    Raises:
+        IncompatibleFlowError: naming the first pair.
+    """
+    known = {frozenset(bond[:2]) for bond in fixed_bonds(system)}
+    for force in system.getForces():
+        if isinstance(force, openmm.HarmonicBondForce):
+            known |= {frozenset(force.getBondParameters(k)[:2]) for k in range(force.getNumBonds())}
+    wrong = [bond for bond in bonds if frozenset(bond) not in known]
+    if known and wrong:
+        raise IncompatibleFlowError(
+            f"atoms {wrong[0][0]} and {wrong[0][1]} of atom_subset stand where the flow has a bond, and the System has "
+            "none there; give the atoms in the order of the flow's training, or pass allow_mismatch=True"
+        )
 
 
 def check_subset_supported(system: openmm.System, subset: Sequence[int], flow: Any = None) -> None:
@@ -27,20 +65,52 @@ def check_subset_supported(system: openmm.System, subset: Sequence[int], flow: A
         UnsupportedForceError: with the atoms and the remedy; also for atoms without mass.
         IncompatibleFlowError: a bond that is fixed in the flow is not constrained in the System.
     """
+    for _, _, check in unsupported_in(subset):
+        check(system, flow)
+
+
+def unsupported_in(subset: Sequence[int]) -> tuple[Feature, ...]:
+    """What a proposal for a subset may not cover, in the form of :data:`UNSUPPORTED`."""
     members = set(subset)
-    if frozen := sorted(members & set(_frozen_atoms(system))):
-        raise UnsupportedForceError(
-            f"atom {frozen[0]} of the subset has no mass, so dynamics keep it in place and the flow would move it; "
-            "give it its mass and hold it with a restraint"
-        )
-    touching = [(i, j, d) for i, j, d in fixed_bonds(system) if members & {i, j}]
-    check_constraints(touching, [(subset[i], subset[j], d) for i, j, d in fixed_bonds_of(flow)], "subset")
-    for site in filter(system.isVirtualSite, range(system.getNumParticles())):
+
+    def frozen(system: openmm.System) -> list[int]:
+        return sorted(members & set(_frozen_atoms(system)))
+
+    def touching(system: openmm.System) -> list[tuple[int, int, float]]:
+        return [(i, j, d) for i, j, d in fixed_bonds(system) if members & {i, j}]
+
+    def refuse_frozen(system: openmm.System, flow: Any = None) -> None:
+        if atoms := frozen(system):
+            raise UnsupportedForceError(
+                f"atom {atoms[0]} of the subset has no mass, so dynamics keep it in place and the flow would move it; "
+                "give it its mass and hold it with a restraint"
+            )
+
+    def refuse_constraints(system: openmm.System, flow: Any = None) -> None:
+        held = [(subset[i], subset[j], d) for i, j, d in fixed_bonds_of(flow)]
+        check_constraints(touching(system), held, "subset")
+
+    def refuse_sites(system: openmm.System, flow: Any = None) -> None:
+        if sites := _sites_of(system, members):
+            raise UnsupportedForceError(
+                f"virtual site {sites[0]} belongs to the subset; choose a subset without virtual sites"
+            )
+
+    return (
+        ("constraints", lambda system: len(touching(system)), refuse_constraints),
+        ("virtual sites", lambda system: len(_sites_of(system, members)), refuse_sites),
+        ("particles without mass", lambda system: len(frozen(system)), refuse_frozen),
+    )
+
+
+def _sites_of(system: openmm.System, members: set[int]) -> list[int]:
+    """Virtual sites that are in a set of atoms or depend on one of them."""
+    sites = []
+    for site in _virtual_sites(system):
         virtual = system.getVirtualSite(site)
         if members & {site, *(virtual.getParticle(k) for k in range(virtual.getNumParticles()))}:
-            raise UnsupportedForceError(
-                f"virtual site {site} belongs to the subset; choose a subset without virtual sites"
-            )
+            sites.append(site)
+    return sites
 
 
 def check_supported(system: openmm.System, flow: Any = None) -> None:
@@ -128,8 +198,8 @@ def _refuse_periodic(system: openmm.System, flow: Any = None) -> None:
         )
 
 
-#: What a whole-molecule proposal may not cover: name, how many a System has, and the check that refuses it.
-UNSUPPORTED: tuple[tuple[str, Callable[[openmm.System], int], Callable[[openmm.System, Any], None]], ...] = (
+#: What a whole-molecule proposal may not cover.
+UNSUPPORTED: tuple[Feature, ...] = (
     ("constraints", lambda system: system.getNumConstraints(), _refuse_constraints),
     ("virtual sites", lambda system: len(_virtual_sites(system)), _refuse_virtual_sites),
     ("particles without mass", lambda system: len(_frozen_atoms(system)), _refuse_frozen_atoms),

@@ -6,6 +6,7 @@ trajectories in ``reference/{train,validation,test}.h5``. The named ones travel 
 
 import hashlib
 import math
+import re
 import tomllib
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -229,6 +230,27 @@ def backbone_torsions(topology: app.Topology, kind: Literal["phi", "psi", "omega
             if None not in row:
                 found.append(row)
     return np.array(found, dtype=np.int64).reshape(-1, 4)
+
+
+def select_atoms(topology: app.Topology, selection: str) -> list[int]:
+    """Atom indices of a selection: mdtraj's language, or numbers from 0 and ranges such as ``4,0-2,7`` in their order.
+
+    Raises:
+        InputError: neither of the two, or nothing selected.
+    """
+    if re.fullmatch(r"[\d\s,-]+", selection):
+        spans = [[int(end) for end in part.split("-")] for part in selection.replace(" ", "").split(",") if part]
+        atoms = [i for span in spans for i in range(span[0], span[-1] + 1)]
+    else:
+        import mdtraj
+
+        try:
+            atoms = [int(i) for i in mdtraj.Topology.from_openmm(topology).select(selection)]
+        except Exception as error:  # its parser has errors of many kinds
+            raise InputError(f"{selection!r} is no selection of atoms: {error}; try 'protein' or '0-21'") from error
+    if not atoms:
+        raise InputError(f"{selection!r} selects no atom; try 'protein', 'resname ALA' or '0-21'")
+    return atoms
 
 
 def _backbone_name(residue: Any, atom: Any) -> str:

@@ -147,6 +147,114 @@ class SolvatedChain:
         return ((third - first) * (second - first)).sum(-1)
 
 
+class MethylChain:
+    """22 atoms with a known distribution: a chain of 19 of unequal masses, ending in a methyl of unlike hydrogens.
+
+    Bonds, angles and the torsions of the chain are independent. The first hydrogen's torsion has the three unequal
+    wells of :class:`Chain`, so no symmetry of the rotor is left; the others keep about 120 degrees from it.
+    """
+
+    n_atoms, n_chain = 22, 19
+    #: The chain's torsions have this share of the energy of the first hydrogen's.
+    share = 0.2
+    tie = 20.0 * KT
+
+    def __init__(self, bond_width=0.02, angle_width=0.2):
+        self.temperature, self.kT = TEMPERATURE, KT
+        bond_k, angle_k = KT / bond_width**2, KT / angle_width**2
+        self.topology, self.system = self._topology(), openmm.System()
+        for i in range(self.n_atoms):
+            self.system.addParticle(1.008 if i >= self.n_chain else (12.0, 16.0, 14.0, 30.0)[i % 4])
+        self._add_forces(bond_k, angle_k)
+        self.bond = Grid(1e-3, 0.5, lambda b: 2 * np.log(b) - bond_k * (b - BOND_LENGTH) ** 2 / 2 / KT)
+        self.angle = Grid(1e-3, math.pi - 1e-3, lambda t: np.log(np.sin(t)) - angle_k * (t - ANGLE) ** 2 / 2 / KT)
+        self.weak = Grid(-math.pi, math.pi, lambda p: -self.share * torsion_energy(p) / KT)
+        self.torsion = Grid(-math.pi, math.pi, lambda p: -torsion_energy(p) / KT)
+        self.apart = Grid(-math.pi, math.pi, lambda p: self.tie * np.cos(p) / KT)
+
+    def references(self, atom):
+        """Atoms that an atom's bond, angle and torsion refer to."""
+        last = min(atom, self.n_chain)
+        return last - 1, last - 2, last - 3
+
+    def _topology(self):
+        topology = app.Topology()
+        residue = topology.addResidue("CHN", topology.addChain())
+        elements = ["C"] * self.n_chain + ["H"] * 3
+        atoms = [topology.addAtom(f"{e}{i}", app.Element.getBySymbol(e), residue) for i, e in enumerate(elements)]
+        for i in range(1, self.n_atoms):
+            topology.addBond(atoms[self.references(i)[0]], atoms[i])
+        return topology
+
+    def _add_forces(self, bond_k, angle_k):
+        bonds, angles, torsions = openmm.HarmonicBondForce(), openmm.HarmonicAngleForce(), openmm.PeriodicTorsionForce()
+        tie = openmm.CustomCompoundBondForce(
+            5, "-tie*cos(dihedral(p2,p3,p4,p5)-dihedral(p1,p3,p4,p5)-turn)"
+        )
+        for name in ("tie", "turn"):
+            tie.addPerBondParameter(name)
+        for i in range(1, self.n_atoms):
+            c, e, f = self.references(i)
+            bonds.addBond(c, i, BOND_LENGTH, bond_k)
+            if i > 1:
+                angles.addAngle(e, c, i, ANGLE, angle_k)
+            for k, n, phase in TORSION if 2 < i <= self.n_chain else ():
+                torsions.addTorsion(f, e, c, i, n, phase, k * (1.0 if i == self.n_chain else self.share))
+            if i > self.n_chain:
+                turn = 2 * math.pi / 3 * (1 if i == self.n_chain + 1 else -1)
+                tie.addBond([self.n_chain, i, c, e, f], [self.tie, turn])
+        for force in (bonds, angles, torsions, tie):
+            self.system.addForce(force)
+
+    def sample(self, n, generator):
+        """Exact configurations `(n, 22, 3)`, by placing one atom after the other."""
+        x = torch.zeros(n, self.n_atoms, 3, dtype=torch.float64)
+        x[:, 1, 0] = self.bond.sample(n, generator)
+        b, t = self.bond.sample(n, generator), self.angle.sample(n, generator)
+        x[:, 2] = x[:, 1] + b[:, None] * torch.stack([-t.cos(), t.sin(), torch.zeros_like(t)], 1)
+        first = self.torsion.sample(n, generator)
+        for i in range(3, self.n_atoms):
+            tau = first if i >= self.n_chain else self.weak.sample(n, generator)
+            if i > self.n_chain:
+                turn = 2 * math.pi / 3 * (1 if i == self.n_chain + 1 else -1)
+                tau = first + turn + self.apart.sample(n, generator)
+            c, e, f = (x[:, k] for k in self.references(i))
+            x[:, i] = attach(c, e, f, self.bond.sample(n, generator), self.angle.sample(n, generator), tau)
+        centre = torch.randn(n, 1, 3, generator=generator, dtype=torch.float64)
+        return x @ random_rotations(n, generator).transpose(1, 2) + centre
+
+    def observables(self):
+        """name -> (function of positions, exact expectation)."""
+        hydrogen = [16, 17, 18, 19]
+        found = {
+            "bond 4-5": (lambda x: distance(x, 4, 5), self.bond.mean(lambda b: b)),
+            "bond of a hydrogen": (lambda x: distance(x, 18, 20), self.bond.mean(lambda b: b)),
+            "angle": (lambda x: bend(x, 9, 10, 11), self.angle.mean(lambda t: t)),
+            "cos weak": (lambda x: dihedral(x[..., 5:9, :]).cos(), self.weak.mean(np.cos)),
+            "cos hydrogen": (lambda x: dihedral(x[..., hydrogen, :]).cos(), self.torsion.mean(np.cos)),
+            "sin hydrogen": (lambda x: dihedral(x[..., hydrogen, :]).sin(), self.torsion.mean(np.sin)),
+        }
+        for k, (low, high) in enumerate(BASINS):
+            found[f"hydrogen basin {k}"] = (
+                lambda x, low=low, high=high: in_range(dihedral(x[..., hydrogen, :]), low, high),
+                self.torsion.mean(lambda p, low=low, high=high: (p >= low) & (p < high)),
+            )
+        return found
+
+
+def in_range(values, low, high):
+    return ((values >= low) & (values < high)).double()
+
+
+def attach(c, e, f, b, t, tau):
+    """A fourth atom `(n, 3)`: bond ``b`` to c, angle ``t`` with e, torsion ``tau`` with f (OpenMM's sign)."""
+    axis = torch.nn.functional.normalize(c - e, dim=1)
+    normal = torch.nn.functional.normalize(torch.linalg.cross(e - f, axis), dim=1)
+    across = torch.linalg.cross(normal, axis)
+    reach = (b * t.sin())[:, None]
+    return c - (b * t.cos())[:, None] * axis + reach * (tau.cos()[:, None] * across + tau.sin()[:, None] * normal)
+
+
 BASINS = ((-math.pi, -1.0), (-1.0, 1.2), (1.2, math.pi))
 
 

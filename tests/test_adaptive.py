@@ -3,10 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from analytic_molecules import TEMPERATURE, GaussianFlow, Well, z_scores
-from test_sampling import SIGMAS, generator
+from analytic_molecules import TEMPERATURE, Chain, GaussianFlow, Well, chain_topology, z_scores
+from openmm import unit
+from openmmtools import mcmc, states
+from test_sampling import SIGMAS, chain_z, generator
 
+from openmm_regflow import flows
+from openmm_regflow.chains import context_platform
 from openmm_regflow.errors import IncompatibleFlowError, InputError, RegflowError
+from openmm_regflow.moves import FlowMove
+from openmm_regflow.potentials import OpenMMPotential
 from openmm_regflow.proposals import FlowProposal
 from openmm_regflow.sampling import AdaptiveFlow, run_chain
 
@@ -114,3 +120,44 @@ def test_a_retrained_flow_of_another_molecule_is_refused():
     other = GaussianFlow(torch.zeros(2, 3), torch.eye(6))
     with pytest.raises(IncompatibleFlowError, match="2 atoms"):
         AdaptiveFlow(proposal, sample, lambda flow, frames: other).adapt()
+
+
+def refitted(flow, frames):
+    """A new flow on coordinates whitened with the frames of the adaptation: the maximum-likelihood Gaussian."""
+    return flows.spline(
+        flows.coordinates_for(chain_topology(4), torch.as_tensor(frames)), n_layers=2, hidden=16
+    ).double()
+
+
+def test_flow_moves_adapt_and_then_produce(tmp_path):
+    """A real FlowMove beside dynamics in openmmtools: sampled, retrained, frozen; production has the exact answers."""
+    target, cold = Chain(4), Chain(4, temperature=150.0)
+    coordinates = flows.coordinates_for(chain_topology(4), cold.sample(500, generator(1)))  # far too narrow
+    flow = flows.spline(coordinates, n_layers=2, hidden=16).double()
+    proposal = FlowProposal(flow, OpenMMPotential(target.system, "Reference"), TEMPERATURE)
+    lengths, accepted = iter((250, 250, 700)), []  # two rounds, then production
+
+    def openmmtools_chain(proposal):
+        np.random.seed(4)
+        n = next(lengths)
+        move = FlowMove(proposal, seed=n)
+        state = states.ThermodynamicState(target.system, TEMPERATURE * unit.kelvin)
+        start = states.SamplerState(target.sample(1, generator(6))[0].numpy() * unit.nanometer)
+        ghmc = mcmc.GHMCMove(timestep=3 * unit.femtosecond, collision_rate=5 / unit.picosecond, n_steps=5)
+        frames = []
+        with context_platform("Reference"):
+            sampler = mcmc.MCMCSampler(state, start, mcmc.SequenceMove([ghmc, move]))
+            for _ in range(n):
+                sampler.run(1)
+                frames.append(sampler.sampler_state.positions.value_in_unit(unit.nanometer))
+        accepted.append(move.n_accepted / n)
+        return np.array(frames)
+
+    adaptive = AdaptiveFlow(proposal, openmmtools_chain, refitted)
+    frames = adaptive.adapt(2).freeze().produce()
+    assert [len(part) for part in adaptive.adaptation] == [250, 250] and len(frames) == 700
+    assert ess(adaptive.proposal) > 1.5 * ess(proposal) and min(accepted) > 0.05
+    scores = chain_z(torch.as_tensor(frames), target.observables())
+    assert max(map(abs, scores.values())) < SIGMAS, scores
+    with pytest.raises(InputError, match="adaptation is over"):
+        adaptive.adapt()

@@ -3,21 +3,33 @@
 import json
 import math
 
+import numpy as np
 import openmm
 import pytest
 import torch
-from analytic_molecules import TEMPERATURE, Chain, GaussianFlow, Well, cartesian_gaussian, chain_topology
+from analytic_molecules import (
+    TEMPERATURE,
+    Chain,
+    GaussianFlow,
+    SolvatedChain,
+    Well,
+    cartesian_gaussian,
+    chain_topology,
+)
 from openmm import app, unit
+from test_constraints import rod_flow, solvated, solvated_sample
 from test_sampling import EnergyOnly, MissingJacobian, OtherState, WrongSign
 
-from openmm_regflow import check, flows
+from openmm_regflow import flows
 from openmm_regflow.check import HybridMonteCarlo, kernel_test, largest_score, run_checks, system_findings, thinned
+from openmm_regflow.check import findings as check_findings
+from openmm_regflow.check import kernel as check_kernel
 from openmm_regflow.cli import main
 from openmm_regflow.errors import InputError
 from openmm_regflow.flows import FlowMetadata
 from openmm_regflow.potentials import TorchPotential
-from openmm_regflow.proposals import FlowProposal, ProposalBatch
-from openmm_regflow.systems import MolecularSystem
+from openmm_regflow.proposals import FlowProposal, ProposalBatch, SubsetProposal
+from openmm_regflow.systems import MolecularSystem, select_atoms
 
 TARGET = Chain(4)
 
@@ -75,7 +87,7 @@ def test_kernel_test_sees_planted_errors(planted):
 
 def test_kernel_test_sees_a_kernel_that_is_wrong(monkeypatch):
     """Steps that accept too much leave another distribution, though every density is right."""
-    original = check.run_chain
+    original = check_kernel.run_chain
 
     def too_often(proposal, positions, n_steps, **options):
         options["n_proposals"] = 1
@@ -83,7 +95,7 @@ def test_kernel_test_sees_a_kernel_that_is_wrong(monkeypatch):
         fresh = proposal.sample(len(positions), options["generator"]).positions.double()
         return chain.__class__(fresh[None], chain.u, chain.accepted, chain.statistics)
 
-    monkeypatch.setattr(check, "run_chain", too_often)
+    monkeypatch.setattr(check_kernel, "run_chain", too_often)
     proposal = FlowProposal(spline(), TorchPotential(TARGET.system), TEMPERATURE)
     assert kernel_test(proposal, molecule(), 4000).passed is False
 
@@ -128,7 +140,7 @@ def test_another_energy_is_seen(monkeypatch):
         def __call__(self, x):
             return 1.01 * super().__call__(x)
 
-    monkeypatch.setattr(check, "TorchPotential", Doubled)
+    monkeypatch.setattr(check_findings, "TorchPotential", Doubled)
     assert failed(run_checks(spline(), molecule(), n=1000)) == {"energies = Context's"}
 
 
@@ -239,13 +251,137 @@ def test_thinning_keeps_weighted_means():
     assert largest_score((x[rows, None] - 1.5).numpy(), torch.as_tensor(log_w).exp().numpy()) < 4.5
 
 
+def surrounded(box=None, system=None):
+    """A chain of four among five atoms, in another order, as a user's own."""
+    target = SolvatedChain(box)
+    x = target.sample(1, generator(2))[0].numpy()
+    return target, MolecularSystem("part", chain_topology(5), system or target.system, x, TEMPERATURE)
+
+
+BOX = [[1.6, 0, 0], [0.3, 1.7, 0], [-0.4, 0.5, 1.8]]
+
+
+@pytest.mark.parametrize("box", [None, BOX])
+def test_a_good_flow_over_a_part_passes(box):
+    """Also where the box cuts the molecule, and a barostat is there."""
+    target, whole = surrounded(box)
+    if box is not None:
+        whole.system.addForce(openmm.MonteCarloBarostat(1.0, TEMPERATURE))
+        whole.positions[target.subset[0]] += np.array(BOX)[0]
+    report = run_checks(spline(), whole, n=1500, atom_subset=target.subset)
+    assert report.passed and report.verdict.startswith("passed"), report.rows()
+    assert "subset" in finding(report, "belongs together").result
+    if box is not None:
+        assert all("handled" in finding(report, name).result for name in ("periodic box", "barostat"))
+
+
+class PlantedSubset(SubsetProposal):
+    """A subset's proposal whose log q can be wrong."""
+
+    def _draw(self, n, g):
+        positions, log_q = super()._draw(n, g)
+        return positions, self.wrong(positions, log_q)
+
+    def _log_q(self, positions):
+        return self.wrong(positions[:, self.atom_subset], super()._log_q(positions))
+
+
+class SubsetWrongSign(PlantedSubset):
+    def wrong(self, x, log_q):
+        return -log_q
+
+
+class SubsetMissingVolume(PlantedSubset):
+    def wrong(self, x, log_q):
+        return log_q + 2 * sum(torch.log((x[:, k + 1] - x[:, k]).norm(dim=1)) for k in range(3))
+
+
+class SubsetOtherState(SubsetProposal):
+    """Batches of proposals with the energies of 450 K, single states with their own."""
+
+    def reduced_potential(self, x):
+        u = super().reduced_potential(x)
+        return u if len(u) == 1 else u * TEMPERATURE / 450
+
+
+@pytest.mark.parametrize("kind", [SubsetProposal, SubsetWrongSign, SubsetMissingVolume, SubsetOtherState])
+def test_kernel_test_of_a_part_sees_planted_errors(kind):
+    target, whole = surrounded()
+    proposal = kind(spline(), TorchPotential(whole.system), TEMPERATURE, target.subset)
+    found = kernel_test(proposal, whole, 5000 if kind is SubsetMissingVolume else 2000)
+    assert found.passed is (kind is SubsetProposal), found
+
+
+def test_a_part_with_constraints_of_its_own_passes():
+    """Bonds at fixed length within the subset, two of them at an atom of the frame, and others elsewhere."""
+    system, order = solvated()
+    x = solvated_sample(order, 1, generator(3))[0].numpy()
+    whole = MolecularSystem("rods", chain_topology(6), system, x, TEMPERATURE)
+    report = run_checks(rod_flow(), whole, n=1500, atom_subset=order)
+    assert report.passed and all(f.passed for f in report.findings), report.rows()
+    assert finding(report, "constraints").result.startswith("3: handled")
+
+
+@pytest.mark.parametrize(
+    ("subset", "name", "word"),
+    [
+        ((0, 1, 2), "belongs together", "the flow has 4 atoms, the subset 3"),
+        ((0, 2, 4, 1), "belongs together", "order of the flow"),
+    ],
+)
+def test_a_wrong_part_is_seen(subset, name, word):
+    report = run_checks(spline(), surrounded()[1], n=1000, atom_subset=subset)
+    assert name in failed(report) and word in finding(report, name).result, report.rows()
+
+
+def test_what_touches_a_part_is_found():
+    target, whole = surrounded()
+    whole.system.addConstraint(target.subset[0], target.subset[2], 0.2)
+    whole.system.addParticle(0.0)
+    whole.system.setVirtualSite(5, openmm.TwoParticleAverageSite(target.subset[0], 3, 0.5, 0.5))
+    found = {f.name: f for f in system_findings(whole.system, spline(), target.subset)}
+    assert found["constraints"].result.startswith("1: refused") and not found["constraints"].passed
+    assert found["virtual sites"].result.startswith("1: refused") and not found["virtual sites"].passed
+    with pytest.raises(InputError, match="repeats"):
+        run_checks(spline(), surrounded()[1], atom_subset=(0, 0, 1, 2))
+    cartesian = flows.real_nvp(flows.coordinates_for(None, TARGET.sample(200, generator()), "cartesian"), n_layers=2)
+    report = run_checks(cartesian, surrounded()[1], n=1000, atom_subset=target.subset)
+    assert "internal" in finding(report, "belongs together").result
+
+
+def test_selections():
+    topology = chain_topology(5)
+    assert select_atoms(topology, "2, 0,4,1") == [2, 0, 4, 1]
+    assert select_atoms(topology, "3-4,0-1") == [3, 4, 0, 1]
+    assert select_atoms(topology, "index 1 to 3") == [1, 2, 3]
+    for bad, message in (("index > 9", "selects no atom"), ("nonsense of words", "no selection"), ("3-1", "no atom")):
+        with pytest.raises(InputError, match=message):
+            select_atoms(topology, bad)
+
+
+def write_folder(folder, whole):
+    with open(folder / "structure.pdb", "w") as file:
+        app.PDBFile.writeFile(whole.topology, whole.positions * unit.nanometer, file)
+    (folder / "system.toml").write_text(f'system_xml = "system.xml"\ntemperature = {TEMPERATURE}\n')
+    (folder / "system.xml").write_text(openmm.XmlSerializer.serialize(whole.system))
+
+
+def test_command_line_for_a_part(capsys, tmp_path):
+    target, whole = surrounded()
+    write_folder(tmp_path, whole)
+    flow = tmp_path / "flow.safetensors"
+    spline().save(flow)
+    code, out, _ = run(capsys, "check", tmp_path, flow, "--atoms", ",".join(map(str, target.subset)))
+    assert code == 0 and "4 of 5 atoms" in " ".join(out.split())
+    code, out, _ = run(capsys, "check", tmp_path, flow, "--atoms", "index 0 to 2")
+    assert code == 1 and "FAILED: belongs together" in out
+    code, _, err = run(capsys, "check", tmp_path, flow, "--atoms", "index > 99")
+    assert code == 2 and err.count("\n") == 1
+
+
 def test_command_line(capsys, tmp_path):
     """A user's own folder: exit code 0 and a table, 1 and FAILED, 2 and one line."""
-    x = molecule().positions
-    with open(tmp_path / "structure.pdb", "w") as file:
-        app.PDBFile.writeFile(chain_topology(4), x * unit.nanometer, file)
-    (tmp_path / "system.toml").write_text(f'system_xml = "system.xml"\ntemperature = {TEMPERATURE}\n')
-    (tmp_path / "system.xml").write_text(openmm.XmlSerializer.serialize(TARGET.system))
+    write_folder(tmp_path, molecule())
     flow = tmp_path / "flow.safetensors"
     spline().save(flow)
     json_file = tmp_path / "findings.json"

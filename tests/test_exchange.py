@@ -10,13 +10,20 @@ import torch
 from analytic_molecules import TEMPERATURE, Chain
 from openmm import app, unit
 from openmmtools import cache, mcmc
-from openmmtools.multistate import MultiStateReporter, MultiStateSampler
-from test_moves import MOLECULE, forget, make_flow, make_move
+from openmmtools.multistate import (
+    MultiStateReporter,
+    MultiStateSampler,
+    ParallelTemperingSampler,
+    ReplicaExchangeSampler,
+)
+from test_moves import COORDINATES, MOLECULE, forget, make_flow, make_move
 from test_sampling import SIGMAS, chain_z, generator, internal_proposal, make_simulation
 
+from openmm_regflow import flows
 from openmm_regflow.errors import InputError
-from openmm_regflow.moves import exchange_acceptance, learned_replica_exchange, temperature_ladder
+from openmm_regflow.moves import FlowMove, exchange_acceptance, learned_replica_exchange, temperature_ladder
 from openmm_regflow.potentials import TorchPotential
+from openmm_regflow.proposals import FlowProposal
 from openmm_regflow.sampling import FlowReplicaExchange
 
 TORSIONS = {k: v for k, v in MOLECULE.observables().items() if "torsion" in k}
@@ -132,6 +139,42 @@ def test_flow_in_every_state_and_another_sampler(flow_path, tmp_path):
     with pytest.raises(InputError, match="one per state"):
         learned_replica_exchange(MOLECULE.system, [300, 350], {}, np.zeros((3, 4, 3)), "x.nc")
     forget()
+
+
+HOT = 450.0
+
+
+@pytest.mark.parametrize("kind", [ReplicaExchangeSampler, ParallelTemperingSampler])
+def test_a_cold_and_a_hot_flow(flow_path, tmp_path, kind):
+    """Two flows, each made for its own temperature, at the ends of a ladder: both ends have their exact torsion."""
+    hot = Chain(4, HOT)
+    hot.system = MOLECULE.system
+    torch.manual_seed(0)
+    flow = flows.spline(COORDINATES, n_layers=2, hidden=16, seed=4).double()
+    flow.metadata = flows.FlowMetadata(temperature=HOT)
+    flow.save(tmp_path / "hot.safetensors")
+    proposal = FlowProposal(flow, TorchPotential(MOLECULE.system), HOT)
+    ends = {0: make_move(flow_path, 4), -1: FlowMove(proposal, 4, seed=3)}
+    sampler = learned_replica_exchange(
+        MOLECULE.system, temperature_ladder(TEMPERATURE, HOT, 3), ends, MOLECULE.sample(3, generator()).numpy(),
+        MultiStateReporter(str(tmp_path / "ends.nc"), checkpoint_interval=1), dynamics=dynamics(), sampler_class=kind,
+        number_of_iterations=150, online_analysis_interval=None,
+    )  # fmt: skip
+    assert type(sampler) is kind
+    np.random.seed(5)
+    frames = {0: [], 2: []}
+    for _ in range(150):
+        sampler.run(1)
+        for state, kept in frames.items():
+            replica = list(sampler._replica_thermodynamic_states).index(state)
+            kept.append(sampler.sampler_states[replica].positions._value.copy())
+    assert counts(sampler) == [150, 0, 150]
+    files = [sampler.mcmc_moves[state].move_list[1].flow_sha256 for state in frames]
+    assert files[0] != files[1] and sampler._n_accepted_matrix.sum() > 0
+    for (_, kept), target in zip(frames.items(), (MOLECULE, hot)):
+        torsions = {k: v for k, v in target.observables().items() if "torsion" in k}
+        scores = chain_z(torch.as_tensor(np.array(kept)), torsions)
+        assert max(map(abs, scores.values())) < SIGMAS, scores
 
 
 def own_exchange(temperatures, seed=1, **options):

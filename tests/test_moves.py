@@ -1,6 +1,7 @@
 """FlowMove in openmmtools' samplers: exact, stored without weights, and found again after a restart."""
 
 import copy
+import gc
 import math
 import shutil
 
@@ -391,6 +392,164 @@ def test_weighted_move(flow_path):
     assert 5 < move.statistics[1]["n_proposed"] < 35
     again = copy.deepcopy(move)
     assert again.statistics[1] == move.statistics[1]
+
+
+def stored_sampler(kind, move, storage, n_iterations=6):
+    """A created multistate sampler over three temperatures."""
+    np.random.seed(2)
+    sampler = kind(mcmc_moves=move, number_of_iterations=n_iterations, online_analysis_interval=None)
+    starts = [sampler_state(i) for i in range(1 if kind is SAMSSampler else 3)]
+    ladder = [thermodynamic_state(t) for t in (300.0, 370.0, 450.0)]
+    sampler.create(ladder, starts, MultiStateReporter(str(storage), checkpoint_interval=1))
+    return sampler
+
+
+@pytest.mark.parametrize("kind", [SAMSSampler, ReplicaExchangeSampler])
+def test_weighted_moves_through_storage(flow_path, tmp_path, kind):
+    """Two flow moves and dynamics chosen at random: run, stop, from_storage, extend, every counter as it was."""
+    pair = [FlowMove(make_proposal(flow_path), n, flow_path=flow_path, seed=n) for n in (1, 8)]
+    move = mcmc.WeightedMove([(langevin(), 0.2), (pair[0], 0.4), (pair[1], 0.4)])
+    sampler = stored_sampler(kind, move, tmp_path / "run.nc")
+    sampler.run(5)
+    before = [each.statistics for each in sampler.mcmc_moves]
+    assert sum(s["n_proposed"] for each in before for s in each[1:]) > 0
+    del sampler
+    forget()
+    cache.global_context_cache.empty()
+    resumed = kind.from_storage(MultiStateReporter(str(tmp_path / "run.nc"), open_mode="r+"))
+    for each, old in zip(resumed.mcmc_moves, before, strict=True):
+        assert type(each) is mcmc.WeightedMove and [m.n_proposals for m, _ in each.move_set[1:]] == [1, 8]
+        for new, known in zip(each.statistics[1:], old[1:], strict=True):
+            assert new == pytest.approx(known, nan_ok=True)
+    resumed.extend(20)
+    after = [each.statistics for each in resumed.mcmc_moves]
+    grown = [a["n_proposed"] - b["n_proposed"] for x, y in zip(after, before) for a, b in zip(x[1:], y[1:])]
+    assert min(grown) >= 0 and 0 < sum(grown) < 20 * resumed.n_replicas
+    for each in after:
+        assert each[1]["n_proposals"] == each[1]["n_proposed"] and each[2]["n_proposals"] == 8 * each[2]["n_proposed"]
+
+
+def test_counters_can_be_set_as_those_of_openmmtools(flow_path):
+    """MetropolizedMove and GHMCMove have plain attributes and, the latter, reset_statistics."""
+    move = make_move(flow_path)
+    move.apply(thermodynamic_state(), sampler_state())
+    assert math.isnan(make_move(flow_path).fraction_accepted) and move.fraction_accepted in (0.0, 1.0)
+    move.n_accepted, move.n_proposed = 3, 4
+    assert (move.fraction_accepted, move.statistics["n_proposed"]) == (0.75, 4)
+    move.apply(thermodynamic_state(), sampler_state())
+    assert move.n_proposed == 5
+    move.reset_statistics()
+    assert move.n_accepted == move.n_proposed == move.statistics["n_proposals"] == 0
+    move.apply(thermodynamic_state(), sampler_state())
+    assert move.n_proposed == 1
+
+
+def potentials():
+    tilted = tilted_state(0.0).system
+    return [
+        TorchPotential(MOLECULE.system, torch.float32, groups=[0, 2]),
+        TorchPotential(MOLECULE.system, compile=True),
+        OpenMMPotential(MOLECULE.system, "Reference"),
+        OpenMMPotential(MOLECULE.system, "CPU", properties={"Threads": "1"}, groups=range(3), executor=2),
+        OpenMMPotential(tilted, "Reference"),
+    ]
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_a_restored_move_has_the_same_potential(flow_path, which):
+    """Platform, its properties, precision, compilation, force groups, processes and parameters."""
+    potential = potentials()[which]
+    for name in potential.parameters:
+        potential.set_parameter(name, 3.0)
+    system = potential.system
+    move = FlowMove(make_proposal(flow_path, potential, allow_mismatch=True), flow_path=flow_path, seed=1)
+    stored = yaml.safe_load(yaml.safe_dump(serialize(move)))
+    forget()
+    restored = deserialize(stored)._loaded(thermodynamic_state(system=system)).proposal.potential
+    assert type(restored) is type(potential) and restored.options == potential.options
+    assert restored.parameters == potential.parameters and len(restored.parameters) == (1 if which == 4 else 0)
+    if which not in (1, 3):  # compiling takes a minute, and processes take seconds to start
+        x = MOLECULE.sample(3, generator())
+        torch.testing.assert_close(restored(x), potential(x))
+    for each in (restored, potential):
+        if isinstance(each, OpenMMPotential):
+            each.close()
+
+
+def test_a_platform_that_is_not_here_is_replaced_with_a_warning(flow_path):
+    stored = serialize(FlowMove(make_proposal(flow_path, OpenMMPotential(MOLECULE.system, "CPU")), seed=1))
+    stored["proposal"]["potential"]["platform"] = "Abacus"
+    forget()
+    with pytest.warns(UserWarning, match="Abacus platform, which is not here"):
+        deserialize(stored).apply(thermodynamic_state(), sampler_state())
+
+
+def drawn(move, n=3):
+    return move._step.pool.take(n).positions
+
+
+def test_moves_draw_apart(flow_path, tmp_path):
+    """By default, and with one seed for different flows; one seed for equal moves is one stream, as documented."""
+    np.random.seed(0)
+    unseeded = [FlowMove(make_proposal(flow_path)) for _ in range(2)]
+    assert not torch.equal(*(drawn(move) for move in unseeded))
+    make_flow(seed=0, temperature=TEMPERATURE, system="another").save(tmp_path / "other.safetensors")
+    files = (flow_path, tmp_path / "other.safetensors")
+    first, second, again = (FlowMove(make_proposal(path), seed=3) for path in (*files, flow_path))
+    assert not torch.equal(drawn(first), drawn(second))
+    torch.testing.assert_close(drawn(first), drawn(again, 6)[3:])
+
+
+def test_copies_find_their_own_move_among_equal_ones(flow_path):
+    """Live and restored: two moves of one flow with one seed keep a pool each, and copies use their own move's."""
+    pair = [FlowMove(make_proposal(flow_path), n) for n in (1, 4)]
+    copies = copy.deepcopy(pair)
+    for each in copies:
+        each.apply(thermodynamic_state(), sampler_state())
+    for original, copied in zip(pair, copies):
+        assert copied._step.pool is original._step.pool
+    stored = [serialize(move) for move in (*pair, *copies)]
+    forget()
+    back = [deserialize(one) for one in stored]
+    for move in back:
+        move.apply(thermodynamic_state(), sampler_state())
+    pools = [move._step.pool for move in back]
+    assert pools[0] is pools[2] and pools[1] is pools[3] and pools[0] is not pools[1]
+    assert not torch.equal(drawn(back[0]), drawn(back[1]))
+
+
+def test_copies_outlive_their_move(flow_path):
+    """They keep the live potential, also one that no file could describe; without any copy nothing is kept."""
+    forget()
+
+    def potential(x):
+        return TorchPotential(MOLECULE.system)(x)
+
+    move = mcmc.SequenceMove([FlowMove(make_proposal(flow_path, potential, frame="free"))])
+    copied = copy.deepcopy(move)
+    del move
+    gc.collect()
+    assert len(registry._SHARED) == 1
+    copied.apply(thermodynamic_state(), sampler_state())
+    assert copied.move_list[0]._step.proposal.potential is potential
+    del copied
+    gc.collect()
+    assert len(registry._SHARED) == 0
+
+
+def test_the_flow_knows_its_file(flow_path, tmp_path):
+    """Loaded or saved, it need not be named again; changed since, it is an unsaved flow."""
+    move = FlowMove(make_proposal(flow_path))
+    assert move.flow_path == str(flow_path) and copy.deepcopy(move).flow_sha256 == move.flow_sha256
+    flow = make_flow()
+    flow.save(tmp_path / "saved.safetensors")
+    proposal = FlowProposal(flow, TorchPotential(MOLECULE.system), TEMPERATURE)
+    assert FlowMove(proposal).flow_path == str(tmp_path / "saved.safetensors")
+    with torch.no_grad():
+        next(flow.parameters()).add_(0.1)
+    assert FlowMove(proposal).flow_path is None
+    (tmp_path / "saved.safetensors").write_bytes(b"")
+    assert FlowMove(proposal).flow_path is None
 
 
 def test_moved_flow_file(flow_path, tmp_path):

@@ -29,6 +29,8 @@ def launch(*arguments):
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
         "OMPI_MCA_rmaps_base_oversubscribe": "1",
         "OMP_NUM_THREADS": "1",
+        # openmmtools' from_storage opens the file on every rank, to write on rank 0 while others may still be reading.
+        "HDF5_USE_FILE_LOCKING": "FALSE",
     }
     command = [mpirun(), "-n", str(N_RANKS), sys.executable, __file__, *map(str, arguments)]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=300)
@@ -123,7 +125,7 @@ def continue_(folder):
     """A new job takes up the stored run."""
     from openmmtools.multistate import MultiStateReporter, ReplicaExchangeSampler
 
-    sampler = ReplicaExchangeSampler.from_storage(MultiStateReporter(str(folder / "run.nc"), open_mode="r+"))
+    sampler = ReplicaExchangeSampler.from_storage(MultiStateReporter(str(folder / "run.nc")))
     assert [move.n_proposed for move in flow_moves(sampler)] == [N_ITERATIONS] * N_REPLICAS
     sampler.extend(N_MORE)
     report(sampler, "continued", folder)

@@ -159,6 +159,20 @@ def test_a_move_leaves_the_exact_distribution_invariant(exact, n_steps, least):
     assert max(map(abs, scores.values())) < SIGMAS, scores
 
 
+def test_the_work_is_reported_in_parts(exact):
+    """Jump, protocol and shadow work add up to the log acceptance ratio, as both Systems agree at full coupling."""
+    ratios = []
+
+    class Recorded(NCMCFlowMove):
+        def _decide(self, log_ratio):
+            ratios.append((log_ratio, sum(self.last_work.values())))
+            return super()._decide(log_ratio)
+
+    after_one_move(Recorded(make_proposal(), 10, steric_share=0.5, seed=2), exact[:5])
+    for log_ratio, work in ratios:
+        assert log_ratio == pytest.approx(-work, rel=1e-6, abs=1e-3)
+
+
 class WrongSign(NCMCFlowMove):
     """The planted error: log q enters with the wrong sign."""
 
@@ -299,13 +313,13 @@ def test_storage_and_statistics(tmp_path, exact):
     path = tmp_path / "flow.safetensors"
     proposal = make_proposal()
     proposal.flow.save(path)
-    move = NCMCFlowMove(proposal, 10, least_coupling=(0.1, 0.2), flow_path=path, seed=1)
+    move = NCMCFlowMove(proposal, 10, least_coupling=(0.1, 0.2), steric_share=0.6, flow_path=path, seed=1)
     after_one_move(move, exact[:5])
     stored = serialize(move)
     forget()
     back = deserialize(stored)
     assert type(back) is NCMCFlowMove and back.n_steps == 10 and back.n_proposed == 5
-    assert back.least_coupling == (0.1, 0.2)
+    assert back.least_coupling == (0.1, 0.2) and back.steric_share == 0.6
     after_one_move(back, exact[:5])
     assert back.n_proposed == 10
     damaged = serialize(back)
@@ -332,6 +346,8 @@ def test_a_protocol_that_blows_up_is_a_counted_rejection(exact):
 def test_refusals():
     with pytest.raises(InputError, match="even"):
         NCMCFlowMove(make_proposal(), 7)
+    with pytest.raises(InputError, match="steric_share"):
+        NCMCFlowMove(make_proposal(), 8, steric_share=1.0)
     with pytest.raises(InputError, match="least_coupling"):
         NCMCFlowMove(make_proposal(), 8, least_coupling=(0.0, 1.0))
     from openmm_regflow.proposals import FlowProposal

@@ -4,15 +4,17 @@ import numpy as np
 import openmm
 import pytest
 import torch
-from analytic_molecules import TEMPERATURE, SolvatedChain, cartesian_gaussian, chain_topology, z_scores
+from analytic_molecules import KT, TEMPERATURE, SolvatedChain, cartesian_gaussian, chain_topology, z_scores
 from openmm import unit
 from openmmtools import cache, mcmc, states
 from openmmtools.utils import deserialize, serialize
+from scipy import stats
 from test_moves import COORDINATES, forget
 from test_sampling import SIGMAS, chain_z, generator
 
 from openmm_regflow import flows
 from openmm_regflow.errors import IncompatibleFlowError, InputError, UnsupportedForceError
+from openmm_regflow.metrics import integrated_autocorrelation_time
 from openmm_regflow.moves import FlowMove
 from openmm_regflow.potentials import OpenMMPotential, TorchPotential
 from openmm_regflow.proposals import SubsetProposal, local_frame
@@ -66,8 +68,8 @@ class MissingVolume(SubsetProposal):
         return 2 * sum(torch.log((x[:, k + 1] - x[:, k]).norm(dim=1)) for k in range(3))
 
     def _draw(self, n, g):
-        batch = super()._draw(n, g)
-        return batch._replace(log_q=batch.log_q + self.volume(batch.positions))
+        positions, log_q = super()._draw(n, g)
+        return positions, log_q + self.volume(positions)
 
     def _log_q(self, positions):
         return super()._log_q(positions) + self.volume(positions[:, self.atom_subset])
@@ -142,6 +144,81 @@ def test_in_a_box_with_openmmtools(tmp_path, pressure):
         sampled.append(x)
     assert move.n_accepted > 200
     scores = z_scores(torch.as_tensor(np.array(sampled)), molecule.observables())
+    assert max(map(abs, scores.values())) < SIGMAS, scores
+
+
+class Gas(SolvatedChain):
+    """The chain with its fifth atom, and 20 atoms that see nothing, in a box under pressure: an ideal gas of molecules.
+
+    The chain's own distribution is as ever; with N molecules the volume's is ``V^N exp(-P V / kT)``.
+    """
+
+    n_gas = 20
+    pressure = 30.0  # bar
+
+    def __init__(self):
+        super().__init__()
+        unseen = openmm.NonbondedForce()
+        unseen.setNonbondedMethod(openmm.NonbondedForce.CutoffPeriodic)
+        unseen.setCutoffDistance(0.1)
+        for i in range(5 + self.n_gas):
+            if i >= 5:
+                self.system.addParticle(18.0)
+            unseen.addParticle(0.0, 0.1, 0.0)
+        self.system.addForce(unseen)
+        bar = 0.06022140857  # kJ/mol/nm^3
+        self.rate = self.pressure * bar / KT
+        self.volume = stats.gamma(self.n_gas + 2, scale=1 / self.rate)
+        self.box = self.volume.mean() ** (1 / 3) * np.eye(3)
+        self.system.setDefaultPeriodicBoxVectors(*self.box)
+
+    def start(self, g):
+        gas = self.box[0, 0] * torch.rand(self.n_gas, 3, generator=g, dtype=torch.float64)
+        return torch.cat([self.sample(1, g)[0], gas]).numpy()
+
+
+class ScalesTheBox(FlowMove):
+    """The planted error: an accepted move changes the volume."""
+
+    def _accept(self, sampler_state, new, system, temperature):
+        super()._accept(sampler_state, new, system, temperature)
+        sampler_state.box_vectors = 1.1 * sampler_state.box_vectors
+
+
+@pytest.mark.parametrize("kind", [FlowMove, ScalesTheBox])
+def test_with_an_active_barostat(kind):
+    """Constant pressure: no flow move changes the volume; volume and torsion have their exact distributions."""
+    gas = Gas()
+    assert gas.system.getNumParticles() == 25
+    state = states.ThermodynamicState(gas.system, TEMPERATURE * unit.kelvin, gas.pressure * unit.bar)
+    proposal = SubsetProposal(make_flow(), OpenMMPotential(gas.system, "Reference"), TEMPERATURE, gas.subset)
+    move = kind(proposal, 4, 2000, seed=3)
+    langevin = mcmc.LangevinDynamicsMove(
+        timestep=2 * unit.femtosecond, collision_rate=5 / unit.picosecond, n_steps=5
+    )
+    np.random.seed(2)
+    frame = states.SamplerState(gas.start(generator(4)) * unit.nanometer, box_vectors=gas.box * unit.nanometer)
+    volumes, frames, changed = [], [], 0
+    barostat = mcmc.MonteCarloBarostatMove(n_attempts=5)
+    for _ in range(600):
+        for each in (langevin, barostat):
+            each.apply(state, frame)
+        before = np.array(frame.box_vectors.value_in_unit(unit.nanometer))
+        move.apply(state, frame)
+        after = np.array(frame.box_vectors.value_in_unit(unit.nanometer))
+        changed += int((after != before).any())
+        volumes.append(np.linalg.det(after))
+        frames.append(proposal.make_whole(frame.positions.value_in_unit(unit.nanometer), after)[list(gas.subset)])
+    assert move.n_accepted > 100 and np.std(volumes) > 0
+    volumes = np.array(volumes)
+    n_effective = len(volumes) / integrated_autocorrelation_time(volumes)
+    p_value = stats.kstwobign.sf(stats.kstest(volumes, gas.volume.cdf).statistic * np.sqrt(n_effective))
+    if kind is ScalesTheBox:
+        assert changed > 100 and p_value < 1e-5
+        return
+    assert changed == 0 and p_value > 1e-5 and n_effective > 30, (p_value, n_effective)
+    torsions = {k: v for k, v in gas.chain.observables().items() if "torsion" in k or "basin" in k}
+    scores = chain_z(torch.as_tensor(np.array(frames)), torsions)
     assert max(map(abs, scores.values())) < SIGMAS, scores
 
 

@@ -87,6 +87,14 @@ def evaluate(
 def check(
     system: Annotated[str, typer.Argument(help="Name of a system or path of a system folder.")],
     flow: FlowFile,
+    atoms: Annotated[
+        str | None,
+        typer.Option(
+            "--atoms",
+            help="Part of the System that the flow moves: an mdtraj selection, or numbers from 0 such as '0-21' or "
+            "'4,0-2' in the flow's order. Default: all.",
+        ),
+    ] = None,
     n: Annotated[int, typer.Option("-n", help="Flow samples for the kernel test.")] = 2000,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the findings.")] = None,
     seed: Seed = 0,
@@ -96,15 +104,18 @@ def check(
     Prints a table and a verdict; exit code 1 if something fails.
 
     Example: openmm-regflow check my-system/ runs/my-flow/flow.safetensors
+
+    Example: openmm-regflow check my-box/ runs/my-flow/flow.safetensors --atoms "protein"
     """
     from openmm_regflow.check import run_checks
     from openmm_regflow.flows import Flow
-    from openmm_regflow.systems import load_system
+    from openmm_regflow.systems import load_system, select_atoms
 
     molecule = load_system(system)
     loaded = Flow.load(flow)
+    subset = None if atoms is None else select_atoms(molecule.topology, atoms)
     with bars() as bar:
-        report = run_checks(loaded, molecule, n=n, seed=seed, progress=bar("kernel", n))
+        report = run_checks(loaded, molecule, n=n, seed=seed, progress=bar("kernel", n), atom_subset=subset)
     show_table(f"{flow} on {molecule.name}", [("what", "found", ""), *report.rows()])
     print(report.verdict)
     if output:

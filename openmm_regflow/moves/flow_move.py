@@ -8,7 +8,7 @@ import openmm
 from openmm import unit
 
 from openmm_regflow.errors import CorruptFileError, IncompatibleFlowError, InputError, UnsupportedForceError
-from openmm_regflow.moves.registry import Description, Shared, describe, find, register, steps_so_far
+from openmm_regflow.moves.registry import Description, Shared, describe, find, living, own_file, register, steps_so_far
 from openmm_regflow.proposals import FlowProposal
 from openmm_regflow.sampling import (
     FlowStatistics,
@@ -25,7 +25,7 @@ from openmm_regflow.units import thermal_energy
 FORMAT_VERSION = 1
 #: Sections of that dictionary and the entries that each must have.
 _LAYOUT = {
-    "proposal": tuple(Description.__dataclass_fields__),
+    "proposal": tuple(name for name in Description.__dataclass_fields__ if name != "identity"),
     "settings": ("n_proposals", "orientation", "energy"),
     "statistics": tuple(FlowStatistics.__dataclass_fields__),
 }
@@ -50,11 +50,13 @@ class FlowMove:
         proposal: flow, potential and temperature.
         n_proposals: 1 for independence Metropolis-Hastings, more for iterated sampling-importance-resampling.
         pool_size: proposals drawn in one batch and handed out one by one.
-        flow_path: file of the flow (``flow.save(flow_path)``); needed for anything that is stored or copied, that is,
-            for every multistate sampler.
+        flow_path: file of the flow; needed for anything that is stored or copied, that is, for every multistate
+            sampler. By default the file that the flow was loaded from or saved to, as long as it holds these weights.
         orientation: ``"random"`` or ``"aligned"``: how an accepted molecule is put back.
         energy: ``"auto"``, or ``"context"`` for the Context's energy in any case.
-        seed: of flow draws and decisions; None takes one from NumPy's global state, which openmmtools uses too.
+        seed: of flow draws and decisions; None takes one from NumPy's global state, which openmmtools uses too, so
+            that every move draws its own. With one seed, moves with other flows, atoms or temperatures draw
+            independently; moves that share all of these draw alike, so give each its own seed.
 
     Raises:
         InputError: bad numbers, or no file at ``flow_path``.
@@ -83,7 +85,7 @@ class FlowMove:
             raise InputError(f"energy is {energy!r}; choose 'auto' or 'context'")
         self.n_proposals, self.orientation, self.energy = n_proposals, orientation, energy
         self._statistics = FlowStatistics()
-        self._description = describe(proposal, pool_size, flow_path, seed)
+        self._description = describe(proposal, pool_size, flow_path or own_file(proposal.flow), seed)
         self._step: FlowStep | None = None
         self._reference: Any = None
         self._checked: Any = None
@@ -145,10 +147,27 @@ class FlowMove:
         """Moves attempted."""
         return self._statistics.n_proposed
 
+    @n_proposed.setter
+    def n_proposed(self, value: int) -> None:
+        self._statistics.n_proposed = int(value)
+
     @property
     def n_accepted(self) -> int:
         """Moves that changed the state."""
         return self._statistics.n_accepted
+
+    @n_accepted.setter
+    def n_accepted(self, value: int) -> None:
+        self._statistics.n_accepted = int(value)
+
+    @property
+    def fraction_accepted(self) -> float:
+        """Accepted over attempted moves; NaN before the first."""
+        return self._statistics.acceptance_rate
+
+    def reset_statistics(self) -> None:
+        """Start all totals from zero, as openmmtools' own moves do."""
+        self.statistics = FlowStatistics().as_dict()
 
     @property
     def statistics(self) -> dict[str, float]:
@@ -188,13 +207,14 @@ class FlowMove:
                 f"a stored FlowMove has format {serialization['format_version']}, newer than {FORMAT_VERSION}; "
                 "update openmm_regflow"
             )
-        self._description = Description(**{k: serialization["proposal"][k] for k in _LAYOUT["proposal"]})
+        known = Description.__dataclass_fields__
+        self._description = Description(**{k: v for k, v in serialization["proposal"].items() if k in known})
         for name in _LAYOUT["settings"]:
             setattr(self, name, serialization["settings"][name])
         self._statistics = FlowStatistics.from_dict(serialization["statistics"])
         self._n_steps = int(serialization.get("n_steps", 0))
         self._step, self._reference, self._checked = None, None, None
-        self._shared = None
+        self._shared = living(self._description)  # held from now on: the move that was copied may go
 
     def __str__(self) -> str:
         return f"FlowMove(n_proposals={self.n_proposals}, flow_path={self.flow_path!r})"

@@ -98,7 +98,8 @@ def learned_replica_exchange(
         positions: start `(n_atoms, 3)` for all replicas, or `(n_states, n_atoms, 3)` [nm or Quantity].
         storage: path of the NetCDF file, or an openmmtools reporter.
         dynamics: move before each flow move; by default 500 Langevin steps of 1 fs at 1/ps.
-        sampler_class: an openmmtools multistate sampler; by default ``ReplicaExchangeSampler``.
+        sampler_class: an openmmtools multistate sampler, such as ``ParallelTemperingSampler``; by default
+            ``ReplicaExchangeSampler``.
         options: of the sampler, such as ``number_of_iterations``.
 
     Returns:
@@ -122,7 +123,12 @@ def learned_replica_exchange(
         raise InputError(f"{len(starts)} sets of positions for {len(kelvin)} temperatures; give one per state")
     sampler = (sampler_class or multistate.ReplicaExchangeSampler)(mcmc_moves=moves, **options)
     ladder = [states.ThermodynamicState(system, t * unit.kelvin) for t in kelvin]
-    sampler.create(ladder, [states.SamplerState(x * unit.nanometer) for x in starts], storage)
+    replicas = [states.SamplerState(x * unit.nanometer) for x in starts]
+    if isinstance(sampler, multistate.ParallelTemperingSampler):  # makes the states itself
+        each = [t * unit.kelvin for t in kelvin]
+        sampler.create(ladder[0], replicas, storage, temperatures=each, n_temperatures=len(each))
+    else:
+        sampler.create(ladder, replicas, storage)
     return sampler
 
 

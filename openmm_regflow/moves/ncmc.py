@@ -26,14 +26,15 @@ from openmm_regflow.units import thermal_energy, to_float
 STERIC_SHARE = 0.25
 
 
-def schedule(electrostatics: float = 0.0, sterics: float = 0.0) -> dict[str, str]:
+def schedule(electrostatics: float = 0.0, sterics: float = 0.0, share: float = STERIC_SHARE) -> dict[str, str]:
     """Couplings as functions of lambda in [0, 1]: from 1 to their least values and back, charges first and last.
 
     Args:
         electrostatics: least coupling of the charges.
         sterics: least coupling of the Lennard-Jones interactions.
+        share: of either half in which the sterics change; the charges have the rest.
     """
-    c, share = "abs(2*lambda-1)", STERIC_SHARE
+    c = "abs(2*lambda-1)"
     return {
         "lambda_electrostatics": f"{electrostatics}+{1 - electrostatics}*max(0, ({c}-{share})/{1 - share})",
         "lambda_sterics": f"{sterics}+{1 - sterics}*min(1, {c}/{share})",
@@ -60,13 +61,19 @@ class NCMCFlowMove(FlowMove):
         collision_rate: [1/ps or Quantity].
         least_coupling: of electrostatics and of sterics at the jump, each in [0, 1). Soft cores at half coupling let
             atoms overlap for a few kT, and still keep the solvent from filling the place of the subset.
+        steric_share: of either half of the protocol in which the sterics change; the charges change in the rest.
         pool_size: see :class:`FlowMove`.
         flow_path: see :class:`FlowMove`.
         seed: see :class:`FlowMove`.
 
+    Attributes:
+        last_work: what the log acceptance ratio of the latest move was made of, ``{"jump", "protocol", "shadow"}``
+            [kT]: minus their sum, up to the switch between the state's System and the alchemical one. NaN after a
+            protocol that blew up. Says whether a longer protocol would help (it lessens the protocol's part alone).
+
     Raises:
-        InputError: not a subset proposal, one with bonds of fixed length, an odd or too small number of steps, or
-            couplings outside [0, 1).
+        InputError: not a subset proposal, one with bonds of fixed length, an odd or too small number of steps,
+            couplings outside [0, 1), or a share outside (0, 1).
     """
 
     __module__ = "openmm_regflow.moves"
@@ -80,6 +87,7 @@ class NCMCFlowMove(FlowMove):
         pool_size: int = 256,
         *,
         least_coupling: tuple[float, float] = (0.0, 0.5),
+        steric_share: float = STERIC_SHARE,
         flow_path: str | Path | None = None,
         seed: int | None = None,
     ) -> None:
@@ -94,9 +102,13 @@ class NCMCFlowMove(FlowMove):
             raise InputError(f"n_steps is {n_steps}; an even number is needed, as the flow jumps in the middle")
         if len(least_coupling) != 2 or not all(0 <= c < 1 for c in least_coupling):
             raise InputError(f"least_coupling is {least_coupling}; two numbers from 0 to below 1 are needed")
+        if not 0 < steric_share < 1:
+            raise InputError(f"steric_share is {steric_share}; a share of the protocol above 0 and below 1 is needed")
         super().__init__(proposal, 1, pool_size, flow_path=flow_path, energy="context", seed=seed)
-        self.n_steps, self.least_coupling = n_steps, tuple(float(c) for c in least_coupling)
+        self.n_steps = n_steps
+        self.least_coupling = float(least_coupling[0]), float(least_coupling[1])
         self.timestep, self.collision_rate = to_float(timestep, "time"), to_float(collision_rate, "rate")
+        self.steric_share, self.last_work = float(steric_share), _unknown_work()
         self._switched: Any = None
 
     def apply(self, thermodynamic_state: Any, sampler_state: Any, context_cache: Any = None) -> None:
@@ -122,7 +134,7 @@ class NCMCFlowMove(FlowMove):
             sampler_state.velocities = velocities
 
     def __getstate__(self, **kwargs: Any) -> dict[str, Any]:
-        settings = {name: getattr(self, name) for name in ("n_steps", "timestep", "collision_rate")}
+        settings = {name: getattr(self, name) for name in ("n_steps", "timestep", "collision_rate", "steric_share")}
         settings["least_coupling"] = list(self.least_coupling)
         return super().__getstate__(**kwargs) | {"ncmc": settings}
 
@@ -131,6 +143,7 @@ class NCMCFlowMove(FlowMove):
         settings = serialization.get("ncmc", {})
         if missing := sorted({"n_steps", "timestep", "collision_rate", "least_coupling"} - set(settings)):
             raise CorruptFileError(f"a stored NCMCFlowMove lacks {', '.join(missing)}; the storage file is damaged")
+        self.steric_share, self.last_work = STERIC_SHARE, _unknown_work()
         for name, value in settings.items():
             setattr(self, name, tuple(value) if name == "least_coupling" else value)
         self._switched = None
@@ -152,6 +165,7 @@ class NCMCFlowMove(FlowMove):
     ) -> tuple[np.ndarray, float]:
         """Weaken, jump, restore: final positions, at which the Context is left, and the log acceptance ratio."""
         kT, integrator = thermal_energy(state.temperature), context.getIntegrator()
+        self.last_work = _unknown_work()
         try:
             if sampler_state.box_vectors is not None:
                 context.setPeriodicBoxVectors(*sampler_state.box_vectors)
@@ -162,9 +176,14 @@ class NCMCFlowMove(FlowMove):
             self._redraw_velocities(context, state)
             log_ratio = float(energy(torch.as_tensor(np.array(positions))[None])) - _energy_of(context) / kT
             integrator.step(self.n_steps // 2)
-            log_ratio += self._jump(context, kT)
+            jump = self._jump(context, kT)
             integrator.step(self.n_steps // 2)
-            log_ratio -= integrator.get_total_work(dimensionless=True)
+            log_ratio += jump - integrator.get_total_work(dimensionless=True)
+            self.last_work = {
+                "jump": -jump,
+                "protocol": float(integrator.get_protocol_work(dimensionless=True)),
+                "shadow": float(integrator.get_shadow_work(dimensionless=True)),
+            }
             final = context.getState(getPositions=True)
             new = final.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
             log_ratio += _energy_of(context) / kT - float(energy(torch.as_tensor(np.array(new))[None]))
@@ -184,7 +203,7 @@ class NCMCFlowMove(FlowMove):
         step, proposal = self._step, self._step.proposal  # type: ignore[union-attr]
         state = context.getState(getPositions=True)
         x = torch.as_tensor(np.array(state.getPositions(asNumpy=True).value_in_unit(unit.nanometer)))[None]
-        drawn: ProposalBatch = step.pool.take(1)  # type: ignore[union-attr]
+        drawn: ProposalBatch = step.pool.take(1, energies=False)  # type: ignore[union-attr]
         y = proposal.in_place(drawn.positions, x)
         energies = context_potential(context, kT)(torch.cat([x, y]))
         context.setPositions(y[0].numpy())
@@ -208,8 +227,9 @@ class NCMCFlowMove(FlowMove):
         """Langevin dynamics that switch the coupling and measure protocol and shadow work."""
         from openmmtools import integrators
 
+        electrostatics, sterics = self.least_coupling
         return integrators.AlchemicalNonequilibriumLangevinIntegrator(
-            alchemical_functions=schedule(*self.least_coupling),
+            alchemical_functions=schedule(electrostatics, sterics, self.steric_share),
             splitting="O V R H R V O",
             nsteps_neq=self.n_steps,
             temperature=thermodynamic_state.temperature,
@@ -217,6 +237,10 @@ class NCMCFlowMove(FlowMove):
             timestep=self.timestep * unit.picosecond,
             measure_shadow_work=True,
         )
+
+
+def _unknown_work() -> dict[str, float]:
+    return dict.fromkeys(("jump", "protocol", "shadow"), math.nan)
 
 
 def _energy_of(context: openmm.Context) -> float:

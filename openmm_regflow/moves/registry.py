@@ -8,6 +8,9 @@ lives here, is found by that description, and is rebuilt from the file in a new 
 import contextlib
 import hashlib
 import json
+import uuid
+import warnings
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ import numpy as np
 import openmm
 import torch
 
-from openmm_regflow.errors import IncompatibleFlowError, InputError, UnsupportedForceError
+from openmm_regflow.errors import CorruptFileError, IncompatibleFlowError, InputError, UnsupportedForceError
 from openmm_regflow.flows import Flow
 from openmm_regflow.potentials import OpenMMPotential, TorchPotential
 from openmm_regflow.proposals import FlowProposal, SubsetProposal
@@ -40,6 +43,8 @@ class Description:
         seed: of the shared random state; None to take one from NumPy's global state, as openmmtools does.
         atom_subset: atoms that a :class:`openmm_regflow.proposals.SubsetProposal` moves; None for all.
         frame_atoms: its frame atoms.
+        identity: of the move that was constructed, random; its copies have it too, live and restored, and no other
+            move has. So two moves never share a pool or random state, however alike they are.
     """
 
     flow_path: str | None
@@ -54,11 +59,21 @@ class Description:
     seed: int | None
     atom_subset: list[int] | None
     frame_atoms: list[int] | None
+    identity: str = ""
 
     @property
     def key(self) -> str:
-        """Equal for equal descriptions; the flow counts by its contents, not by its path."""
+        """Equal for the copies of one move; the flow counts by its contents, not by its path."""
         return json.dumps({**vars(self), "flow_path": None}, sort_keys=True)
+
+    @property
+    def stream(self) -> list[int]:
+        """What sets a seeded random state apart from those of other moves with the same seed: flow, atoms, temperature.
+
+        Not the identity, with which a seed would not make a run repeatable; so equal moves with equal seeds draw alike.
+        """
+        what = [self.temperature, self.atom_subset, self.frame_atoms, self.flow_path and self.flow_sha256]
+        return [int(digit, 16) for digit in hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]]
 
 
 @dataclass
@@ -78,7 +93,8 @@ class Shared:
     n_steps: int = 0
 
 
-_SHARED: dict[str, Shared] = {}
+#: As long as a move or a copy of it is alive; each one holds its own.
+_SHARED: weakref.WeakValueDictionary[str, Shared] = weakref.WeakValueDictionary()
 _RELINKED: dict[str, tuple[str, bool]] = {}
 
 
@@ -125,6 +141,7 @@ def describe(
         seed=seed,
         atom_subset=proposal.atom_subset,
         frame_atoms=proposal.frame_atoms,
+        identity=uuid.uuid4().hex[:16],
     )
 
 
@@ -136,7 +153,7 @@ def register(description: Description, proposal: FlowProposal, n_steps: int = 0)
         proposal: live.
         n_steps: flow steps before a restart; a random state that had begun at the seed again would repeat them.
     """
-    generator = torch.Generator().manual_seed(_seed(description.seed, n_steps))
+    generator = torch.Generator().manual_seed(_seed(description, n_steps))
     shared = Shared(proposal, new_pool(proposal, description.pool_size, generator), generator, n_steps)
     _SHARED[description.key] = shared
     return shared
@@ -157,18 +174,23 @@ def find(description: Description, system: openmm.System, n_steps: int = 0) -> t
         InputError: the flow file is gone.
         IncompatibleFlowError: the flow file has changed, or belongs to another System.
     """
-    if description.key in _SHARED:
-        return description, _SHARED[description.key]
+    if (shared := living(description)) is not None:
+        return description, shared
     description = _located(description)
-    if description.key not in _SHARED:
+    if (shared := living(description)) is None:
         flow = Flow.load(str(description.flow_path), device=description.device)
-        register(description, _build_proposal(description, flow, system), n_steps)
-    return description, _SHARED[description.key]
+        shared = register(description, _build_proposal(description, flow, system), n_steps)
+    return description, shared
+
+
+def living(description: Description) -> Shared | None:
+    """What a description stands for, if a move with it is alive in this process."""
+    return _SHARED.get(description.key)
 
 
 def steps_so_far(description: Description, before: int) -> int:
     """Flow steps of all copies in this process and before it, for storage: ``before`` where none was taken here."""
-    shared = _SHARED.get(description.key)
+    shared = living(description)
     return before if shared is None else shared.n_steps
 
 
@@ -196,36 +218,72 @@ def file_sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def own_file(flow: Any) -> Path | None:
+    """The file that a flow was loaded from or saved to; None where it is gone or the flow has changed since."""
+    path: Path | None = getattr(flow, "path", None)
+    if path is None or not path.is_file():
+        return None
+    try:
+        stored = Flow.load(path)
+    except CorruptFileError:
+        return None
+    return path if _same_weights(stored, flow) and stored.metadata == flow.metadata else None
+
+
+def _same_weights(stored: Any, flow: Any) -> bool:
+    """Whether two flows have the same weights."""
+    a, b = stored.state_dict(), flow.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name].cpu()) for name in a)
+
+
 def _check_same(flow: Any, path: Path) -> None:
     """Refuse a file that holds other weights than the live flow."""
     if not path.is_file():
         raise InputError(f"no flow file at {path}; write it first with flow.save({str(path)!r})")
-    stored, live = Flow.load(path).state_dict(), flow.state_dict()
-    same = stored.keys() == live.keys() and all(torch.equal(stored[name], live[name].cpu()) for name in stored)
-    if not same:
+    if not _same_weights(Flow.load(path), flow):
         raise IncompatibleFlowError(f"{path} holds another flow than the proposal; call flow.save({str(path)!r}) again")
 
 
 def _describe_potential(potential: Any) -> dict[str, Any]:
     """Kind and options of a potential, enough to build it for a System again."""
     if isinstance(potential, TorchPotential):
-        return {"kind": "torch", "dtype": str(potential.dtype).removeprefix("torch."), "device": str(potential.device)}
+        return {"kind": "torch", "parameters": dict(potential.parameters), **potential.options}
     if isinstance(potential, OpenMMPotential):
-        return {"kind": "openmm"}
+        return {"kind": "openmm", "parameters": dict(potential.parameters), **potential.options}
     return {"kind": "custom"}
 
 
 def _build_potential(description: dict[str, Any], system: openmm.System) -> Any:
-    """A potential for a System. A custom callable comes back as OpenMM's own energy of the same System.
+    """A potential for a System, with the options that it had. A custom callable comes back as OpenMM's own energy.
 
     So does a torch potential if the state has forces beside those of the live proposal's System (a bias) that torch
     does not cover: the Context's energy decides there anyway.
     """
+    options = {k: v for k, v in description.items() if k not in ("kind", "parameters")}
+    potential: Any = None
     if description["kind"] == "torch":
-        dtype = getattr(torch, description["dtype"])
         with contextlib.suppress(UnsupportedForceError):
-            return TorchPotential(system, dtype=dtype, device=description["device"])
-    return OpenMMPotential(system)
+            potential = TorchPotential(system, **options | {"dtype": getattr(torch, options["dtype"])})
+    elif description["kind"] == "openmm":
+        potential = OpenMMPotential(system, **_available(options))
+    potential = OpenMMPotential(system) if potential is None else potential
+    for name, value in description.get("parameters", {}).items():
+        if name in potential.parameters:
+            potential.set_parameter(name, value)
+    return potential
+
+
+def _available(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of an OpenMMPotential without a platform that this machine lacks, which is said."""
+    known = [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())]
+    if options.get("platform") in (None, *known):
+        return options
+    warnings.warn(
+        f"a stored flow move had its energies from OpenMM's {options['platform']} platform, which is not here; the "
+        f"fastest of {', '.join(known)} is taken",
+        stacklevel=2,
+    )
+    return options | {"platform": None, "properties": {}}
 
 
 def _build_proposal(description: Description, flow: Flow, system: openmm.System) -> FlowProposal:
@@ -239,7 +297,7 @@ def _build_proposal(description: Description, flow: Flow, system: openmm.System)
     return SubsetProposal(flow, potential, description.temperature, description.atom_subset, **options)
 
 
-def _seed(seed: int | None, n_steps: int) -> int:
+def _seed(description: Description, n_steps: int) -> int:
     """The seed of this MPI rank and run, from the user's or from NumPy's global state (what openmmtools users set).
 
     Ranks run the same program, but each draws for its own replicas: with one seed they would all propose the same. A
@@ -249,8 +307,7 @@ def _seed(seed: int | None, n_steps: int) -> int:
 
     communicator = mpiplus.get_mpicomm()
     rank = 0 if communicator is None else communicator.rank
-    if seed is not None and rank == n_steps == 0:
-        return seed
-    entropy = np.random.randint(0, 2**31 - 1, size=2).tolist() if seed is None else [seed % 2**64]
-    entropy += [rank, n_steps] if n_steps else [rank]
+    seed = description.seed
+    entropy = np.random.randint(0, 2**31 - 1, size=2).tolist() if seed is None else [seed % 2**64, *description.stream]
+    entropy += [rank, n_steps]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)

@@ -187,6 +187,18 @@ class OpenMMPotential:
         other.parameters = dict(self.parameters)
         return other
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments beside the System, as plain values: what a file needs to build the same potential again.
+
+        An executor of the caller's is not among them; a number of processes is.
+        """
+        groups = None if self._groups == -1 else [k for k in range(32) if self._groups >> k & 1]
+        return {
+            "platform": self._platform, "executor": self._processes or None,
+            "properties": dict(self._properties), "groups": groups,
+        }  # fmt: skip
+
     def set_parameter(self, name: str, value: float) -> None:
         """Set a global parameter of the Contexts.
 

@@ -231,6 +231,13 @@ class TorchPotential:
         energy = self._block_energy(x.permute(2, 1, 0)[:, None].unbind(0), self._constants)[0][0]
         return energy + 0.0 * x.sum((1, 2))  # a constant energy too has a derivative: zero
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments beside the System, as plain values: what a file needs to build the same potential again."""
+        groups = None if self.groups is None else sorted(self.groups)
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"dtype": dtype, "device": str(self.device), "compile": self._compiled, "groups": groups}
+
     def __getstate__(self) -> dict[str, Any]:
         """The System as XML and the options: tables and compiled code are rebuilt where they are needed."""
         options = {"dtype": self.dtype, "device": str(self.device), "compile": self._compiled, "groups": self.groups}

@@ -138,6 +138,9 @@ def _chosen(state: ProposalBatch, candidates: ProposalBatch, choice: Tensor) -> 
 class ProposalPool:
     """Pre-drawn proposals, each handed out once: amortises one large batch over many small moves.
 
+    Energies are evaluated for a whole batch when the first draw is taken with its energy, and never for draws that are
+    taken without.
+
     Args:
         proposal: where fresh draws come from; None for a fixed reservoir.
         size: how many are drawn at a time.
@@ -159,32 +162,52 @@ class ProposalPool:
             raise InputError(f"pool_size is {size}; at least one proposal has to be drawn at a time")
         self.proposal, self.size, self.generator = proposal, size, generator
         self._batch, self._next = batch, 0
+        self._has_energies = batch is not None
 
     def __len__(self) -> int:
         """Draws left before the next refill."""
         return 0 if self._batch is None else len(self._batch.u) - self._next
 
-    def take(self, n: int) -> ProposalBatch:
+    def take(self, n: int, energies: bool = True) -> ProposalBatch:
         """The next ``n`` draws, never to be handed out again.
+
+        Args:
+            n: how many.
+            energies: False for a target whose own energy is evaluated anyway: ``u`` may be NaN.
 
         Raises:
             InsufficientDataError: a fixed reservoir has fewer than ``n`` left.
         """
         parts: list[ProposalBatch] = []
         while (missing := n - sum(len(part.u) for part in parts)) > 0:
-            batch = self._batch if len(self) and self._batch is not None else self._refill(missing)
+            batch = self._batch if len(self) and self._batch is not None else self._refill(missing, energies)
+            if energies and not self._has_energies:
+                batch = self._evaluate(batch)
             parts.append(batch.rows(slice(self._next, self._next + missing)))
             self._next += len(parts[-1].u)
         return ProposalBatch(*(torch.cat(columns) for columns in zip(*parts)))
 
-    def _refill(self, at_least: int) -> ProposalBatch:
+    def _evaluate(self, batch: ProposalBatch) -> ProposalBatch:
+        """Energies of the draws that are left of a batch; the others are gone."""
+        left = self.proposal.with_energies(batch.rows(slice(self._next, None)))  # type: ignore[union-attr]
+        self._batch, self._next, self._has_energies = left, 0, True
+        return left
+
+    def _refill(self, at_least: int, energies: bool) -> ProposalBatch:
         """Draw the next batch."""
         if self.proposal is None:
             raise InsufficientDataError(
                 f"the pool is empty, {at_least} more proposals are needed; give it a FlowProposal to draw from"
             )
-        self._batch, self._next = self.proposal.sample(max(self.size, at_least), self.generator), 0
+        draw = self.proposal.sample if energies else self.proposal.draw
+        self._batch, self._next, self._has_energies = draw(max(self.size, at_least), self.generator), 0, energies
         return self._batch
+
+
+def _log_sum(so_far: float, log_values: np.ndarray) -> float:
+    """Log of a running sum of exponentials with more of them added."""
+    largest = max(so_far, float(log_values.max()))
+    return largest + math.log(math.exp(so_far - largest) + float(np.exp(log_values - largest).sum()))
 
 
 @dataclass
@@ -213,8 +236,8 @@ class FlowStatistics:
 
     def update(self, info: KernelInfo) -> None:
         """Add one kernel call."""
-        log_w = info.log_weights.flatten()
-        possible = log_w[torch.isfinite(log_w)]
+        log_w = info.log_weights.flatten().cpu().numpy()  # a few numbers: NumPy is several times faster
+        possible = log_w[np.isfinite(log_w)]
         self.n_proposed += len(info.accepted)
         self.n_accepted += int(info.accepted.sum())
         self.n_proposals += len(log_w)
@@ -222,9 +245,8 @@ class FlowStatistics:
         self.n_impossible += len(log_w) - len(possible)
         if len(possible):
             self.sum_log_weight += float(possible.sum())
-            self.log_sum_weight = float(np.logaddexp(self.log_sum_weight, float(possible.logsumexp(0))))
-            squared = float((2 * possible).logsumexp(0))
-            self.log_sum_weight_squared = float(np.logaddexp(self.log_sum_weight_squared, squared))
+            self.log_sum_weight = _log_sum(self.log_sum_weight, possible)
+            self.log_sum_weight_squared = _log_sum(self.log_sum_weight_squared, 2 * possible)
 
     @property
     def acceptance_rate(self) -> float:

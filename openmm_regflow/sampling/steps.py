@@ -147,7 +147,7 @@ class FlowStep:
         proposal = self.proposal
         current = proposal.as_tensor(positions_nm(positions)[None])
         framed = proposal.redraw_frame(current, self.generator)
-        drawn = self.pool.take(self.n_proposals)
+        drawn = self.pool.take(self.n_proposals, energies=energy is None)
         batch = drawn._replace(positions=proposal.in_place(drawn.positions, current))
         if energy is not None:
             u, batch = energy(current), batch._replace(u=energy(batch.positions).to(batch.u))
