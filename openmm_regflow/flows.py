@@ -262,7 +262,7 @@ class Flow(nn.Module):
             (self.bijection, self.bijection.inverse, z),
             (self.bijection.inverse, self.bijection, y),
         ):
-            end = torch.cat([back(part)[0] for part in there(start)[0].split(len(start) // 3 + 1)])  # type: ignore[operator]
+            end = torch.cat([back(part)[0] for part in there(start)[0].split(len(start) // 3 + 1)])
             worst = max(worst, float(torch.where(self.prior.circular, wrap(end - start), end - start).abs().max()))
         return worst
 
@@ -331,6 +331,32 @@ class Flow(nn.Module):
             raise CorruptFileError(f"{path} does not describe a flow of this package: {error}") from error
         coordinates.refresh()
         return flow.to(device).eval()
+
+
+def origin(flow: Flow) -> dict[str, str]:
+    """What latents and features of this flow mean: digests of its system, coordinates and prior, and the system's name.
+
+    Fitted numbers count to six digits of the largest of their tensor, so that the same fit on another machine is the
+    same.
+    """
+
+    def sha(plain: Any, tensors: Mapping[str, Tensor]) -> str:
+        rounded = {k: (1e6 * v.double() / max(float(v.abs().max()), 1e-300)).round().long() for k, v in tensors.items()}
+        scales = {k: f"{float(v.abs().max()):.5e}" for k, v in tensors.items()}
+        return hashlib.sha256((json.dumps([plain, scales], sort_keys=True) + digest(rounded)).encode()).hexdigest()
+
+    def fitted(module: nn.Module) -> dict[str, Tensor]:
+        return {k: v for k, v in module.state_dict().items() if v.numel()}
+
+    config = dict(flow.coordinates.config())
+    lengths = {k: torch.tensor(config.pop(k)) for k in ("scale", "com_std") if k in config}
+    found = {
+        "coordinates": sha(config, fitted(flow.coordinates) | lengths),
+        "prior": sha([flow.prior.kind, flow.prior.circular.tolist()], fitted(flow.prior)),
+    }
+    if flow.metadata.fingerprint is not None:
+        found["system"] = hashlib.sha256(json.dumps(flow.metadata.fingerprint, sort_keys=True).encode()).hexdigest()
+    return found | ({"name": flow.metadata.system} if flow.metadata.system else {})
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -417,8 +443,8 @@ def coordinates_for(
     Raises:
         InputError: unknown coordinates, data that do not fit, or fixed bonds that the coordinates cannot hold.
     """
-    n_atoms = data.shape[1] if topology is None else sum(1 for _ in topology.atoms())
-    if data.ndim != 3 or tuple(data.shape[1:]) != (n_atoms, 3):
+    n_atoms = sum(1 for _ in topology.atoms()) if topology is not None else data.shape[1] if data.ndim > 1 else 0
+    if data.ndim != 3 or not n_atoms or tuple(data.shape[1:]) != (n_atoms, 3):
         raise InputError(f"positions have shape {tuple(data.shape)}; (n, {n_atoms}, 3) in nm fit this molecule")
     if kind == "cartesian" and fixed:
         raise InputError(f"Cartesian coordinates cannot hold {len(fixed)} bonds at fixed length; use kind='internal'")
