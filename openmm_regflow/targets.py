@@ -70,8 +70,8 @@ def check_pairs(pairs: Pairs, prior: Prior, origin: Mapping[str, str] | None = N
     other = [key for key in known if mine[key] != theirs[key]]
     if other:
         raise IncompatibleFlowError(
-            f"the pairs were made for another {' and other '.join(other)} ({theirs.get('name', 'unnamed')}) than this "
-            f"flow ({mine.get('name', 'unnamed')}); use a teacher of the same system, training frames and settings"
+            f"the pairs were made for another {' and another '.join(other)} ({theirs.get('name', 'unnamed')}) than "
+            f"this flow ({mine.get('name', 'unnamed')}); use a teacher of the same system, training frames and settings"
         )
     dim, n = prior.circular.numel(), len(pairs)
     if pairs.z.shape[1:] != (dim,) or pairs.y.shape[1:] != (dim,):
