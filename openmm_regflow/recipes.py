@@ -311,9 +311,7 @@ def data_batches(coordinates: CoordinateMap, x: Tensor, config: TrainConfig) -> 
 class _Workspace:
     """Checkpoint paths and progress of one `fit`."""
 
-    def __init__(
-        self, folder: Path | None, config: RunConfig, stage: Stage | None, data: dict[str, Tensor]
-    ) -> None:
+    def __init__(self, folder: Path | None, config: RunConfig, stage: Stage | None, data: dict[str, Tensor]) -> None:
         self.main = ranks.current().main
         self.folder, self.stage = folder, stage if self.main else None
         if folder is None or not self.main:

@@ -46,7 +46,7 @@ class PaperConfig(BaseModel):
     teacher_depth: int = Field(3, ge=1)
     ode_steps: int = Field(10, ge=1, description="midpoint steps of the teacher")
     batch_size: int = Field(256, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(2e-3, gt=0)
     teacher_rate: float = Field(3e-3, gt=0, description="learning rate of the teacher")
     n: int = Field(10_000, ge=100, description="samples of the evaluation")
     n_teacher: int = Field(500, ge=100, description="teacher samples with exact log-densities")

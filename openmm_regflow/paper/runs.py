@@ -307,5 +307,3 @@ def _ramachandran(drawn: evaluation.FlowSamples, reference: np.ndarray, molecule
     return plots.ramachandran(
         {"reference": (r[0], r[1]), "samples": (a[0], a[1]), "reweighted": (a[0], a[1], drawn.log_weights[finite])}
     )
-
-
