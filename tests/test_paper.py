@@ -13,6 +13,7 @@ from openmm_regflow import paper
 from openmm_regflow.cli import main
 from openmm_regflow.errors import IncompatibleFlowError, InputError
 from openmm_regflow.paper import Cell, PaperConfig, cells, run_table, table
+from openmm_regflow.paper.table import SHORT
 
 TINY = {
     "seconds": 1.0, "seeds": 1, "n_layers": 2, "hidden": 8, "depth": 1, "teacher_hidden": 16, "teacher_depth": 1,
@@ -85,7 +86,8 @@ def test_one_row_of_each_method_end_to_end(capsys, tmp_path):
         assert [row["method"] for row in csv.DictReader(handle)] == [
             "flow-matching", "mle", "regflow-ot", "regflow-reflow",
         ]  # fmt: skip
-    assert "processor time" in (tmp_path / "t" / "table.md").read_text()
+    short = (tmp_path / "t" / "table.md").read_text()
+    assert "processor time" in short and all(f" {header} |" in short for header in SHORT)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "t").glob("*seed0.json")}
     with pytest.raises(SystemExit):
         main(command)
