@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from openmm_regflow._version import __version__
-from openmm_regflow.bijections import AffineCoupling, Bijection, Composition, SplineCoupling
+from openmm_regflow.bijections import AffineCoupling, Bijection, Composition, SplineCoupling, wrap
 from openmm_regflow.coordinates import CartesianMap, CoordinateMap, InternalMap, build_zmatrix, topology_tables
 from openmm_regflow.errors import CorruptFileError, InputError
 from openmm_regflow.networks import MLP, Conditioner, ResidualMLP, TokenTransformer
@@ -29,6 +30,10 @@ from openmm_regflow.networks import MLP, Conditioner, ResidualMLP, TokenTransfor
 FORMAT_VERSION = 2
 #: Samples per pass inside `Flow.sample` and `Flow.log_prob`; bounds memory at any n.
 CHUNK = 16384
+#: Largest inverse error of a flow that is kept in float32, see `Flow.secure`.
+INVERSE_ERROR = 1e-4
+#: Latents this many times as wide as the prior's are its tails.
+TAILS = 2.5
 
 
 @dataclass(frozen=True)
@@ -211,8 +216,8 @@ class Flow(nn.Module):
         if x.ndim != 3 or tuple(x.shape[1:]) != (self.n_atoms, 3):
             raise InputError(f"positions have shape {tuple(x.shape)}; this flow needs (n, {self.n_atoms}, 3) in nm")
         y, log_volume = self.coordinates.to_features(x)
-        z, log_det = self.bijection.inverse(y.to(self.dtype))
-        return z, log_det + log_volume.to(self.dtype)
+        z, log_det = self.bijection.inverse(y)
+        return z, log_det + log_volume
 
     def _log_prob(self, x: Tensor) -> Tensor:
         # Features in float64: the map is cheap, and a float32 bond is a tenth of its thermal width off.
@@ -236,11 +241,58 @@ class Flow(nn.Module):
         return torch.cat([x for x, _ in parts]), torch.cat([q for _, q in parts])
 
     def _sample(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        z = self.prior.sample(n, generator, self.dtype)
+        z = self.prior.sample(n, generator, self.dtype).double()
         y, log_det = self.bijection(z)
-        x, log_volume = self.coordinates.to_positions(y.double())
-        log_q = self.prior.log_prob(z).double() - log_det.double() - log_volume
+        x, log_volume = self.coordinates.to_positions(y)
+        log_q = self.prior.log_prob(z) - log_det - log_volume
         return self.coordinates.relabel(x, generator), log_q
+
+    @torch.no_grad()
+    def inverse_error(self, y: Tensor, spread: float = 1.0, generator: torch.Generator | None = None) -> float:
+        """Largest error of going there and back: features `(n, dim)` as data, and as many latents.
+
+        An error of rounding by eps comes back multiplied by the condition of the map: trained maps differ by orders of
+        magnitude in that. Products of matrices round in ways that depend on the batch, so the way back goes in parts.
+
+        Args:
+            y: features `(n, dim)`, e.g. of held-out data.
+            spread: width of the latents in units of the prior's on lines; see `TAILS`.
+            generator: of the latents.
+        """
+        z = self.prior.sample(len(y), generator, self.dtype).double()
+        z, y = torch.where(self.prior.circular, z, spread * z), y.to(z)
+        worst = 0.0
+        for there, back, start in (
+            (self.bijection, self.bijection.inverse, z),
+            (self.bijection.inverse, self.bijection, y),
+        ):
+            end = torch.cat([back(part)[0] for part in there(start)[0].split(len(start) // 3 + 1)])
+            worst = max(worst, float(torch.where(self.prior.circular, wrap(end - start), end - start).abs().max()))
+        return worst
+
+    def secure(self, y: Tensor, seed: int = 0) -> float:
+        """Go over to float64, with a warning, if the inverse in float32 is off by more than `INVERSE_ERROR`.
+
+        Args:
+            y: features `(n, dim)` of data.
+            seed: of latents, half of them in the tails.
+
+        Returns:
+            the largest error in the precision that was chosen.
+        """
+        error = self._worst_error(y, seed)
+        if self.dtype == torch.float32 and not error <= INVERSE_ERROR:
+            warnings.warn(
+                f"the map is so steep that its inverse in float32 is off by {error:.1e}; the flow is kept in float64, "
+                "about twice as slow. More pairs, or regression.forward_backward and likelihood, make it gentler.",
+                stacklevel=2,
+            )
+            self.bijection.double()
+            error = self._worst_error(y, seed)
+        return error
+
+    def _worst_error(self, y: Tensor, seed: int) -> float:
+        return max(self.inverse_error(y, s, torch.Generator().manual_seed(seed)) for s in (1.0, TAILS))
 
     def frame_log_density(self, x: Tensor) -> Tensor:
         """Log-density `(n,)` of the rigid-body coordinates that `log_prob` carries and ``exp(-u)`` does not."""
@@ -285,6 +337,32 @@ class Flow(nn.Module):
         coordinates.refresh()
         flow.path = Path(path).absolute()
         return flow.to(device).eval()
+
+
+def origin(flow: Flow) -> dict[str, str]:
+    """What latents and features of this flow mean: digests of its system, coordinates and prior, and the system's name.
+
+    Fitted numbers count to six digits of the largest of their tensor, so that the same fit on another machine is the
+    same.
+    """
+
+    def sha(plain: Any, tensors: Mapping[str, Tensor]) -> str:
+        rounded = {k: (1e6 * v.double() / max(float(v.abs().max()), 1e-300)).round().long() for k, v in tensors.items()}
+        scales = {k: f"{float(v.abs().max()):.5e}" for k, v in tensors.items()}
+        return hashlib.sha256((json.dumps([plain, scales], sort_keys=True) + digest(rounded)).encode()).hexdigest()
+
+    def fitted(module: nn.Module) -> dict[str, Tensor]:
+        return {k: v for k, v in module.state_dict().items() if v.numel()}
+
+    config = dict(flow.coordinates.config())
+    lengths = {k: torch.tensor(config.pop(k)) for k in ("scale", "com_std") if k in config}
+    found = {
+        "coordinates": sha(config, fitted(flow.coordinates) | lengths),
+        "prior": sha([flow.prior.kind, flow.prior.circular.tolist()], fitted(flow.prior)),
+    }
+    if flow.metadata.fingerprint is not None:
+        found["system"] = hashlib.sha256(json.dumps(flow.metadata.fingerprint, sort_keys=True).encode()).hexdigest()
+    return found | ({"name": flow.metadata.system} if flow.metadata.system else {})
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -371,8 +449,8 @@ def coordinates_for(
     Raises:
         InputError: unknown coordinates, data that do not fit, or fixed bonds that the coordinates cannot hold.
     """
-    n_atoms = data.shape[1] if topology is None else sum(1 for _ in topology.atoms())
-    if data.ndim != 3 or tuple(data.shape[1:]) != (n_atoms, 3):
+    n_atoms = sum(1 for _ in topology.atoms()) if topology is not None else data.shape[1] if data.ndim > 1 else 0
+    if data.ndim != 3 or not n_atoms or tuple(data.shape[1:]) != (n_atoms, 3):
         raise InputError(f"positions have shape {tuple(data.shape)}; (n, {n_atoms}, 3) in nm fit this molecule")
     if kind == "cartesian" and fixed:
         raise InputError(f"Cartesian coordinates cannot hold {len(fixed)} bonds at fixed length; use kind='internal'")
@@ -431,14 +509,12 @@ def build(
     for key in ("n_layers", "hidden", "depth"):
         if a[key] < 1:
             raise InputError(f"{key} is {a[key]}; it must be at least 1")
-    networks: dict[str, Callable[[int, int], Conditioner]] = {
-        "real_nvp": partial(MLP, hidden=a["hidden"], depth=a["depth"]),
-        "res_nvp": partial(ResidualMLP, hidden=a["hidden"], depth=a["depth"]),
-        "spline": partial(ResidualMLP, hidden=a["hidden"], depth=a["depth"]),
-        "jet": partial(TokenTransformer, token_size=3, hidden=a["hidden"], depth=a["depth"]),
-    }
+    networks: dict[str, type[Conditioner]] = {
+        "real_nvp": MLP, "res_nvp": ResidualMLP, "spline": ResidualMLP, "jet": TokenTransformer,
+    }  # fmt: skip
     if a["name"] not in networks:
         raise InputError(f"unknown architecture {a['name']!r}; known: {', '.join(networks)}")
+    network: Callable[..., Conditioner] = partial(networks[a["name"]], hidden=a["hidden"], depth=a["depth"])
     circular = coordinates.circular
     layers: list[Bijection] = []
     with torch.random.fork_rng(devices=[]):
@@ -446,9 +522,12 @@ def build(
         for mask in _masks(coordinates, a):
             if a["name"] == "spline":
                 sizes = a["n_bins"], a["bound"], a.get("line_bins")
-                layers.append(SplineCoupling(mask, circular, networks["spline"], *sizes))
+                layers.append(SplineCoupling(mask, circular, network, *sizes))
+            elif a["name"] == "jet":
+                places = AffineCoupling.places(mask, circular)
+                layers.append(AffineCoupling(mask, circular, partial(network, token_size=3, places=places)))
             else:
-                layers.append(AffineCoupling(mask, circular, networks[a["name"]]))
+                layers.append(AffineCoupling(mask, circular, network))
     return Flow(coordinates, Composition(layers), a, metadata, factor)
 
 

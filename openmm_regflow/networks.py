@@ -1,6 +1,7 @@
 """Conditioner and vector-field networks: residual MLPs and transformers over tokens; no physics here."""
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -12,6 +13,11 @@ from openmm_regflow.products import Linear, columns
 
 class Conditioner(nn.Module):
     """What a coupling takes its parameters from: `(n, n_in)` -> `(n, n_out)`, or in parts with the samples last."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights."""
+        return next(self.parameters()).dtype
 
     def columns(self, x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
         """`(n, n_in)` -> tensors `(size, n)`, whose sizes add up to n_out."""
@@ -145,32 +151,46 @@ class TokenTransformer(Conditioner):
     """Transformer from one set of tokens to another: the conditioner of Jet couplings.
 
     Known tokens carry values; asked-for tokens enter with their learned embedding alone, and their outputs
-    are read off. (Kolesnikov et al. 2024, "Jet"; here the tokens are atoms or groups of coordinates.)
+    are read off. (Kolesnikov et al. 2024, "Jet".) A token is ``token_size`` consecutive elements: an atom, where the
+    features are Cartesian and whole atoms are kept and transformed.
 
     Args:
         n_in: input features, split into tokens of ``token_size``, the last one padded with zeros.
-        n_out: output features, split evenly over ``n_tokens_out`` learned query tokens.
-        token_size: features per input token.
+        n_out: output features.
+        token_size: elements per token, on both sides.
+        places: `n_out` pairs (element, slot): the transformed element that an output belongs to, and which of that
+            element's parameters it is; None: output i is the only parameter of element i.
         hidden: token width.
         depth: number of blocks.
         heads: attention heads.
     """
 
+    order: Tensor
+
     def __init__(
-        self, n_in: int, n_out: int, token_size: int, hidden: int = 64, depth: int = 2, heads: int = 4
+        self,
+        n_in: int,
+        n_out: int,
+        token_size: int,
+        places: Sequence[tuple[int, int]] | None = None,
+        hidden: int = 64,
+        depth: int = 2,
+        heads: int = 4,
     ) -> None:
         super().__init__()
+        places = [(i, 0) for i in range(n_out)] if places is None else places
+        slots = 1 + max(slot for _, slot in places)
         self.token_size = token_size
         self.n_known = math.ceil(n_in / token_size)
-        self.n_asked = self.n_known
-        self.n_out = n_out
-        per_token = math.ceil(n_out / self.n_asked)
+        self.n_asked = math.ceil((1 + max(element for element, _ in places)) / token_size)
+        order = [element * slots + slot for element, slot in places]
+        self.register_buffer("order", torch.tensor(order), persistent=False)
         self.lift = Linear(token_size, hidden)
         self.known = nn.Parameter(0.5 * torch.randn(self.n_known, hidden))
         self.asked = nn.Parameter(0.5 * torch.randn(self.n_asked, hidden))
         self.blocks = nn.ModuleList(TransformerBlock(hidden, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(hidden)
-        self.head = Linear(hidden, per_token)
+        self.head = Linear(hidden, token_size * slots)
         zero_(self.head)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -181,7 +201,7 @@ class TokenTransformer(Conditioner):
         h = torch.cat([known, self.asked.expand(n, -1, -1)], dim=1)
         for block in self.blocks:
             h = block(h)
-        return self.head(self.norm(h[:, self.n_known :])).flatten(1)[:, : self.n_out]
+        return self.head(self.norm(h[:, self.n_known :])).flatten(1)[:, self.order]
 
 
 class TimeEmbedding(nn.Module):

@@ -172,6 +172,17 @@ class FlowMatchingLoss(SplitLoss):
 
 
 def describe(loss: Any) -> dict[str, Any]:
-    """JSON-ready settings of a loss, for provenance."""
-    plain = {k: v for k, v in vars(loss).items() if isinstance(v, int | float | str)}
-    return {"loss": type(loss).__name__, **plain}
+    """JSON-ready settings of a loss, for provenance and for checkpoints; of a plain function its name."""
+    plain: dict[str, Any] = {}
+    for key, value in vars(loss).items():
+        if isinstance(value, int | float | str):
+            plain[key] = value
+        elif isinstance(value, Prior):
+            plain[key] = value.kind
+        elif callable(value):
+            plain[key] = _name(value)
+    return {"loss": _name(loss), **plain}
+
+
+def _name(thing: Any) -> str:
+    return getattr(thing, "__qualname__", type(thing).__name__)

@@ -341,6 +341,36 @@ def convergence(table: Mapping[str, Any], *, exact: tuple[float, float] | None =
 
 
 @_styled
+def trends(
+    panels: Mapping[str, tuple[Mapping[str, Sequence[tuple[float, float, float]]], bool]],
+    *,
+    label: str,
+    title: str = "",
+) -> Any:
+    """Figures against one quantity, a panel each, with error bars.
+
+    Args:
+        panels: label of the vertical axis -> (name of a line -> points (x, value, error)), logarithmic or not.
+        label: of the horizontal, logarithmic axis.
+        title: above all panels.
+    """
+    rows = -(-len(panels) // 2)
+    figure, axes = _figure(9.0, 3.2 * rows, rows, 2, squeeze=False, sharex=True)
+    for axis, (name, (lines, logarithmic)) in zip(axes.flat, panels.items()):
+        for colour, (words, points) in zip(_cycle(len(lines)), lines.items()):
+            if points:
+                x, value, error = np.asarray(points, dtype=float).T
+                axis.errorbar(x, value, error, color=colour, marker="o", markersize=4, capsize=2, label=words)
+        axis.set(xscale="log", ylabel=name, **({"yscale": "log"} if logarithmic else {}))
+    for axis in axes[-1]:
+        axis.set_xlabel(label)
+    axes.flat[0].legend(fontsize=7)
+    figure.suptitle(title)
+    figure.tight_layout()
+    return figure
+
+
+@_styled
 def work_distributions(forward: Any, reverse: Any, delta_f: float, *, bins: int = 60, title: str = "") -> Any:
     """Distributions of forward works and of negated reverse works; they cross at delta_f.
 

@@ -27,13 +27,15 @@ from openmm_regflow.refinement import RefineConfig, Round, refine
 from openmm_regflow.targets import (
     Pairs,
     StreamedPairs,
+    aligned_coupling,
     check_pairs,
     hierarchical_transport_pairs,
+    load_pairs,
     minibatch_coupling,
     optimal_transport_pairs,
     reflow_pairs,
 )
-from openmm_regflow.teachers import VectorField, field_from_architecture
+from openmm_regflow.teachers import LogDet, Method, VectorField, field_from_architecture
 from openmm_regflow.training import Batch, Batches, History, Progress, TrainConfig, train
 
 #: (name of the stage, steps in total) -> progress callback of that stage
@@ -87,6 +89,7 @@ class TeacherConfig(_Section):
     depth: int = Field(3, ge=1)
     seed: int = 0
     couple: bool = Field(False, description="minibatch optimal-transport coupling")
+    align: bool = Field(False, description="cartesian only: turn each latent towards its frame; shorter paths")
     train: TrainConfig = TrainConfig(steps=5000, learning_rate=1e-3)
 
 
@@ -99,8 +102,9 @@ class PairsConfig(_Section):
     n: int = Field(50_000, ge=1, description="pairs; for ot at most the number of training frames; unused by stream")
     align: bool = Field(False, description="ot only, cartesian only: turn and relabel each frame towards its latent")
     n_steps: int = Field(10, ge=1, description="ODE steps")
-    method: Literal["midpoint", "euler", "rk4", "dopri5"] = Field("midpoint", description="dopri5: adaptive")
-    log_det: Literal["none", "exact", "hutchinson"] = "none"
+    method: Method = Field("midpoint", description="euler, midpoint, rk4: n_steps of one length; others: adaptive")
+    log_det: LogDet = "none"
+    folder: str | None = Field(None, description="reflow only: pairs that `openmm-regflow pairs` has made, no teacher")
     seed: int = 1
 
 
@@ -161,10 +165,11 @@ def load_config(path: str | Path) -> RunConfig:
 
 
 def print_config(config: RunConfig) -> str:
-    """The configuration as TOML that `load_config` reads back."""
+    """The configuration as TOML that `load_config` reads back; settings without a value as comments."""
 
     def lines(table: dict[str, Any], prefix: str) -> list[str]:
-        out = [f"{k} = {json.dumps(v)}" for k, v in table.items() if not isinstance(v, dict) and v is not None]
+        plain = {k: v for k, v in table.items() if not isinstance(v, dict)}
+        out = [f"# {k} =   (not set)" if v is None else f"{k} = {json.dumps(v)}" for k, v in plain.items()]
         for key, value in table.items():
             if isinstance(value, dict):
                 name = f"{prefix}{key}"
@@ -186,6 +191,7 @@ class FitResult:
         phases: student's bijection (state dict) at the end of each phase.
         rounds: pools of the refinement.
         frame_energies: energies that more frames of the trajectory took.
+        inverse_error: largest error of going there and back, see ``Flow.secure``.
     """
 
     flow: Flow
@@ -195,11 +201,13 @@ class FitResult:
     phases: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
     rounds: list[Round] = dataclasses.field(default_factory=list)
     frame_energies: int = 0
+    inverse_error: float = float("nan")
 
     def costs(self) -> dict[str, Any]:
-        """Wall-clock by stage [s], energies evaluated in all, and the part of them that made frames."""
+        """Wall-clock by stage [s], energies in all and those that made frames, and how exact the inverse came out."""
         energies = self.frame_energies + (self.rounds[-1].energies if self.rounds else 0)
-        return {"seconds": self.seconds, "energies": energies, "frame energies": self.frame_energies}
+        counted = {"energies": energies, "frame energies": self.frame_energies}
+        return {"seconds": self.seconds, **counted, "inverse_error": self.inverse_error}
 
     def save_phases(self, folder: Path) -> None:
         """Write the student as it was after each phase to ``folder/<phase>.safetensors``."""
@@ -286,6 +294,8 @@ def fit(
             result.rounds = peers.share(result.rounds)
             flow.bijection.load_state_dict(peers.share(flow.bijection.state_dict()))
         result.note_phase("refinement")
+    y = features(flow.coordinates, x_validation[:1000], torch.Generator().manual_seed(config.flow.seed))
+    result.inverse_error = flow.secure(y, config.flow.seed)
     flow.metadata = dataclasses.replace(flow.metadata, training=flow.metadata.training | result.costs())
     flow.eval()
     return result
@@ -311,9 +321,7 @@ def data_batches(coordinates: CoordinateMap, x: Tensor, config: TrainConfig) -> 
 class _Workspace:
     """Checkpoint paths and progress of one `fit`."""
 
-    def __init__(
-        self, folder: Path | None, config: RunConfig, stage: Stage | None, data: dict[str, Tensor]
-    ) -> None:
+    def __init__(self, folder: Path | None, config: RunConfig, stage: Stage | None, data: dict[str, Tensor]) -> None:
         self.main = ranks.current().main
         self.folder, self.stage = folder, stage if self.main else None
         if folder is None or not self.main:
@@ -378,6 +386,7 @@ def check_config(config: RunConfig) -> None:
     wants = {
         'flow.prior = "harmonic"': config.flow.prior == "harmonic",
         'teacher.kind = "equivariant"': config.teacher.kind == "equivariant",
+        "teacher.align = true": config.teacher.align,
         "pairs.align = true": config.pairs.align,
     }
     for name, wanted in wants.items():
@@ -385,6 +394,10 @@ def check_config(config: RunConfig) -> None:
             raise InputError(f'{name} needs coordinates = "cartesian"; internal coordinates have no orientation')
     if config.pairs.align and config.pairs.source != "ot":
         raise InputError(f'pairs.align = true needs pairs.source = "ot", not "{config.pairs.source}"')
+    if config.teacher.align and config.teacher.couple:
+        raise InputError("teacher.align and teacher.couple are two ways of coupling a batch; choose one")
+    if config.pairs.folder is not None and config.pairs.source != "reflow":
+        raise InputError(f'pairs.folder needs pairs.source = "reflow", not "{config.pairs.source}"')
     if config.regression.train.patience is not None and (
         not config.regression.held_out or config.pairs.source == "stream"
     ):
@@ -413,8 +426,9 @@ def check_data(x_train: Tensor, x_validation: Tensor, config: RunConfig) -> None
         InputError: shapes, NaN, or fewer samples than a batch of one of the stages.
     """
     for name, x in (("training", x_train), ("validation", x_validation)):
-        if x.ndim != 3 or x.shape[1:] != (x_train.shape[1], 3) or not len(x):
-            raise InputError(f"{name} frames have shape {tuple(x.shape)}; (n, {x_train.shape[1]}, 3) in nm is needed")
+        n_atoms = x_train.shape[1] if x_train.ndim > 1 else "n_atoms"
+        if x.ndim != 3 or x.shape[1:] != (n_atoms, 3) or not len(x):
+            raise InputError(f"{name} frames have shape {tuple(x.shape)}; (n, {n_atoms}, 3) in nm is needed")
         if not bool(torch.isfinite(x).all()):
             bad = int((~torch.isfinite(x).flatten(1).all(1)).nonzero()[0])
             raise InputError(f"{name} frame {bad} holds a NaN or infinite position; remove it before training")
@@ -423,7 +437,7 @@ def check_data(x_train: Tensor, x_validation: Tensor, config: RunConfig) -> None
     pairs = config.pairs.n if source == "reflow" else min(config.pairs.n, n_frames)
     pairs -= int(config.regression.held_out * pairs)
     stages = {
-        "teacher": (regression and source in ("reflow", "stream"), n_frames),
+        "teacher": (regression and source in ("reflow", "stream") and not config.pairs.folder, n_frames),
         "regression": (regression and source != "stream", pairs),
         "likelihood": (config.likelihood.enabled or not regression, n_frames),
     }
@@ -458,13 +472,17 @@ def _pair_batches(
     c, train_config = config.pairs, config.regression.train
     if c.source in ("ot", "hierarchical"):
         pairs = _transport_pairs(flow, topology, x, c, result)
+    elif c.folder is not None:
+        pairs = load_pairs(c.folder, c.n)
+        if c.log_det != "none" and pairs.log_det is None:
+            raise InputError(f'{c.folder} holds pairs without log-determinants; set pairs.log_det = "none"')
     else:
         teacher = _teacher(flow, x, held_out, config, work, result)
         if c.source == "stream":
             keywords: dict[str, Any] = {"seed": c.seed, "n_steps": c.n_steps, "method": c.method, "log_det": c.log_det}
             return StreamedPairs(teacher, train_config.batch_size, **keywords), None
         pairs = _teacher_pairs(teacher, c, work, result)
-    check_pairs(pairs, flow.prior)
+    check_pairs(pairs, flow.prior, flows.origin(flow))
     tensors = (pairs.z, pairs.y) if pairs.log_det is None else (pairs.z, pairs.y, pairs.log_det)
     n = len(pairs) - int(config.regression.held_out * len(pairs))
     held = tuple(t[n:].to(flow.device) for t in tensors) if n < len(pairs) else None
@@ -495,7 +513,9 @@ def _teacher(
     t, circular = config.teacher, flow.prior.circular
     factor = None if flow.prior.factor is None else flow.prior.factor.cpu()
     teacher = VectorField(circular.cpu(), t.kind, t.hidden, t.depth, t.seed, factor).to(flow.device)
-    loss = FlowMatchingLoss(flow.prior, minibatch_coupling(circular) if t.couple else None)
+    teacher.origin = flows.origin(flow)
+    couple = aligned_coupling if t.align else minibatch_coupling(circular) if t.couple else None
+    loss = FlowMatchingLoss(flow.prior, couple)
     # A teacher that learns its frames by heart has a rugged map, which no student can follow.
     y = features(flow.coordinates, held_out, torch.Generator().manual_seed(t.seed))
     judge = _judgement(loss, y, t.seed, t.train.batch_size)
@@ -575,6 +595,7 @@ def with_seed(config: RunConfig, seed: int) -> RunConfig:
 def save_teacher(path: str | Path, teacher: VectorField) -> None:
     """Write a teacher as safetensors."""
     header = {"format": TEACHER_KIND, "format_version": 1, "architecture": teacher.architecture}
+    header["origin"] = teacher.origin
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in teacher.state_dict().items()}
     write_safetensors(Path(path), tensors | {"circular": teacher.circular.cpu()}, header)
 
@@ -589,4 +610,5 @@ def load_teacher(path: str | Path, device: str | torch.device = "cpu") -> Vector
     header, tensors = read_safetensors(Path(path), TEACHER_KIND, 1)
     teacher = field_from_architecture(tensors.pop("circular"), header["architecture"], tensors.get("prior.factor"))
     teacher.load_state_dict(tensors)
+    teacher.origin = header.get("origin", {})
     return teacher.to(device).eval()

@@ -5,9 +5,9 @@ Rehman et al. 2025, arXiv 2506.01158, section 4 (OT and reflow targets).
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from openmm_regflow.bijections import wrap
 from openmm_regflow.coordinates import align, rotated_squared_distances
 from openmm_regflow.errors import CorruptFileError, DivergenceError, IncompatibleFlowError, InputError
 from openmm_regflow.flows import Prior, read_safetensors, write_safetensors
-from openmm_regflow.teachers import VectorField, integrate
+from openmm_regflow.teachers import VectorField, check_integration, integrate
 
 FORMAT_VERSION = 1
-#: Full-batch OT holds two n x n float64 matrices: 20,000 points take 6.4 GB.
+#: Full-batch OT takes 40 bytes for each of n x n entries (costs, plan, network simplex), measured as the peak at 5,000
+#: and 10,000 points: 16 GB at 20,000.
 MAX_EXACT = 20_000
 
 
@@ -36,30 +37,43 @@ class Pairs:
         z: `(n, dim)` latent.
         y: `(n, dim)` features.
         log_det: `(n,)` of the teacher's map z -> y, or None.
+        origin: what z and y mean, see ``flows.origin``; empty if unknown.
     """
 
     z: Tensor
     y: Tensor
     log_det: Tensor | None = None
+    origin: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.z.shape[0]
 
 
-def check_pairs(pairs: Pairs, prior: Prior) -> None:
-    """Refuse pairs of another system or prior, before a flow is trained on them.
+def check_pairs(pairs: Pairs, prior: Prior, origin: Mapping[str, str] | None = None) -> None:
+    """Refuse pairs of another system, of other coordinates or of another prior, before a flow is trained on them.
 
-    Over samples z of the prior itself, -log p(z) has the prior's entropy as its mean and half a unit of variance for
-    each of k linear dimensions (it is half a chi-squared number), with a kurtosis of 3 + 12/k; latents of another
-    prior are off by many standard errors in the one or the other.
+    Pairs that say where they come from are compared by that, all by their dimension and their latents. Over samples z
+    of the prior itself, -log p(z) has the prior's entropy as its mean and half a unit of variance for each of k linear
+    dimensions (it is half a chi-squared number), with a kurtosis of 3 + 12/k; latents of another prior are off by many
+    standard errors in the one or the other.
 
     Args:
         pairs: to be trained on.
         prior: of the flow.
+        origin: of the flow, see ``flows.origin``.
 
     Raises:
-        IncompatibleFlowError: another dimension, angles outside [-pi, pi], or latents that are not from `prior`.
+        IncompatibleFlowError: another system, other coordinates or another prior; another dimension, angles outside
+            [-pi, pi], or latents that are not from `prior`.
     """
+    mine, theirs = origin or {}, pairs.origin
+    known = [key for key in ("system", "coordinates", "prior") if key in mine.keys() & theirs]
+    other = [key for key in known if mine[key] != theirs[key]]
+    if other:
+        raise IncompatibleFlowError(
+            f"the pairs were made for another {' and another '.join(other)} ({theirs.get('name', 'unnamed')}) than "
+            f"this flow ({mine.get('name', 'unnamed')}); use a teacher of the same system, training frames and settings"
+        )
     dim, n = prior.circular.numel(), len(pairs)
     if pairs.z.shape[1:] != (dim,) or pairs.y.shape[1:] != (dim,):
         raise IncompatibleFlowError(
@@ -93,9 +107,9 @@ def optimal_transport_pairs(
 ) -> Pairs:
     """The exact full-batch optimal-transport coupling of n latents with n data points, once, offline.
 
-    The cost is squared Euclidean, with the shorter way round on circles. Memory is O(n^2), time about O(n^3). With
-    `groups` the features are Cartesian, the cost is that after the best rotation of y about its centre (Klein et al.
-    2023, arXiv 2306.15030, section 4), and matched y come back rotated, their identical atoms relabelled.
+    The cost is squared Euclidean, with the shorter way round on circles. Memory is 40 n^2 bytes, time about O(n^3).
+    With `groups` the features are Cartesian, the cost is that after the best rotation of y about its centre (Klein et
+    al. 2023, arXiv 2306.15030, section 4), and matched y come back rotated, their identical atoms relabelled.
 
     Args:
         z: `(n, dim)` latent samples.
@@ -266,16 +280,18 @@ def reflow_pairs(
     """
     if n < 1 or shard_size < 1:
         raise InputError(f"n is {n} and shard_size {shard_size}; both must be at least 1")
+    check_integration(method, log_det)
     peers = ranks.current()
     sizes = [min(shard_size, n - start) for start in range(0, n, shard_size)]
     make = partial(reflow_chunk, field, n_steps=n_steps, method=method, log_det=log_det)
     store = None
     if folder is not None:
         settings = {"seed": seed, "n_steps": n_steps, "method": method, "log_det": log_det, "shard_size": shard_size}
+        settings |= {"teacher": _weights_digest(field), "origin": field.origin}
         if peers.main:
-            PairStore(Path(folder), settings | {"teacher": _weights_digest(field)})
+            PairStore(Path(folder), settings)
         peers.gather(None)  # the others find the manifest, or make one on a disk of their own
-        store = PairStore(Path(folder), settings | {"teacher": _weights_digest(field)})
+        store = PairStore(Path(folder), settings)
     parts, todo = {}, []
     for k in range(peers.rank, len(sizes), peers.size):
         found = store.read(k) if store else None
@@ -292,7 +308,7 @@ def reflow_pairs(
         if progress and peers.main:
             progress(min(n, peers.size * sum(len(p) for p in parts.values())), n)
     everyones = {k: part for others in peers.gather(parts) for k, part in others.items()}
-    return concatenate([everyones[k] for k in sorted(everyones)])
+    return replace(concatenate([everyones[k] for k in sorted(everyones)]), origin=field.origin)
 
 
 def shard_seed(seed: int, shard: int) -> int:
@@ -418,6 +434,52 @@ class PairStore:
         except (InputError, CorruptFileError):
             return None
         return Pairs(tensors["z"], tensors["y"], tensors.get("log_det"))
+
+
+def aligned_coupling(z: Tensor, y: Tensor) -> Tensor:
+    """Latents `(n, 3 n_atoms)` turned about their centres towards the Cartesian features `(n, 3 n_atoms)` of a batch.
+
+    Where data have a uniform orientation and the prior has no direction, turned latents are samples of the prior
+    still; paths are shorter and orientations do not blur the velocity (Klein et al. 2023, arXiv 2306.15030).
+    """
+    a, b = (x.view(len(x), -1, 3) for x in (y, z))
+    return align(a, b, rounds=0).flatten(1)
+
+
+def load_pairs(folder: str | Path, n: int | None = None) -> Pairs:
+    """Pairs that `reflow_pairs` (or ``openmm-regflow pairs``) left in a folder.
+
+    Args:
+        folder: with a manifest and shards.
+        n: so many of them, the first ones; None for all.
+
+    Raises:
+        InputError: no such folder, or no pairs in it.
+        CorruptFileError: a shard that is missing or torn, or a damaged manifest.
+    """
+    manifest = Path(folder) / "manifest.json"
+    if not manifest.is_file():
+        raise InputError(f"{folder} holds no pairs (no manifest.json); make them with `openmm-regflow pairs`")
+    try:
+        settings = json.loads(manifest.read_text())
+    except ValueError as error:
+        raise CorruptFileError(f"{manifest} is damaged; delete the folder and make the pairs again") from error
+    store = PairStore(Path(folder), settings)
+    last = max((int(path.stem.split("-")[1]) for path in Path(folder).glob("pairs-*.safetensors")), default=-1)
+    parts: list[Pairs] = []
+    for k in range(last + 1):
+        if n is not None and sum(map(len, parts)) >= n:
+            break
+        found = store.read(k)
+        if found is None:
+            raise CorruptFileError(f"{store.path(k)} is missing or torn; the command that made the pairs mends it")
+        parts.append(found)
+    if not parts:
+        raise InputError(f"{folder} holds no pairs yet; make them with `openmm-regflow pairs`")
+    pairs = concatenate(parts)
+    first = slice(0, n)
+    log_det = None if pairs.log_det is None else pairs.log_det[first]
+    return Pairs(pairs.z[first], pairs.y[first], log_det, settings.get("origin", {}))
 
 
 def minibatch_coupling(circular: Tensor) -> Callable[[Tensor, Tensor], Tensor]:

@@ -5,7 +5,7 @@ sigma_min = 0; on circles the straight path is the geodesic (Chen & Lipman 2024,
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,10 @@ from openmm_regflow.products import Linear
 
 LogDet = Literal["none", "exact", "hutchinson"]
 #: Methods of torchdiffeq with steps of one length, and with steps to a tolerance.
-FIXED, ADAPTIVE = ("euler", "midpoint", "rk4"), ("dopri5", "dopri8", "bosh3")
+Fixed = Literal["euler", "midpoint", "rk4"]
+Adaptive = Literal["bosh3", "dopri5", "dopri8"]
+Method = Literal[Fixed, Adaptive]
+FIXED, ADAPTIVE = get_args(Fixed), get_args(Adaptive)
 
 
 class VectorField(nn.Module):
@@ -32,6 +35,9 @@ class VectorField(nn.Module):
         depth: number of blocks.
         seed: of the initial weights.
         factor: of a harmonic prior, see ``flows.Prior``.
+
+    Attributes:
+        origin: what latents and features mean, see ``flows.origin``; empty if unknown.
 
     Raises:
         InputError: an unknown kind, or one that needs atoms where there are angles.
@@ -56,6 +62,7 @@ class VectorField(nn.Module):
         if kind == "equivariant" and (bool(circular.any()) or circular.numel() % 3):
             raise InputError('an equivariant field works on atoms; choose coordinates = "cartesian" or another kind')
         self.architecture = {"kind": kind, "hidden": hidden, "depth": depth, "seed": seed}
+        self.origin: dict[str, str] = {}
         self.prior = Prior(circular.clone(), factor)
         self.register_buffer("circular", circular.clone(), persistent=False)
         self.register_buffer("linear_index", (~circular).nonzero().flatten(), persistent=False)
@@ -195,6 +202,17 @@ def divergence(field: nn.Module, t: Tensor, x: Tensor, probe: Tensor | None) -> 
     return velocity, total
 
 
+def check_integration(method: str, log_det: str) -> None:
+    """Refuse unknown words.
+
+    Raises:
+        InputError: an unknown method or kind of log-determinant.
+    """
+    for name, value, known in (("method", method, get_args(Method)), ("log_det", log_det, get_args(LogDet))):
+        if value not in known:
+            raise InputError(f"{name} is {value!r}; known: {', '.join(known)}")
+
+
 @torch.no_grad()
 def integrate(
     field: VectorField,
@@ -227,10 +245,7 @@ def integrate(
     """
     from torchdiffeq import odeint
 
-    if method not in (*FIXED, *ADAPTIVE):
-        raise InputError(f"method is {method!r}; known: {', '.join((*FIXED, *ADAPTIVE))}")
-    if log_det not in ("none", "exact", "hutchinson"):
-        raise InputError(f"log_det is {log_det!r}; known: none, exact, hutchinson")
+    check_integration(method, log_det)
     probe = None
     if log_det == "hutchinson":
         # A generator draws on its own device alone.

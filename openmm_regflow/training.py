@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from openmm_regflow import ranks
 from openmm_regflow.errors import DivergenceError, IncompatibleFlowError, InputError
 from openmm_regflow.flows import read_safetensors, write_safetensors
-from openmm_regflow.objectives import Loss, SplitLoss
+from openmm_regflow.objectives import Loss, SplitLoss, describe
 
 Batch = tuple[Tensor, ...]
 #: (steps done, steps in total, figures of the last step)
@@ -160,6 +160,7 @@ def train(
     validation: Callable[[nn.Module], float] | None = None,
     checkpoint: str | Path | None = None,
     progress: Progress | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> History:
     """Minimise `loss` over `module`; it ends holding the averaged weights (the best validated ones, if any).
 
@@ -172,11 +173,12 @@ def train(
         validation: averaged module -> number to be minimised; enables `patience` and keeps the best weights.
         checkpoint: file to write to and, if it exists, to resume from; the loss curve goes to a .csv beside it.
         progress: called after every step, on rank 0.
+        clock: what ``config.seconds`` counts, e.g. ``time.process_time`` on a core that other work shares.
 
     Raises:
         InputError: a batch that the ranks cannot split evenly.
         DivergenceError: NaN or an exploding loss that rolling back did not cure.
-        IncompatibleFlowError: a checkpoint of another configuration.
+        IncompatibleFlowError: a checkpoint of another configuration, loss or network.
     """
     run = _Run(module, loss, batches, config, validation, Path(checkpoint) if checkpoint else None)
     run.resume()
@@ -185,10 +187,10 @@ def train(
         return run.history
     if validation and run.step == 0:
         run.validate()  # so that a phase which only makes things worse is undone
-    began = time.monotonic() - run.history.seconds
+    began = clock() - run.history.seconds
     while run.step < config.steps:
         figures = run.advance()
-        run.history.seconds = run.ranks.share(time.monotonic() - began) if config.seconds else time.monotonic() - began
+        run.history.seconds = run.ranks.share(clock() - began) if config.seconds else clock() - began
         if progress and run.ranks.main:
             progress(run.step, config.steps, figures)
         if run.history.stopped == "patience":
@@ -376,7 +378,7 @@ class _Run:
         tensors |= pack_optimizer(state["optimizer"])
         header = {
             "format": CHECKPOINT_KIND, "format_version": CHECKPOINT_VERSION,
-            "config": self.config.model_dump(), "plain": state["plain"],
+            "config": self.config.model_dump(), "loss": describe(self.loss), "plain": state["plain"],
         }  # fmt: skip
         write_safetensors(
             self.checkpoint, {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, header
@@ -406,6 +408,12 @@ class _Run:
             names = ", ".join(differing or ["steps"])
             raise IncompatibleFlowError(
                 f"{self.checkpoint} was written with other settings ({names}); use those settings or another file"
+            )
+        mine, other = describe(self.loss), header.get("loss", describe(self.loss))
+        differing = sorted(k for k in {*mine, *other} if mine.get(k) != other.get(k))
+        if differing:
+            raise IncompatibleFlowError(
+                f"{self.checkpoint} was written with another loss ({', '.join(differing)}); use that or another file"
             )
 
         def group(prefix: str) -> dict[str, Tensor]:

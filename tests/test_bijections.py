@@ -191,6 +191,23 @@ def test_fused_splines_are_the_same_map(inverse):
         assert (ours - plain).abs().max() < 1e-9 * (1 + plain.abs().max())
 
 
+@pytest.mark.parametrize("one", [spline, fused.spline], ids=["plain", "fused"])
+def test_vectors_in_float64_beside_parameters_in_float32(one):
+    """The way back is exact to float64, and gradients have the precision of what they belong to."""
+    g = torch.Generator().manual_seed(0)
+    raw, ends = torch.randn(17, 7, 300, generator=g), torch.randn(7, 300, generator=g)
+    v = torch.empty(7, 300, dtype=torch.float64).uniform_(-4.9, 4.9, generator=g)
+    inputs = [t.requires_grad_() for t in (raw, ends, v)]
+    with torch.compiler.set_stance("force_eager"):
+        value, log_slope = one(*inputs, 5.0, False)
+        back, log_slope_back = one(raw, ends, value, 5.0, True)
+        gradients = torch.autograd.grad(value.sum() + log_slope.sum(), inputs)
+    # Rounding of a unit is magnified by the inverse slope; in float32 it would be 1e-7 instead of 1e-15.
+    assert ((back - v).abs() <= 1e-12 * (1 + (-log_slope).exp())).all()
+    assert (log_slope + log_slope_back).abs().max() < 1e-9
+    assert [t.dtype for t in gradients] == [torch.float32, torch.float32, torch.float64]
+
+
 def test_compiled_kernels_serve_every_number_of_samples():
     """One compilation for all batch sizes, and the values of the plain flow; a single sample goes the plain way."""
     module = perturbed(REGISTRY["spline"]()).float()

@@ -176,6 +176,15 @@ def test_bad_sizes(key, data):
         flows.spline(CartesianMap.fit(data[1]), **(SMALL | {key: 0}))
 
 
+@pytest.mark.parametrize("shape", [(5,), (5, 22), (5, 21, 3), (5, 22, 2)])
+@pytest.mark.parametrize("kind", ["internal", "cartesian"])
+def test_data_of_other_shapes_are_refused(data, kind, shape):
+    with pytest.raises(InputError, match="positions have shape"):
+        flows.coordinates_for(data[0].topology, torch.zeros(shape), kind)
+    with pytest.raises(InputError, match="positions have shape"):
+        flows.coordinates_for(None, torch.zeros(5), "cartesian")
+
+
 def test_one_dimension_is_refused():
     with pytest.raises(InputError, match="1-dimensional"):
         flows.alternating_masks(torch.tensor([False]), 4, 0)

@@ -1,5 +1,6 @@
 """Losses against their definitions."""
 
+import json
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from openmm_regflow.bijections import Bijection, Linear
 from openmm_regflow.flows import Prior
 from openmm_regflow.objectives import FlowMatchingLoss, LikelihoodLoss, RegFlowLoss, describe
+from openmm_regflow.targets import aligned_coupling, minibatch_coupling
 
 LINES = torch.zeros(3, dtype=torch.bool)
 
@@ -69,6 +71,30 @@ def test_differences_wrap_on_circles():
     assert float(RegFlowLoss(circles)(identity, (z, y), torch.Generator())[0]) == pytest.approx(0.0004, rel=1e-3)
 
 
+def test_forward_backward_error_wraps_on_circles():
+    """An inverse that comes back by whole turns has no error on circles, and all of it on lines."""
+
+    class Turned(Linear):
+        def inverse(self, y):
+            z, log_det = super().inverse(y)
+            return z + 2 * math.pi, log_det
+
+    turned = Turned(torch.zeros(3), torch.eye(3))
+    for circular, error in ((torch.ones(3).bool(), 0.0), (LINES, 3 * 4 * math.pi**2)):
+        _, parts = RegFlowLoss(circular, forward_backward=1.0)(turned, batch(), torch.Generator())
+        assert float(parts["forward_backward"]) == pytest.approx(error, abs=1e-9, rel=1e-4)
+
+
+def test_noise_of_the_likelihood():
+    """Features with noise of 0.8 have the likelihood of a wider Gaussian: (4 + 0.64) / (2 x 4) for each dimension."""
+    flow = Linear(torch.zeros(3), 2 * torch.eye(3))
+    y = batch(200_000)[1] - 0.5
+    losses = (LikelihoodLoss(Prior(LINES), noise) for noise in (0.0, 0.8))
+    plain, noisy = (float(loss(flow, (y,), torch.Generator().manual_seed(1))[0]) for loss in losses)
+    # The noise adds e y / 4 + e^2 / 8 for e of variance 0.64: variance 0.64 * 4 / 16 + 2 * 0.64^2 / 64 a dimension.
+    assert noisy - plain == pytest.approx(3 * 0.64 / 8, abs=4 * math.sqrt(3 * (0.16 + 0.0128) / 200_000))
+
+
 def test_likelihood_of_a_gaussian():
     flow = Linear(torch.full((3,), 0.5), 2 * torch.eye(3))
     y = batch(200_000)[1]
@@ -95,6 +121,16 @@ def test_flow_matching_of_a_known_field():
 class Zero(nn.Module):
     def forward(self, t, x):
         return torch.zeros_like(x)
+
+
+def test_describe_names_everything_that_changes_a_loss():
+    prior, chain = Prior(LINES), Prior(LINES, torch.eye(1))
+    losses = [
+        FlowMatchingLoss(prior), FlowMatchingLoss(chain), FlowMatchingLoss(prior, aligned_coupling),
+        FlowMatchingLoss(prior, minibatch_coupling(LINES)), LikelihoodLoss(prior), LikelihoodLoss(prior, 0.1),
+        RegFlowLoss(LINES), RegFlowLoss(LINES, target_noise=0.1), batch,
+    ]  # fmt: skip
+    assert len({json.dumps(describe(loss), sort_keys=True) for loss in losses}) == len(losses)
 
 
 def test_describe_is_json_ready():

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from openmm_regflow import paper
 from openmm_regflow.cli import main
 from openmm_regflow.errors import IncompatibleFlowError, InputError
 from openmm_regflow.paper import Cell, PaperConfig, cells, run_table, table
+from openmm_regflow.paper.table import SHORT
 
 TINY = {
     "seconds": 1.0, "seeds": 1, "n_layers": 2, "hidden": 8, "depth": 1, "teacher_hidden": 16, "teacher_depth": 1,
@@ -24,11 +26,15 @@ def tiny(**changes):
 
 
 def test_every_run_of_the_table_is_listed_once():
-    config = tiny(seeds=3, systems=("alanine-dipeptide", "alanine-tetrapeptide"), ablations=True)
+    both = {"ablations": ("regularisers", "pairs"), "seconds": (2.0, 1.0)}
+    config = tiny(seeds=3, **both, systems=("alanine-dipeptide", "alanine-tetrapeptide"))
     found = list(cells(config))
-    assert len(found) == len(set(found)) == len({c.name for c in found}) == 3 * 2 * (1 + 9 + 4 + 3)
-    assert Cell("a", "spline", "regflow-reflow", "pairs-10000", 0).n_pairs == 10_000
-    assert Cell("a", "spline", "regflow-reflow", "log-det", 0).regularisers == {"log_det": 1e-5}
+    assert len(found) == len(set(found)) == len({c.name for c in found}) == 3 * 2 * 2 * (1 + 9 + 4 + 3)
+    assert [c.seconds for c in found[:34]] == [1.0] * 34 and found[34].seconds == 2.0
+    assert sum(bool(c.variant) for c in cells(tiny(ablations=("regularisers",)))) == 4
+    assert sum(bool(c.variant) for c in cells(tiny(ablations=("pairs",)))) == 3
+    assert Cell("a", "spline", "regflow-reflow", "pairs-10000", 9.0, 0).n_pairs == 10_000
+    assert Cell("a", "spline", "regflow-reflow", "log-det", 9.0, 0).regularisers == {"log_det": 1e-5}
 
 
 def test_teacher_has_the_density_that_it_says():
@@ -69,14 +75,19 @@ def test_one_row_of_each_method_end_to_end(capsys, tmp_path):
         # A second of training, and the last step, batch of pairs or transport that ran over it.
         assert 0.9 < record["training_seconds"] < 6.0
         assert math.isfinite(record["round_trip_rms"]) and record["seconds_200k"] > 0
-    assert set(records["alanine-dipeptide-spline-regflow-reflow-seed0"]["seconds"]) == {"teacher", "pairs", "student"}
-    assert records["alanine-dipeptide-cnf-flow-matching-seed0"]["n_weights"] == 100
+    reflow = records["alanine-dipeptide-spline-regflow-reflow-1s-seed0"]
+    assert set(reflow["seconds"]) == {"teacher", "pairs", "student"}
+    # Its own teacher, with weights of its own, is judged beside it; flows by other methods have none.
+    assert reflow["teacher"]["e_w1"] > 0 and reflow["teacher"]["n_weights"] == 100
+    assert "teacher" not in records["alanine-dipeptide-spline-mle-1s-seed0"]
+    assert records["alanine-dipeptide-cnf-flow-matching-1s-seed0"]["n_weights"] == 100
     assert len(list((tmp_path / "t").glob("*.png"))) == 4
     with open(tmp_path / "t" / "table.csv", newline="") as handle:
         assert [row["method"] for row in csv.DictReader(handle)] == [
             "flow-matching", "mle", "regflow-ot", "regflow-reflow",
         ]  # fmt: skip
-    assert "1 s of training" in (tmp_path / "t" / "table.md").read_text()
+    short = (tmp_path / "t" / "table.md").read_text()
+    assert "processor time" in short and all(f" {header} |" in short for header in SHORT)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "t").glob("*seed0.json")}
     with pytest.raises(SystemExit):
         main(command)
@@ -86,14 +97,14 @@ def test_one_row_of_each_method_end_to_end(capsys, tmp_path):
 
 
 def test_numbers_of_pairs(tmp_path):
-    config = tiny(seconds=0.5)
-    cell = Cell("alanine-dipeptide", "spline", "regflow-reflow", "pairs-300", 0)
+    config = tiny()
+    cell = Cell("alanine-dipeptide", "spline", "regflow-reflow", "pairs-300", 0.5, 0)
     record, _ = paper.run_cell(cell, config)
     assert record["n_pairs"] == 300 and record["seconds"]["student"] == pytest.approx(0.2, abs=0.3)
 
 
 def test_errors_are_over_seeds():
-    base = {"system": "a", "architecture": "spline", "method": "mle", "variant": ""}
+    base = {"system": "a", "architecture": "spline", "method": "mle", "variant": "", "seconds": 75.0}
     runs = [{"cell": base | {"seed": k}, "e_w1": v, "ess": 0.1, "t_w2": None} for k, v in enumerate((1.0, 2.0, 4.5))]
     runs.append({"cell": base | {"seed": 3}, "failed": "diverged"})
     header, row = table(runs)
@@ -102,9 +113,47 @@ def test_errors_are_over_seeds():
     assert cell["T-W2 [rad]"] == "–" and cell["seeds"] == "4 (1 failed)" and cell["ESS [%]"] == "10 ± 0"
 
 
+def test_errors_of_a_single_seed_are_those_of_the_figure():
+    cell = {"system": "a", "architecture": "spline", "method": "regflow-reflow", "variant": ""}
+    cell |= {"seconds": 75.0, "seed": 0}
+    run: dict = {"cell": cell, "ess": 0.1, "ess_error": 0.02, "delta_f_phi_reweighted": [3.5, 0.25], "e_w1": 7.0}
+    run["teacher"] = {"delta_f_phi_reweighted": [4.0, 0.5], "ess": 0.3, "ess_error": 0.01}
+    header, row = table([run])
+    found = dict(zip(header, row))
+    assert found["ESS [%]"] == "10 ± 2" and found["ΔF(φ) reweighted [kT]"] == "3.5 ± 0.25" and found["E-W1 [kT]"] == "7"
+    assert found["own teacher: ESS [%]"] == "30 ± 1" and found["own teacher: ΔF(φ) reweighted [kT]"] == "4 ± 0.5"
+    assert found["budget [s]"] == "75" and found["own teacher: T-W2 [rad]"] == "–"
+
+
+def test_several_budgets_of_one_folder_make_a_plot(tmp_path):
+    """Two budgets, one run each: rows of their own, and curves through both; a third call makes nothing anew."""
+    config = tiny(seconds=(0.5, 1.0), architectures=("res_nvp",), methods=("regflow-ot",), teacher=False)
+    rows = run_table(tmp_path, config)
+    assert [dict(zip(rows[0], row))["budget [s]"] for row in rows[1:]] == ["0.5", "1"]
+    records = [json.loads(p.read_text()) for p in tmp_path.glob("*seed0.json")]
+    assert (tmp_path / "alanine-dipeptide-trends.png").stat().st_size > 10_000
+    figure = paper.plot_trends(records, "alanine-dipeptide")
+    drawn = figure.axes[0].containers[0].lines[0].get_xydata()
+    assert drawn[:, 0].tolist() == [0.5, 1.0]
+    assert drawn[:, 1].tolist() == [r["e_w1"] for r in sorted(records, key=lambda r: r["cell"]["seconds"])]
+    assert paper.plot_trends(records[:1], "alanine-dipeptide") is None
+    made = []
+    again = run_table(tmp_path, tiny(architectures=("res_nvp",), methods=()), report=lambda name, *_: made.append(name))
+    assert made[0].startswith("alanine-dipeptide-cnf") and len(again) == 4
+
+
+def test_budgets_count_processor_time_on_a_cpu():
+    assert paper.clock_of(torch.device("cpu")) is time.process_time
+    assert paper.clock_of(torch.device("cuda")) is time.monotonic
+
+
 def test_bad_input(tmp_path):
     with pytest.raises(InputError, match="hiden"):
         paper.load_config({}, ["hiden=3"])
+    with pytest.raises(InputError, match="positive"):
+        paper.load_config({"seconds": ["60", "0"]}, [])
+    with pytest.raises(InputError, match="ablations"):
+        paper.load_config({"ablations": ["pears"]}, [])
     with pytest.raises(InputError, match="alanine-dipeptide"):
         run_table(tmp_path / "x", tiny(systems=("unobtainium",)))
     assert not (tmp_path / "x").exists()

@@ -3,11 +3,14 @@
 import pytest
 import torch
 
-from openmm_regflow import recipes
+from openmm_regflow import flows, recipes
 from openmm_regflow.errors import IncompatibleFlowError, InputError
+from openmm_regflow.flows import FlowMetadata
 from openmm_regflow.potentials import TorchPotential
 from openmm_regflow.recipes import RunConfig
 from openmm_regflow.systems import load_system
+from openmm_regflow.targets import reflow_pairs
+from openmm_regflow.teachers import ADAPTIVE, FIXED
 
 
 def config(**changes):
@@ -89,7 +92,12 @@ def test_equivariant_teacher_with_a_harmonic_prior(data, tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"flow": {"prior": "harmonic"}}, {"teacher": {"kind": "equivariant"}}, {"pairs": {"align": True, "source": "ot"}}],
+    [
+        {"flow": {"prior": "harmonic"}},
+        {"teacher": {"kind": "equivariant"}},
+        {"teacher": {"align": True}},
+        {"pairs": {"align": True, "source": "ot"}},
+    ],
 )
 def test_choices_for_atoms_need_cartesian_coordinates(data, changes):
     with pytest.raises(InputError, match='coordinates = "cartesian"'):
@@ -131,6 +139,7 @@ BAD = {
     "transport batch": ({"pairs": {"source": "ot", "n": 50}}, lambda x: x, "50 samples .* regression"),
     "precision": ({"regression": {"train": {"precision": "bfloat16"}}}, lambda x: x, "inverse"),
     "shape": ({}, lambda x: x[:, :, 0], r"\(400, 22\)"),
+    "one-dimensional": ({}, lambda x: x[:, 0, 0], r"\(400,\); \(n, n_atoms, 3\)"),
     "empty": ({}, lambda x: x[:0], r"\(0, 22, 3\)"),
     "nan": ({}, lambda x: torch.where(torch.arange(400)[:, None, None] == 7, torch.nan, x), "training frame 7"),
 }
@@ -196,6 +205,126 @@ def test_more_frames_are_trained_on_and_their_energies_counted(data, tmp_path):
     assert plain.histories["teacher"].loss != first.histories["teacher"].loss
     wide = config(frames={"copies": 3}, objective="mle", likelihood={"train": {"steps": 2, "batch_size": 1000}})
     recipes.fit(*data, wide, mover=mover)  # a batch larger than the trajectory, not than its copies
+
+
+@pytest.mark.parametrize("name", ["couple", "align"])
+def test_coupled_batches_of_the_teacher(data, name):
+    """Shorter paths from the first batch on: the velocities that the teacher starts from have less variance."""
+    cartesian = {"coordinates": "cartesian", "objective": "regflow", "pairs": {"n": 64, "n_steps": 1}}
+    short = {"steps": 20, "batch_size": 64}
+    plain, coupled = (
+        recipes.fit(*data, config(**cartesian, teacher={"hidden": 8, "depth": 1, "train": short} | extra))
+        for extra in ({}, {name: True})
+    )
+    assert coupled.histories["teacher"].loss[0] < 0.95 * plain.histories["teacher"].loss[0]
+
+
+def test_one_coupling_at_a_time(data):
+    with pytest.raises(InputError, match="choose one"):
+        recipes.fit(*data, config(coordinates="cartesian", teacher={"couple": True, "align": True}))
+
+
+LOSSES = {
+    "likelihood.noise": ("likelihood", "likelihood", {"noise": 0.3}),
+    "regression.target_noise": ("regression", "regression", {"target_noise": 0.5}),
+    "regression.log_det": ("regression", "regression", {"log_det": 1e-2}),
+    "regression.forward_backward": ("regression", "regression", {"forward_backward": 1e9}),
+}
+
+
+@pytest.mark.parametrize("key", LOSSES)
+def test_settings_reach_their_loss(data, key):
+    """A setting that was left out on the way would leave the curve of its stage as it is."""
+    section, stage, setting = LOSSES[key]
+    train = config().regression.train.model_dump()
+    plain, other = (recipes.fit(*data, config(**{section: {"train": train} | extra})) for extra in ({}, setting))
+    assert other.histories["teacher"].loss == plain.histories["teacher"].loss
+    assert other.histories[stage].loss[0] != pytest.approx(plain.histories[stage].loss[0], rel=1e-3)
+
+
+def test_log_determinants_of_pairs_are_the_target(data):
+    """The regression is pulled towards the teacher's log-determinants, not towards zero."""
+    train = config().regression.train.model_dump()
+    curves = []
+    for kind in ("none", "exact"):
+        settings = config(pairs={"n": 256, "n_steps": 2, "log_det": kind}, regression={"log_det": 1e-2, "train": train})
+        curves.append(recipes.fit(*data, settings).histories["regression"].loss)
+    assert curves[0] != curves[1]
+
+
+def test_pairs_from_a_folder(data, tmp_path):
+    """Made apart by the teacher of an earlier run: the same flow as in one go, and no teacher; other pairs refused."""
+    metadata = FlowMetadata("a", {"sha256": "1"}, 300.0)
+    whole = recipes.fit(*data, config(), metadata=metadata)
+    recipes.save_teacher(tmp_path / "t.safetensors", whole.field)
+    teacher = recipes.load_teacher(tmp_path / "t.safetensors")
+    assert teacher.origin == flows.origin(whole.flow)
+    assert set(teacher.origin) == {"name", "system", "coordinates", "prior"}
+    reflow_pairs(teacher, 256, seed=1, n_steps=2, folder=tmp_path / "pairs")
+    given = config(pairs={"n": 256, "folder": str(tmp_path / "pairs")})
+    parted = recipes.fit(*data, given, metadata=metadata)
+    assert set(parted.histories) == {"regression", "likelihood"} and parted.field is None
+    assert parted.histories["regression"].loss == whole.histories["regression"].loss
+    topology, x, held_out = data
+    other = FlowMetadata("b", {"sha256": "2"}, 300.0)
+    for frames, about, word in ((x, other, r"another system \(a\)"), (1.01 * x, metadata, "another coordinates")):
+        with pytest.raises(IncompatibleFlowError, match=word):
+            recipes.fit(topology, frames, held_out, given, metadata=about)
+    heard = []
+    for changes, words in (
+        ({"folder": str(tmp_path / "none")}, "manifest"),
+        ({"folder": str(tmp_path / "pairs"), "log_det": "exact"}, "without log-determinants"),
+        ({"folder": str(tmp_path / "pairs"), "source": "stream"}, "pairs.source"),
+    ):
+        with pytest.raises(InputError, match=words):
+            recipes.fit(*data, config(pairs=changes), stage=lambda name, total: heard.append(name))
+    assert not heard
+
+
+def test_the_same_fit_has_the_same_origin(data):
+    """To six digits: what another order of summation changes does not count, a thousandth does."""
+    coordinates = flows.coordinates_for(data[0], data[1])
+    one = flows.spline(coordinates, n_layers=2, hidden=8)
+    first = flows.origin(one)
+    coordinates.whitening *= 1 + 1e-13
+    assert flows.origin(one) == first
+    coordinates.whitening *= 1.001
+    assert flows.origin(one)["coordinates"] != first["coordinates"] and flows.origin(one)["prior"] == first["prior"]
+
+
+def test_a_steep_map_is_kept_in_float64(data, monkeypatch):
+    """A regression that contracts without bound leaves a flow whose file says float64; a gentle one stays."""
+    gentle = recipes.fit(*data, config())
+    assert gentle.flow.dtype == torch.float32 and gentle.inverse_error < flows.INVERSE_ERROR
+    assert gentle.flow.metadata.training["inverse_error"] == gentle.inverse_error
+    monkeypatch.setattr(flows, "INVERSE_ERROR", 1e-9)
+    with pytest.warns(UserWarning, match="float64"):
+        steep = recipes.fit(*data, config())
+    assert steep.flow.dtype == torch.float64 and steep.inverse_error < 1e-9
+
+
+def test_settings_without_a_value_are_shown(tmp_path):
+    """As comments, each in its section, and the file reads back as what was printed."""
+    text = recipes.print_config(RunConfig())
+    missing = {"line_bins": "flow", "folder": "pairs", "patience": "teacher.train", "seconds": "regression.train"}
+    for key, section in missing.items():
+        own = text.split(f"[{section}]\n")[1].split("\n\n")[0]
+        assert f"# {key} =" in own
+    shown = sum(len(table) for table in _tables(RunConfig().model_dump()))
+    assert sum(" = " in line for line in text.splitlines()) == shown
+    (tmp_path / "run.toml").write_text(text)
+    assert recipes.load_config(tmp_path / "run.toml") == RunConfig()
+
+
+def _tables(table):
+    """The plain settings of every section."""
+    plain = {k: v for k, v in table.items() if not isinstance(v, dict)}
+    return [plain, *(t for v in table.values() if isinstance(v, dict) for t in _tables(v))]
+
+
+@pytest.mark.parametrize("method", [*FIXED, *ADAPTIVE])
+def test_every_method_of_the_teachers_can_be_chosen(method):
+    assert RunConfig.model_validate({"pairs": {"method": method}}).pairs.method == method
 
 
 def test_configuration_file(tmp_path):

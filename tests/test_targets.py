@@ -1,30 +1,34 @@
 """Targets: the exact transport, reproducible pairs, shards that resume and torn shards that are noticed."""
 
+import copy
 import itertools
 import json
 import math
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 import torch
 
 from openmm_regflow.bijections import wrap
 from openmm_regflow.coordinates import random_rotations
-from openmm_regflow.errors import DivergenceError, IncompatibleFlowError, InputError
+from openmm_regflow.errors import CorruptFileError, DivergenceError, IncompatibleFlowError, InputError
 from openmm_regflow.flows import Prior
 from openmm_regflow.targets import (
     MAX_EXACT,
     Pairs,
     StreamedPairs,
+    aligned_coupling,
     check_pairs,
     hierarchical_transport_pairs,
+    load_pairs,
     minibatch_coupling,
     optimal_transport_pairs,
     reflow_chunk,
     reflow_pairs,
     transport_cost,
 )
-from openmm_regflow.teachers import VectorField
+from openmm_regflow.teachers import VectorField, integrate
 
 CIRCULAR = torch.tensor([False, False, True])
 
@@ -92,6 +96,18 @@ def test_pairs_do_not_depend_on_executor_or_folder(teacher, tmp_path):
     assert len(torch.unique(plain.z[:, 0])) == 300
 
 
+def test_pairs_from_spawned_processes(teacher, tmp_path):
+    """A real pool of two processes that share nothing: shard k is what it is anywhere."""
+    plain = reflow_pairs(teacher, 150, shard_size=64, n_steps=4, seed=5, log_det="exact")
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        spawned = reflow_pairs(
+            teacher, 150, shard_size=64, n_steps=4, seed=5, log_det="exact", executor=pool, folder=tmp_path
+        )
+    for key in ("z", "y", "log_det"):
+        assert torch.equal(getattr(plain, key), getattr(spawned, key))
+    assert len(list(tmp_path.glob("pairs-*.safetensors"))) == 3
+
+
 def test_pairs_resume_and_torn_shards_are_made_again(teacher, tmp_path):
     first = reflow_pairs(teacher, 300, shard_size=64, n_steps=4, folder=tmp_path)
     shards = sorted(tmp_path.glob("pairs-*.safetensors"))
@@ -118,7 +134,26 @@ def test_a_folder_of_other_pairs_is_refused(teacher, tmp_path):
     assert json.loads((tmp_path / "manifest.json").read_text())["n_steps"] == 4
 
 
-def test_pairs_carry_the_log_determinant(teacher):
+def test_pairs_carry_the_log_determinant_of_their_map(teacher):
+    """Against the determinant of finite differences of the map itself, in float64; Hutchinson's is right on average."""
+    field = copy.deepcopy(teacher).double()
+    pairs = reflow_chunk(field, 5, seed=1, n_steps=60, log_det="exact")
+    h = 1e-5
+    for z, log_det in zip(pairs.z, pairs.log_det):
+        steps = torch.cat([z + h * torch.eye(3).double(), z - h * torch.eye(3).double()])
+        ends = integrate(field, steps, n_steps=60)[0]
+        delta = ends[:3] - ends[3:]
+        jacobian = torch.where(CIRCULAR, wrap(delta), delta) / (2 * h)
+        # The log-determinant of the ODE and that of its midpoint steps differ by their order, 1/60^2.
+        assert float(torch.linalg.slogdet(jacobian)[1]) == pytest.approx(float(log_det), abs=2e-3)
+    assert pairs.log_det.abs().max() > 0.05
+    exact, rough = (reflow_chunk(field, 2000, 2, n_steps=8, log_det=kind) for kind in ("exact", "hutchinson"))
+    assert torch.allclose(exact.y, rough.y)
+    difference = rough.log_det - exact.log_det
+    assert float(difference.std()) > 0 and abs(float(difference.mean())) < 4 * float(difference.std()) / 2000**0.5
+
+
+def test_log_determinants_change_no_pair(teacher):
     pairs = reflow_chunk(teacher, 20, seed=1, n_steps=8, log_det="exact")
     again = reflow_chunk(teacher, 20, seed=1, n_steps=8)
     assert torch.allclose(pairs.y, again.y, atol=1e-6) and again.log_det is None
@@ -151,6 +186,68 @@ def test_pairs_of_another_system_or_prior_are_refused(teacher):
         check_pairs(Pairs(w, z), lines)
     with pytest.raises(IncompatibleFlowError, match="harmonic prior"):
         check_pairs(Pairs(z, w), chain)
+
+
+def test_pairs_say_where_they_come_from(teacher, tmp_path):
+    """The manifest carries it from the teacher to the reader; what differs is named, what is unknown is let through."""
+    prior = Prior(CIRCULAR)
+    own = {"system": "s", "coordinates": "c", "prior": "p", "name": "alanine"}
+    teacher.origin = dict(own)
+    try:
+        made = reflow_pairs(teacher, 128, shard_size=64, n_steps=2, folder=tmp_path / "a")
+        found = load_pairs(tmp_path / "a")
+        assert dict(made.origin) == dict(found.origin) == own and torch.equal(made.y, found.y)
+        assert json.loads((tmp_path / "a" / "manifest.json").read_text())["origin"] == own
+        check_pairs(found, prior, own)
+        for key, word in (("system", "another system"), ("coordinates", "another coordinates"),
+                          ("prior", "another prior")):  # fmt: skip
+            with pytest.raises(IncompatibleFlowError, match=word):
+                check_pairs(found, prior, own | {key: "x"})
+        check_pairs(found, prior, {"name": "other"})
+        check_pairs(Pairs(found.z, found.y), prior, own | {"system": "x"})
+        teacher.origin = own | {"prior": "q"}
+        with pytest.raises(IncompatibleFlowError, match="origin"):
+            reflow_pairs(teacher, 128, shard_size=64, n_steps=2, folder=tmp_path / "a")
+    finally:
+        teacher.origin = {}
+
+
+def test_pairs_of_a_folder(teacher, tmp_path):
+    """As many as asked for; a missing shard, an empty folder and no folder are refused."""
+    made = reflow_pairs(teacher, 300, shard_size=64, n_steps=2, folder=tmp_path / "a", log_det="hutchinson")
+    some = load_pairs(tmp_path / "a", 100)
+    for key in ("z", "y", "log_det"):
+        assert torch.equal(getattr(some, key), getattr(made, key)[:100])
+    assert len(load_pairs(tmp_path / "a")) == len(load_pairs(tmp_path / "a", 1000)) == 300
+    (tmp_path / "a" / "pairs-000002.safetensors").unlink()
+    assert len(load_pairs(tmp_path / "a", 128)) == 128
+    with pytest.raises(CorruptFileError, match="000002"):
+        load_pairs(tmp_path / "a")
+    for path in (tmp_path / "a").glob("pairs*"):
+        path.unlink()
+    with pytest.raises(InputError, match="no pairs yet"):
+        load_pairs(tmp_path / "a")
+    with pytest.raises(InputError, match="manifest"):
+        load_pairs(tmp_path / "b")
+
+
+def test_latents_turned_towards_frames_are_samples_of_the_prior_still():
+    """Shorter ways; shape and centre of every latent kept, and for data without a direction no direction either."""
+    g = torch.Generator().manual_seed(0)
+    prior = Prior(torch.zeros(12, dtype=torch.bool), torch.linalg.cholesky(torch.eye(4) + 0.5).double())
+    z = prior.sample(4000, g, torch.float64)
+    frames = torch.randn(1, 4, 3, generator=g, dtype=torch.float64).expand(4000, -1, -1)
+    y = (frames @ random_rotations(4000, g).transpose(1, 2)).flatten(1)
+    turned = aligned_coupling(z, y)
+    assert (turned - y).square().sum() < 0.8 * (z - y).square().sum()
+    for x in (z, turned):
+        gram = x.view(-1, 4, 3) @ x.view(-1, 4, 3).transpose(1, 2)
+        apart, before = (torch.cdist(v.view(-1, 4, 3), v.view(-1, 4, 3)) for v in (x, z))
+        assert (apart - before).abs().max() < 1e-7
+        assert (x.view(-1, 4, 3).mean(1) - z.view(-1, 4, 3).mean(1)).abs().max() < 1e-12
+        # Each component of an atom has the prior's variance: a mean of 4,000 squares of Gaussians.
+        variance = x.square().mean(0).view(4, 3)
+        assert ((variance / gram.mean(0).diagonal()[:, None] * 3 - 1).abs() < 5 * (2 / 4000) ** 0.5).all()
 
 
 def test_stream_gives_up_on_a_teacher_that_blows_up(teacher):
@@ -195,3 +292,11 @@ def test_aligned_transport_undoes_rotations():
 def test_no_pairs(teacher, n):
     with pytest.raises(InputError, match="at least 1"):
         reflow_pairs(teacher, n)
+
+
+def test_unknown_words_are_refused_before_a_folder_is_made(teacher, tmp_path):
+    with pytest.raises(InputError, match="method is 'midpont'; known: euler, midpoint, rk4, bosh3, dopri5, dopri8"):
+        reflow_pairs(teacher, 10, method="midpont", folder=tmp_path / "a")
+    with pytest.raises(InputError, match="log_det"):
+        reflow_pairs(teacher, 10, log_det="maybe", folder=tmp_path / "a")
+    assert not (tmp_path / "a").exists()

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from openmm_regflow.bijections import Linear
 from openmm_regflow.errors import CorruptFileError, DivergenceError, IncompatibleFlowError, InputError
+from openmm_regflow.flows import Prior
+from openmm_regflow.objectives import LikelihoodLoss, RegFlowLoss
 from openmm_regflow.training import Batches, TrainConfig, _Run, step_generator, train
 
 
@@ -185,6 +188,124 @@ def test_schedule_follows_the_clock():
         run_.history.seconds = 0.5 * k / 30
         run_.advance()
     assert rates[15] == pytest.approx(CONFIG.learning_rate / 2) and rates[30] == pytest.approx(0.0, abs=1e-12)
+
+
+def steps_of(run_, n):
+    """Learning rates and weights of `n` steps."""
+    rates, weights = [], []
+    for _ in range(n):
+        run_.advance()
+        rates.append(run_.optimizer.param_groups[0]["lr"])
+        weights.append([p.detach().clone() for p in run_.module.parameters()])
+    return rates, weights
+
+
+def test_warm_up_and_cosine():
+    """Linear up to the full rate at the end of the warm-up, then half a cosine down to its final part."""
+    settings = {"steps": 60, "warmup": 10, "learning_rate": 0.02, "final_rate": 0.1}
+    config = TrainConfig(batch_size=32, **settings)
+    rates, _ = steps_of(_Run(network(), loss, Batches(problem(), 32), config, None, None), 60)
+    assert rates[:10] == pytest.approx([0.02 * (k + 1) / 10 for k in range(10)])
+    cosine = [0.002 + 0.018 * 0.5 * (1 + math.cos(math.pi * k / 50)) for k in range(50)]
+    assert rates[10:] == pytest.approx(cosine)
+
+
+def test_weight_decay_shrinks_what_no_gradient_moves():
+    """A loss without a gradient: AdamW (arXiv 1711.05101) multiplies every weight by 1 - rate x decay, no more."""
+
+    def flat(module, batch, generator):
+        value = 0.0 * sum(p.sum() for p in module.parameters())
+        return value, {"flat": value}
+
+    for decay in (0.0, 0.3):
+        config = TrainConfig(steps=20, batch_size=32, warmup=5, learning_rate=0.05, weight_decay=decay)
+        start = [p.detach().clone() for p in network().parameters()]
+        rates, weights = steps_of(_Run(network(), flat, Batches(problem(), 32), config, None, None), 20)
+        factor = math.prod(1 - rate * decay for rate in rates)
+        assert (factor < 0.95) == (decay > 0)
+        for before, after in zip(start, weights[-1]):
+            torch.testing.assert_close(after, factor * before, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5, 0.999])
+def test_averaged_weights(ema):
+    """The exponential moving average of the weights after every step, with the early decay (1 + k) / (10 + k)."""
+    config = CONFIG.model_copy(update={"ema": ema})
+    run_ = _Run(network(), loss, Batches(problem(), 32), config, None, None)
+    expected = [p.detach().clone() for p in network().parameters()]
+    _, weights = steps_of(run_, 40)
+    for k, now in enumerate(weights):
+        decay = min(ema, (1 + k) / (10 + k))
+        expected = [decay * old + (1 - decay) * new for old, new in zip(expected, now)]
+    for ours, theirs in zip(run_.averaged.parameters(), expected):
+        torch.testing.assert_close(ours.detach(), theirs, rtol=1e-5, atol=1e-6)
+    run_.finish()
+    for ours, theirs in zip(run_.module.parameters(), expected):
+        torch.testing.assert_close(ours.detach(), theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("clip", [0.1, 1e9])
+def test_gradients_are_clipped(clip):
+    """The norm over all weights that the optimiser sees is `clip`, or what it was if that is less."""
+    run_ = _Run(network(), loss, Batches(problem(), 32), CONFIG.model_copy(update={"clip": clip}), None, None)
+    plain = network()
+    generator = step_generator(CONFIG.seed, 0)
+    loss(plain, run_.batches(0, generator), generator)[0].backward()
+    norm = math.sqrt(sum(float(p.grad.square().sum()) for p in plain.parameters()))
+    assert norm > 0.1
+    run_.advance()
+    seen = math.sqrt(sum(float(p.grad.square().sum()) for p in run_.module.parameters()))
+    assert seen == pytest.approx(min(clip, norm), rel=1e-4)
+
+
+def test_checkpoint_keeps_the_best_weights(tmp_path):
+    """The best validation lies before the interruption, and everything after it is worse."""
+    config = CONFIG.model_copy(update={"validate_every": 25})
+
+    def judge(log):
+        return lambda module: log.append(1) or abs(len(log) - 4.0)  # best at the fourth: step 75
+
+    def kill(step, total, figures):
+        if step == 175:
+            raise Killed
+
+    straight, _ = run(config, validation=judge([]))
+    log = []
+    with pytest.raises(Killed):
+        run(config, validation=judge(log), checkpoint=tmp_path / "c.safetensors", progress=kill)
+    del log[7:]  # the validations up to step 150, where the last checkpoint lies
+    resumed, history = run(config, validation=judge(log), checkpoint=tmp_path / "c.safetensors")
+    assert history.validation[3] == 0.0 and history.validation_step[3] == 75
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters()))
+    last, _ = run(config)
+    assert not all(torch.equal(a, b) for a, b in zip(last.parameters(), resumed.parameters()))
+
+
+def test_checkpoint_of_another_loss_is_refused(tmp_path):
+    """By its kind, by a weight of it, by its prior; the same loss goes on."""
+    lines = torch.zeros(4, dtype=torch.bool)
+    flow = Linear(torch.zeros(4), torch.eye(4))
+    flow.shift = nn.Parameter(torch.zeros(4))
+    x = problem()[0]
+    config = TrainConfig(steps=5, batch_size=32)
+    path = tmp_path / "c.safetensors"
+
+    def go(some):
+        train(flow, some, Batches((x, x), 32), config, checkpoint=path)
+
+    class Shifted(RegFlowLoss):
+        def of(self, module, drawn):
+            total, parts = super().of(module, drawn)
+            return total + module.shift.square().sum(), parts
+
+    go(Shifted(lines, log_det=0.1))
+    go(Shifted(lines, log_det=0.1))
+    with pytest.raises(IncompatibleFlowError, match=r"another loss \(log_det\)"):
+        go(Shifted(lines, log_det=0.2))
+    with pytest.raises(IncompatibleFlowError, match=r"another loss \(.*loss"):
+        go(LikelihoodLoss(Prior(lines)))
+    with pytest.raises(IncompatibleFlowError, match="another loss"):
+        go(loss)
 
 
 def test_batches_cover_every_epoch_once():

@@ -4,6 +4,10 @@ Dinh et al. 2017 (RealNVP), Durkan et al. 2019 (rational-quadratic splines), Rez
 
 Inside a coupling the samples run along the last axis: what the conditioner gives for one parameter of one element is a
 contiguous row.
+
+The conditioner works in the precision of its weights, everything else in that of the vector. A flow with float32
+weights that is given float64 vectors has its matrix products in float32 and yet an inverse without float32's rounding:
+both directions see the same parameters.
 """
 
 import math
@@ -86,7 +90,7 @@ class Coupling(Bijection):
         """Parameters `(rows, elements, n)`, linear elements first, given the untouched ones of `v` `(dim, n)`."""
         angles = v[self.kept_circular]
         features = torch.cat([v[self.kept_linear], angles.cos(), angles.sin()])
-        parts = self.network.columns(features.T, self.sizes)
+        parts = self.network.columns(features.contiguous().T.to(self.network.dtype), self.sizes)
         return [part.reshape(*shape, v.shape[1]) for part, shape in zip(parts, self.shapes)]
 
     def merge(self, linear: Tensor, circular: Tensor, v: Tensor) -> Tensor:
@@ -106,11 +110,20 @@ class AffineCoupling(Coupling):
     def __init__(self, mask: Tensor, circular: Tensor, network: Callable[[int, int], Conditioner]) -> None:
         super().__init__(mask, circular, (1, 1), (1,), network)
 
+    @staticmethod
+    def places(mask: Tensor, circular: Tensor) -> list[tuple[int, int]]:
+        """Which transformed element each parameter belongs to, lines before circles, and which of its own it is.
+
+        For conditioners that work element by element: shifts of lines, their scales, rotations of circles.
+        """
+        n, m = int((mask & ~circular).sum()), int((mask & circular).sum())
+        return [*((i, 0) for i in range(n)), *((i, 1) for i in range(n)), *((n + i, 0) for i in range(m))]
+
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Noise to data."""
         v = z.T
         shift, raw_scale, turn = (p[0] for p in self.parameters_for(v))
-        log_scale = bounded_log_scale(raw_scale)
+        log_scale = bounded_log_scale(raw_scale).to(v.dtype)
         linear = v[self.moved_linear] * log_scale.exp() + shift
         return self.merge(linear, wrap(v[self.moved_circular] + turn), v), log_scale.sum(0)
 
@@ -166,7 +179,7 @@ class SplineCoupling(Coupling):
         """Noise to data."""
         v = z.T
         lines, shift, raw_scale, circles, turn, seam = self.parameters_for(v)
-        log_scale = bounded_log_scale(raw_scale[0])
+        log_scale = bounded_log_scale(raw_scale[0]).to(v.dtype)
         x, log_slope = self._spline(lines, torch.zeros_like(log_scale), v[self.moved_linear], self.bound, False)
         angle, log_turn = self._spline(circles, seam[0], wrap(v[self.moved_circular]), math.pi, False)
         merged = self.merge(x * log_scale.exp() + shift[0], wrap(angle + turn[0]), v)
@@ -176,7 +189,7 @@ class SplineCoupling(Coupling):
         """Data to noise."""
         v = y.T
         lines, shift, raw_scale, circles, turn, seam = self.parameters_for(v)
-        log_scale = bounded_log_scale(raw_scale[0])
+        log_scale = bounded_log_scale(raw_scale[0]).to(v.dtype)
         x = (v[self.moved_linear] - shift[0]) * (-log_scale).exp()
         x, log_slope = self._spline(lines, torch.zeros_like(log_scale), x, self.bound, True)
         angle = wrap(v[self.moved_circular] - turn[0])

@@ -64,7 +64,8 @@ def _value(raw: Tensor, ends: Tensor, v: Tensor, half: float, inverse: bool) -> 
     first, second = (heights, widths) if inverse else (widths, heights)
     (start, at, size, other), (left, right), _ = _bin(first, second, knots, u)
     x0, y0, w, h = (at, start, other, size) if inverse else (start, at, size, other)
-    d0, d1 = _slope(left), _slope(right)
+    # Knots in the precision of the parameters, what lies between them in that of the vector.
+    w, h, d0, d1 = (t.to(v.dtype) for t in (w, h, _slope(left), _slope(right)))
     s = h / w
     curvature = d0 + d1 - 2.0 * s
     if inverse:
@@ -91,7 +92,7 @@ def _derivative(
     """Gradients of raw, ends and v from those of value and log-derivative; ``x`` lies on the side of the widths."""
     widths, heights, knots, shares = _unpack(raw, ends)
     (x0, _, w, h), (left, right), passed = _bin(widths, heights, knots, _unit(x, half))
-    d0, d1 = _slope(left), _slope(right)
+    w, h, d0, d1 = (t.to(x.dtype) for t in (w, h, _slope(left), _slope(right)))
     s = h / w
     curvature = d0 + d1 - 2.0 * s
     xi = ((_unit(x, half) - x0) / w).clamp(0.0, 1.0)

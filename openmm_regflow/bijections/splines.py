@@ -59,10 +59,12 @@ def rational_quadratic(
     right = torch.cumsum(heights if inverse else widths, dim=0)
     index = (u >= right[:-1]).sum(0, keepdim=True)
     other = torch.cumsum(widths if inverse else heights, dim=0)
+    # Knots in the precision of the parameters, what lies between them in that of u.
     w, h = _pick(widths, index), _pick(heights, index)
-    x0 = _pick(other if inverse else right, index) - w
-    y0 = _pick(right if inverse else other, index) - h
-    d0, d1 = _pick(derivatives, index), _pick(derivatives, index + 1)
+    x0 = (_pick(other if inverse else right, index) - w).to(u.dtype)
+    y0 = (_pick(right if inverse else other, index) - h).to(u.dtype)
+    w, h = w.to(u.dtype), h.to(u.dtype)
+    d0, d1 = (_pick(derivatives, i).to(u.dtype) for i in (index, index + 1))
     s = h / w
     curvature = d0 + d1 - 2.0 * s
     if inverse:

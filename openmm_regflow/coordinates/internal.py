@@ -81,8 +81,9 @@ class InternalMap(CoordinateMap):
     `relabel`, drawn uniformly coming out, so that the m equivalent labellings are exactly equally likely. The
     factor m of the angle and the 1/m of the labels cancel in the density.
 
-    Rows outside the chart (a bond <= 0, an angle outside (0, pi), a stiff torsion more than pi from its
-    mean) come back as NaN positions: they carry no weight, and no sample is folded back silently.
+    Rows outside the chart (a bond <= 0, an angle outside (0, pi), a stiff torsion more than pi from its mean, an atom
+    of a rotor that has passed the first one) come back as NaN positions: they carry no weight, and no sample is folded
+    back silently.
 
     Bonds of fixed length (constraints) are no features: positions are built with their length, whatever they measure
     in positions that come in, and the density is that of ``prod_k delta(b_k - d_k)`` times the volume element. The
@@ -321,6 +322,10 @@ class InternalMap(CoordinateMap):
         n_bonds, n_lengths = len(self.zmatrix.rows) + 2, 2 * len(self.zmatrix.rows) + 3
         bonds, angles = raw[:, :n_bonds], raw[:, n_bonds:n_lengths]
         fine = (bonds > 0).all(1) & (angles > 0).all(1) & (angles < math.pi).all(1)
+        for columns, m in self._rotor_raw:
+            if m > 2:  # past its side a sibling would count as deviating the other way, and the rotor's mean would jump
+                siblings = raw[:, columns[1:]] * _side(self.origin[self.unorder[columns[1:]]]).to(raw.dtype)
+                fine = fine & ((siblings > 0) & (siblings < math.pi)).all(1)
         return fine & (delta[:, self.n_lengths : self.n_stiff].abs() < math.pi).all(1)
 
     def _log_volume(self, raw: Tensor) -> Tensor:

@@ -119,7 +119,8 @@ def aligned_pairs(coordinates: CoordinateMap, x_a: Tensor, x_b: Tensor) -> Pairs
     """
     a, b = ((x - x.mean(1, keepdim=True)).flatten(1) for x in (x_a, x_b))
     coupled = optimal_transport_pairs(a, b, torch.zeros(a.shape[1], dtype=torch.bool), groups=[])
-    return Pairs(*(coordinates.to_features(v.view(x_a.shape))[0].float() for v in (coupled.z, coupled.y)))
+    z, y = (coordinates.to_features(v.view(x_a.shape))[0].float() for v in (coupled.z, coupled.y))
+    return Pairs(z, y)
 
 
 def reflow_between(
