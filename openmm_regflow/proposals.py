@@ -279,7 +279,7 @@ class FlowProposal:
             positions: `(n, n_atoms, 3)` [nm], tensor or array.
         """
         positions = self.as_tensor(positions)
-        return self._without_absurd(self._chunked(self._energies, positions))
+        return self.without_absurd(self._chunked(self._energies, positions))
 
     def evaluate(self, positions: Any) -> ProposalBatch:
         """``log_q`` and ``u`` of given configurations `(n, n_atoms, 3)` [nm] as a batch."""
@@ -346,20 +346,20 @@ class FlowProposal:
         """Positions and ``log_q`` of one chunk of samples."""
         with torch.no_grad():
             positions, log_prob = self.flow.sample(n, generator=generator)
-            log_q = log_prob.double() - self._frame_log_density(positions) - self._log_metric(positions)
+            log_q = log_prob.double() - self.frame_log_density(positions) - self._log_metric(positions)
         return positions, log_q
 
     def _log_q(self, positions: Tensor) -> Tensor:
         """``log_q`` of one chunk."""
         x = positions.double()
         with torch.no_grad():
-            return self.flow.log_prob(x).double() - self._frame_log_density(x) - self._log_metric(x)
+            return self.flow.log_prob(x).double() - self.frame_log_density(x) - self._log_metric(x)
 
     def _log_metric(self, x: Tensor) -> Tensor | float:
         """``log sqrt(det Z)`` of the flow's atoms `(n, ...)`; 0 without constraints."""
         return 0.0 if self.constraints is None else self.constraints.log_metric(x.double())
 
-    def _frame_log_density(self, x: Tensor) -> Tensor:
+    def frame_log_density(self, x: Tensor) -> Tensor:
         """What ``flow.log_prob`` holds for the frame and ``exp(-u)`` does not, float64 `(n,)`."""
         if self.frame == "fixed":
             return torch.zeros(len(x), dtype=torch.float64, device=x.device)
@@ -375,7 +375,7 @@ class FlowProposal:
             u[valid] = energies.to(u.device, torch.float64) / self.kT
         return u
 
-    def _without_absurd(self, u: Tensor) -> Tensor:
+    def without_absurd(self, u: Tensor) -> Tensor:
         """``+inf`` for every energy that is NaN, infinite or absurd; the one place that decides this."""
         finite = torch.isfinite(u)
         best = u[finite].min() if finite.any() else torch.zeros((), dtype=u.dtype, device=u.device)

@@ -164,7 +164,7 @@ class _Latent:
             y, log_det = self.flow.bijection(z)
             x, log_volume = self.flow.coordinates.to_positions(y.double())
             # log w = -u - log_q: what of it depends on z beside the energy
-            rest = log_det.double() + log_volume - log_prior + self.proposal._frame_log_density(x)
+            rest = log_det.double() + log_volume - log_prior + self.proposal.frame_log_density(x)
         u, u_gradient = self._energies(x.detach(), forces)
         weighty = torch.isfinite(u) & torch.isfinite(rest.detach())
         log_w = torch.where(weighty, rest.detach() - u, -torch.inf)
@@ -185,7 +185,7 @@ class _Latent:
         safe = torch.where(there[:, None, None], x, x[there][:1] if bool(there.any()) else torch.zeros_like(x[:1]))
         energy, force = self.proposal.potential.energy_and_forces(safe)  # type: ignore[attr-defined]
         energy, force = (torch.as_tensor(t).to(x) / self.proposal.kT for t in (energy, force))
-        u = self.proposal._without_absurd(torch.where(there, energy, torch.inf))
+        u = self.proposal.without_absurd(torch.where(there, energy, torch.inf))
         fine = torch.isfinite(u) & torch.isfinite(force).flatten(1).all(1)
         return u, torch.where(fine[:, None, None], -force, 0.0)
 
