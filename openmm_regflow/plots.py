@@ -366,7 +366,6 @@ def trends(
         axis.set_xlabel(label)
     axes.flat[0].legend(fontsize=7)
     figure.suptitle(title)
-    figure.tight_layout()
     return figure
 
 
