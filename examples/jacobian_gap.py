@@ -343,6 +343,9 @@ if __name__ == "__main__":
     bench = Bench(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/gap"))
     for name in ROWS:
         run_row(bench, name)
-    print(table(bench.folder))
+    page = Path(__file__).with_suffix(".md")
+    head, rest = page.read_text().split("<!-- table: begin -->")
+    tail = rest.split("<!-- table: end -->")[1]
+    page.write_text(f"{head}<!-- table: begin -->\n{table(bench.folder)}\n<!-- table: end -->{tail}")
     for entry in annealing(bench):
         print(entry)
