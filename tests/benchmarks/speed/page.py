@@ -112,7 +112,7 @@ def training(found: dict[str, Any]) -> str:
 def energies(found: dict[str, Any]) -> str:
     """Rates and ratios of the potentials."""
     lines = []
-    for system, row in ((k, v) for k, v in found.items() if "OpenMM" in v):
+    for system, row in ((k, v) for k, v in found.items() if isinstance(v, dict) and "OpenMM" in v):
         engine = row["OpenMM"]
         for kind, rate in row["TorchPotential"].items():
             other = "steps" if kind.endswith("forces") else "energies"
