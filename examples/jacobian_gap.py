@@ -341,11 +341,11 @@ def table(folder: Path) -> str:
 
 if __name__ == "__main__":
     bench = Bench(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/gap"))
-    for name in ROWS:
+    for name in [list(ROWS)[int(k)] for k in sys.argv[2:]] or ROWS:  # numbers of rows, or all of them
         run_row(bench, name)
     page = Path(__file__).with_suffix(".md")
     head, rest = page.read_text().split("<!-- table: begin -->")
     tail = rest.split("<!-- table: end -->")[1]
     page.write_text(f"{head}<!-- table: begin -->\n{table(bench.folder)}\n<!-- table: end -->{tail}")
-    for entry in annealing(bench):
-        print(entry)
+    if len(sys.argv) < 3:
+        print(*annealing(bench), sep="\n")

@@ -16,8 +16,6 @@ from openmm_regflow import metrics, plots
 from openmm_regflow.flows import Flow
 from openmm_regflow.systems import MolecularSystem, available_systems, load_system
 
-SAMPLES = 100_000
-
 
 def pair(estimate: dict[str, Any] | None) -> str:
     """A recorded estimate in words."""
@@ -109,7 +107,8 @@ def flow_part(molecule: MolecularSystem, folder: Path) -> list[str]:
         "```console",
         f"$ openmm-regflow train {molecule.name} --config systems/{molecule.name}/train.toml --output runs/flow",
         *(refine_command(molecule, r, *places) for r, places in zip(refinements, pairwise(folders))),
-        f"$ openmm-regflow evaluate {folders[-1]}/flow.safetensors --system {molecule.name} -n {SAMPLES} -o runs/card",
+        f"$ openmm-regflow evaluate {folders[-1]}/flow.safetensors --system {molecule.name} -n {found['n']} "
+        "-o runs/card",
         "```",
         "",
         f"`train` took, in minutes on one core shared with other work: {seconds}. Energies evaluated in all: "
