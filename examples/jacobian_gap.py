@@ -331,7 +331,7 @@ def table(folder: Path) -> str:
     for path in sorted(folder.glob("[0-9]*.json")):
         f = json.loads(path.read_text())
         lines.append(
-            f"| {f['row'].strip()} | {100 * f['ess']:.2g} ± {100 * f['ess_error']:.1g} % "
+            f"| {f['row'].strip()} | {100 * f['ess']:.2g} ± {100 * f['ess_error']:.2g} % "
             f"| {100 * f['ess_truncated']:.2g} % | "
             f"{f['k_hat']:.2f} | {f['kl']:.2f} ± {f['kl_error']:.2f} | {f['u_excess']:+.1f} | {f['phi_positive']:.2f} "
             f"| {f['minutes']:.1f} |"

@@ -79,7 +79,7 @@ CAPTIONS = {
 def demo_config(seed: int = 0) -> RunConfig:
     """Training settings sized for ten minutes on two CPU cores, chains and plots included."""
     return RunConfig(
-        frames=FramesConfig(copies=15, seed=seed),
+        frames=FramesConfig(copies=15, moves=1, seed=seed),
         flow=FlowConfig(n_layers=6, hidden=64, depth=1, seed=seed),
         teacher=TeacherConfig(
             hidden=256, depth=3, seed=seed, train=TrainConfig(steps=4000, seconds=110, learning_rate=1e-3, seed=seed)
