@@ -82,29 +82,17 @@ def run_chain(
     with context_platform(platform):
         sampler = mcmc.MCMCSampler(thermodynamic_state, sampler_state, move)
         sampler.run(1)  # makes the Contexts: set-up is not sampling
-        counted = _Counter(flow_move)
-        frames, stamps = _loop(sampler, n_iterations, seconds, progress, counted)
+        before = _accepted_by(flow_move)
+        frames, stamps, totals = _loop(sampler, n_iterations, seconds, progress, flow_move)
     statistics = dict(getattr(flow_move, "statistics", {})) if flow_move is not None else {}
-    accepted = np.asarray(counted.accepted, dtype=bool)
+    accepted = np.diff(totals, prepend=before) > 0 if flow_move is not None else np.zeros(0, dtype=bool)
     n_steps = n_md_steps * len(frames)
     return ChainTrace(np.asarray(frames, dtype=np.float32), np.asarray(stamps), n_steps, statistics, accepted)
 
 
-class _Counter:
-    """Whether the flow move of each iteration was accepted, from its own statistics."""
-
-    def __init__(self, flow_move: Any | None) -> None:
-        self.move, self.accepted, self._before = flow_move, list[bool](), self._total(flow_move)
-
-    def __call__(self) -> None:
-        if self.move is not None:
-            now = self._total(self.move)
-            self.accepted.append(now > self._before)
-            self._before = now
-
-    @staticmethod
-    def _total(move: Any | None) -> int:
-        return int(getattr(move, "statistics", {}).get("n_accepted", 0))
+def _accepted_by(move: Any | None) -> int:
+    """Accepted moves so far, of a move that counts them."""
+    return int(getattr(move, "statistics", {}).get("n_accepted", 0))
 
 
 def _loop(
@@ -112,21 +100,22 @@ def _loop(
     n_iterations: int | None,
     seconds: float | None,
     progress: Callable[[int, int, dict[str, float]], None] | None,
-    after: Callable[[], None],
-) -> tuple[list[np.ndarray], list[float]]:
+    flow_move: Any | None,
+) -> tuple[list[np.ndarray], list[float], list[int]]:
     frames: list[np.ndarray] = []
     stamps: list[float] = []
+    totals: list[int] = []
     began = time.monotonic()
     while True:
         sampler.run(1)
-        after()
+        totals.append(_accepted_by(flow_move))
         frames.append(sampler.sampler_state.positions.value_in_unit(unit.nanometers))
         stamps.append(time.monotonic() - began)
         done, total = (len(frames), n_iterations) if n_iterations else (int(stamps[-1]), int(seconds or 0))
         if progress:
             progress(min(done, total), total, {})
         if len(frames) == n_iterations or (seconds is not None and stamps[-1] >= seconds):
-            return frames, stamps
+            return frames, stamps, totals
 
 
 @contextmanager

@@ -286,8 +286,8 @@ def drawn(proposal: FlowProposal, n: int, seed: int, refine_samples: int = 0) ->
 
 def evaluate_flow(
     proposal: FlowProposal, molecule: MolecularSystem, folder: Path, n: int, seed: int, refine_samples: int = 0
-) -> tuple[Evaluation, Rows]:
-    """Draw, evaluate against the test split, write metrics.json, the samples and the plots; figures and their table."""
+) -> Rows:
+    """Draw, evaluate against the test split, write metrics.json, the samples and the plots; the table of figures."""
     batch, annealed = drawn(proposal, n, seed, refine_samples)
     test = molecule.reference("test")
     evaluation = evaluate_batch(batch, proposal, molecule, test, seed)
@@ -295,7 +295,7 @@ def evaluate_flow(
     (folder / "metrics.json").write_text(json.dumps(record, indent=1))
     draw_samples(folder, molecule, batch, test, proposal)
     write_batch(folder, batch, molecule, density=annealed is None)
-    return evaluation, [*evaluation.rows(), *(annealed.rows() if annealed else [])]
+    return [*evaluation.rows(), *(annealed.rows() if annealed else [])]
 
 
 def phase_rows(trained: FitResult | None, proposal: FlowProposal, seed: int, n: int = 10_000) -> Rows:

@@ -215,30 +215,28 @@ def missing_basins(x: Any, x_ref: Any, phi: Any, psi: Any, factor: float = 10.0)
         psi: `(k', 4)` atom indices.
         factor: how much too few.
     """
-    found = []
+    names = [f"{kind}{k + 1}" for kind, rows in (("phi", phi), ("psi", psi)) for k in range(len(rows))]
     there = np.isfinite(x).all(axis=(1, 2))
-    for name, rows in (("phi", phi), ("psi", psi)):
-        table = np.asarray(rows, dtype=np.int64).reshape(-1, 4)
-        if not len(table) or not there.any():
-            continue
-        mine, theirs = metrics.dihedrals(x[there], table), metrics.dihedrals(x_ref, table)
-        for k in range(len(table)):
-            for sign, words in ((1, "> 0"), (-1, "< 0")):
-                share, had = float((sign * theirs[:, k] > 0).mean()), float((sign * mine[:, k] > 0).mean())
-                if share * len(x_ref) >= 100 and share * there.sum() >= 10 and had * factor < share:
-                    found.append(f"{name}{k + 1} {words} (has {100 * had:.2g} % for {100 * share:.2g} %)")
-    return tuple(found)
+    if not names or not there.any():
+        return ()
+    rows = _torsion_rows(phi, psi)
+    mine, theirs = metrics.dihedrals(x[there], rows), metrics.dihedrals(x_ref, rows)
+    found: list[tuple[int, str]] = []
+    for words, sign in (("> 0", 1), ("< 0", -1)):
+        had, share = (sign * mine > 0).mean(0), (sign * theirs > 0).mean(0)
+        missing = (share * len(theirs) >= 100) & (share * len(mine) >= 10) & (had * factor < share)
+        for k in missing.nonzero()[0]:
+            found.append((k, f"{names[k]} {words} (has {100 * had[k]:.2g} % for {100 * share[k]:.2g} %)"))
+    return tuple(text for _, text in sorted(found, key=lambda one: one[0]))
 
 
 def _clip_bias(u_n: np.ndarray, log_w_n: np.ndarray) -> float | None:
-    """Reweighted mean energy without the largest 0.2 % of the weights less that with them [kT]."""
-    used = np.isfinite(u_n) & np.isfinite(log_w_n)
-    n_drop = int(0.002 * len(log_w_n))
-    if not n_drop or used.sum() <= n_drop:
+    """Reweighted mean energy without the largest 0.2 % of the weights less that with them [kT]; None of under 500."""
+    if len(log_w_n) < 500:
         return None
-    u, w = u_n[used], reweighting.normalised_weights(log_w_n[used])
-    kept = np.argsort(w)[: len(w) - n_drop]
-    return float(np.average(u[kept], weights=w[kept]) - np.sum(w * u))
+    kept = reweighting.rows_without_top(log_w_n)
+    clipped = _or_none(lambda: reweighting.expectation(u_n[kept], log_w_n[kept]).value)
+    return None if clipped is None else float(clipped - reweighting.expectation(u_n, log_w_n).value)
 
 
 def to_numpy_if_tensor(positions: Any) -> Any:

@@ -252,7 +252,7 @@ class Flow(nn.Module):
         """Largest error of going there and back: features `(n, dim)` as data, and as many latents.
 
         An error of rounding by eps comes back multiplied by the condition of the map: trained maps differ by orders of
-        magnitude in that. Products of matrices round in ways that depend on the batch, so the way back goes in parts.
+        magnitude in that.
 
         Args:
             y: features `(n, dim)`, e.g. of held-out data.
@@ -261,14 +261,9 @@ class Flow(nn.Module):
         """
         z = self.prior.sample(len(y), generator, self.dtype).double()
         z, y = torch.where(self.prior.circular, z, spread * z), y.to(z)
-        worst = 0.0
-        for there, back, start in (
-            (self.bijection, self.bijection.inverse, z),
-            (self.bijection.inverse, self.bijection, y),
-        ):
-            end = torch.cat([back(part)[0] for part in there(start)[0].split(len(start) // 3 + 1)])
-            worst = max(worst, float(torch.where(self.prior.circular, wrap(end - start), end - start).abs().max()))
-        return worst
+        there, back, circular = self.bijection, self.bijection.inverse, self.prior.circular
+        errors = round_trip(there, back, z, circular), round_trip(back, there, y, circular)
+        return max(float(error.abs().max()) for error in errors)
 
     def secure(self, y: Tensor, seed: int = 0) -> float:
         """Go over to float64, with a warning, if the inverse in float32 is off by more than `INVERSE_ERROR`.
@@ -337,6 +332,26 @@ class Flow(nn.Module):
         coordinates.refresh()
         flow.path = Path(path).absolute()
         return flow.to(device).eval()
+
+
+def round_trip(
+    there: Callable[[Tensor], tuple[Tensor, Tensor]],
+    back: Callable[[Tensor], tuple[Tensor, Tensor]],
+    start: Tensor,
+    circular: Tensor,
+) -> Tensor:
+    """``back(there(start)) - start`` `(n, dim)`, the shorter way round on circles.
+
+    Products of matrices round in ways that depend on the batch, so the way back goes in parts.
+
+    Args:
+        there: a map that returns value and log-determinant.
+        back: its inverse.
+        start: `(n, dim)`.
+        circular: `(dim,)` bool.
+    """
+    end = torch.cat([back(part)[0] for part in there(start)[0].split(len(start) // 3 + 1)])
+    return torch.where(circular, wrap(end - start), end - start)
 
 
 def origin(flow: Flow) -> dict[str, str]:

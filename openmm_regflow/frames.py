@@ -76,8 +76,3 @@ def more_frames(
         header = {"format": KIND, "format_version": 1, "made of": made_of, "energies": energies}
         write_safetensors(Path(path), {"x": frames.cpu().contiguous()}, header)
     return frames, energies
-
-
-def thinned(x: Tensor, n: int, seed: int = 0) -> Tensor:
-    """At most ``n`` of the frames `(m, ...)`, at random."""
-    return x if len(x) <= n else x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:n]]

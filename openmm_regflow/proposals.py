@@ -236,7 +236,7 @@ class FlowProposal:
         """The draws of :meth:`sample` without their energies: ``u`` is NaN. For targets with an energy of their own."""
         if n < 1:
             raise InputError(f"{n} samples were asked for; at least one is needed")
-        chunks = [self._draw(size, generator) for size in _sizes(n, self.chunk_size)]
+        chunks = [self._draw(size, generator) for size in chunk_sizes(n, self.chunk_size)]
         positions, log_q = (torch.cat(parts) for parts in zip(*chunks))
         return ProposalBatch(positions, log_q, torch.full_like(log_q, torch.nan))
 
@@ -549,7 +549,7 @@ def _seed_atoms(flow: Any) -> tuple[int, ...]:
     return (0, 1, 2) if zmatrix is None else tuple(zmatrix.seed)
 
 
-def _sizes(n: int, chunk: int) -> list[int]:
+def chunk_sizes(n: int, chunk: int) -> list[int]:
     """``n`` split into chunks."""
     return [chunk] * (n // chunk) + ([n % chunk] if n % chunk else [])
 

@@ -340,15 +340,19 @@ class _Anchors:
         mover: Mover | None = None,
     ) -> None:
         self._rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed)).to(data.device)
-        self._data, self._n = data, config.anchors
         self._potential, self._mover, self._n_moves = reduced_potential, mover, config.anchor_moves if mover else 0
-        repeats = math.ceil(self._n / len(data)) if self._n_moves else 1
-        self.place(data[self._rows.repeat(repeats)[: self._n]].double())
+        self._data, self._n = data, config.anchors if self._n_moves else min(config.anchors, len(data))
+        self._take(0)
 
     def place(self, x: Tensor) -> None:
         """Put the anchors at `x` `(m, n_atoms, 3)` [nm]."""
         self.x = x
         self.u = torch.cat([self._potential(part) for part in x.split(4096)])
+
+    def _take(self, turn: int) -> None:
+        """Place frames in the order of `_rows`, round and round: copies that will move may be more than the frames."""
+        places = torch.arange(turn * self._n, (turn + 1) * self._n, device=self._rows.device) % len(self._rows)
+        self.place(self._data[self._rows[places]].double())
 
     def renew(self, k: int, generator: torch.Generator) -> int:
         """Other anchors for pool ``k``: moved within the target, or the next of the frames; the energies it took."""
@@ -356,8 +360,7 @@ class _Anchors:
             return self._move(self._mover, generator)
         if k == 0 or len(self._data) <= self._n:
             return 0
-        turn = torch.arange(k * self._n, (k + 1) * self._n, device=self._rows.device) % len(self._rows)
-        self.place(self._data[self._rows[turn]].double())
+        self._take(k)
         return len(self.x)
 
     def _move(self, mover: Mover, generator: torch.Generator) -> int:

@@ -136,6 +136,12 @@ def drop_top(log_weights: Any, top: float = 0.002) -> np.ndarray:
         InputError: ``top`` outside [0, 1) or nothing would be left.
     """
     log_w_n = check_log_weights(log_weights)
+    return log_w_n[rows_without_top(log_w_n, top)]
+
+
+def rows_without_top(log_weights: Any, top: float = 0.002) -> np.ndarray:
+    """Indices, in order, of what `drop_top` keeps."""
+    log_w_n = check_log_weights(log_weights)
     if not 0.0 <= top < 1.0:
         raise InputError(f"top is {top}; the fraction of weights to drop lies in [0, 1)")
     # The small offset keeps 0.002 * 10000 at 20 whatever the rounding of the product.
@@ -145,7 +151,7 @@ def drop_top(log_weights: Any, top: float = 0.002) -> np.ndarray:
             f"dropping {n_drop} of {log_w_n.size} weights leaves none; give more samples"
         )
     keep = np.argsort(log_w_n, kind="stable")[: log_w_n.size - n_drop]
-    return log_w_n[np.sort(keep)]
+    return np.sort(keep)
 
 
 def truncated_effective_sample_size(log_weights: Any, top: float = 0.002) -> float:

@@ -19,3 +19,15 @@ def device(request):
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
 def dtype(request):
     return request.param
+
+
+@pytest.fixture
+def reference_platform():
+    """openmmtools' Contexts on the Reference platform, none left over from test to test."""
+    import openmm
+    from openmmtools import cache
+
+    cache.global_context_cache.empty()
+    cache.global_context_cache.platform = openmm.Platform.getPlatformByName("Reference")
+    yield
+    cache.global_context_cache.empty()

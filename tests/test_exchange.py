@@ -9,7 +9,7 @@ import pytest
 import torch
 from analytic_molecules import TEMPERATURE, Chain
 from openmm import app, unit
-from openmmtools import cache, mcmc
+from openmmtools import mcmc
 from openmmtools.multistate import (
     MultiStateReporter,
     MultiStateSampler,
@@ -29,12 +29,7 @@ from openmm_regflow.sampling import FlowReplicaExchange
 TORSIONS = {k: v for k, v in MOLECULE.observables().items() if "torsion" in k}
 
 
-@pytest.fixture(autouse=True)
-def reference_platform():
-    cache.global_context_cache.empty()
-    cache.global_context_cache.platform = openmm.Platform.getPlatformByName("Reference")
-    yield
-    cache.global_context_cache.empty()
+pytestmark = pytest.mark.usefixtures("reference_platform")
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 from analytic_molecules import MASSES, TEMPERATURE, Chain, z_scores
 
 from openmm_regflow.errors import CorruptFileError
-from openmm_regflow.frames import FramesConfig, more_frames, thinned
+from openmm_regflow.frames import FramesConfig, more_frames
 from openmm_regflow.potentials import TorchPotential
 from openmm_regflow.sampling import HamiltonianMonteCarlo
 
@@ -60,9 +60,3 @@ def test_frames_are_kept_and_belong_to_their_trajectory(tmp_path):
     for frames, config in ((x + 1, FramesConfig(copies=2)), (x, FramesConfig(copies=3))):
         with pytest.raises(CorruptFileError, match="another trajectory or of other settings"):
             more_frames(frames, mover(), config, path)
-
-
-def test_thinned():
-    x = torch.arange(100.0)
-    assert torch.equal(thinned(x, 100), x)
-    assert len(torch.unique(thinned(x, 10))) == 10

@@ -43,12 +43,7 @@ from openmm_regflow.units import GAS_CONSTANT
 FALSE_ALARM = 1e-5
 
 
-@pytest.fixture(autouse=True)
-def reference_platform():
-    cache.global_context_cache.empty()
-    cache.global_context_cache.platform = openmm.Platform.getPlatformByName("Reference")
-    yield
-    cache.global_context_cache.empty()
+pytestmark = pytest.mark.usefixtures("reference_platform")
 
 
 def internal_flow(target, data=None):

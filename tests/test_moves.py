@@ -36,12 +36,7 @@ MOLECULE = Chain(4)
 COORDINATES = flows.coordinates_for(chain_topology(4), MOLECULE.sample(2000, generator(1)))
 
 
-@pytest.fixture(autouse=True)
-def reference_platform():
-    cache.global_context_cache.empty()
-    cache.global_context_cache.platform = openmm.Platform.getPlatformByName("Reference")
-    yield
-    cache.global_context_cache.empty()
+pytestmark = pytest.mark.usefixtures("reference_platform")
 
 
 def make_flow(seed=0, **metadata):

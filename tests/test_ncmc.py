@@ -8,7 +8,7 @@ import pytest
 import torch
 from analytic_molecules import KT, MASSES, TEMPERATURE, Chain, distance
 from openmm import unit
-from openmmtools import cache, states, testsystems
+from openmmtools import states, testsystems
 from openmmtools.utils import deserialize, serialize
 from test_moves import COORDINATES, forget
 from test_sampling import SIGMAS, generator
@@ -99,12 +99,7 @@ class Bath:
 BATH = Bath()
 
 
-@pytest.fixture(autouse=True)
-def reference_platform():
-    cache.global_context_cache.empty()
-    cache.global_context_cache.platform = openmm.Platform.getPlatformByName("Reference")
-    yield
-    cache.global_context_cache.empty()
+pytestmark = pytest.mark.usefixtures("reference_platform")
 
 
 @pytest.fixture(scope="module")

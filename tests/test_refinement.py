@@ -35,6 +35,24 @@ def config(rate, rounds=3):
     return RefineConfig(rounds=rounds, pool=4000, batch_size=200, learning_rate=rate, ema=0.9)
 
 
+def stopped_and_resumed(coordinates, path, settings, **keywords):
+    """A refinement that is interrupted at the third pool and taken up by another process's flow; flow and records."""
+
+    def stop(k, total, figures):
+        if k == 2:
+            raise KeyboardInterrupt
+
+    again, potential = pair(coordinates)
+    with pytest.raises(KeyboardInterrupt):
+        refine(again, potential, settings, checkpoint=path, progress=stop, **keywords)
+    fresh, potential = pair(coordinates)
+    return fresh, refine(fresh, potential, settings, checkpoint=path, **keywords)
+
+
+def same_weights(a, b):
+    return all(torch.equal(v, w) for v, w in zip(a.bijection.state_dict().values(), b.bijection.state_dict().values()))
+
+
 def test_ess_grows_and_populations_are_watched(coordinates):
     flow, potential = pair(coordinates)
     records = refine(flow, potential, config(3e-3), watch=[lambda x: torch.ones(len(x), dtype=torch.bool)])
@@ -54,19 +72,9 @@ def test_a_round_that_makes_it_worse_is_undone(coordinates):
 def test_a_refinement_that_was_stopped_goes_on_as_if_it_had_not(coordinates, tmp_path):
     flow, potential = pair(coordinates)
     whole = refine(flow, potential, config(3e-3))
-    again, _ = pair(coordinates)
     path = tmp_path / "refinement.safetensors"
-
-    def stop(k, total, figures):
-        if k == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        refine(again, potential, config(3e-3), checkpoint=path, progress=stop)
-    fresh, _ = pair(coordinates)
-    assert refine(fresh, potential, config(3e-3), checkpoint=path) == whole
-    for a, b in zip(flow.bijection.state_dict().values(), fresh.bijection.state_dict().values()):
-        assert torch.equal(a, b)
+    fresh, records = stopped_and_resumed(coordinates, path, config(3e-3))
+    assert records == whole and same_weights(flow, fresh)
     with pytest.raises(IncompatibleFlowError, match="other settings"):
         refine(fresh, potential, config(1e-3), checkpoint=path)
 
@@ -109,20 +117,9 @@ def test_anchors_move_and_a_stopped_refinement_takes_them_up_again(coordinates, 
     whole = refine(flow, potential, settings, data=data, mover=mover)
     assert len(seen[0]) == 600 and not torch.equal(seen[0], seen[2])  # more anchors than frames, moved twice a pool
     assert [r.energies for r in whole] == [600 + k * (2000 + 2 * 7 * 600 + 600) for k in (1, 2, 3, 4)]
-    path = tmp_path / "refinement.safetensors"
-
-    def stop(k, total, figures):
-        if k == 2:
-            raise KeyboardInterrupt
-
-    again, _ = pair(coordinates)
-    with pytest.raises(KeyboardInterrupt):
-        refine(again, potential, settings, data=data, mover=mover, checkpoint=path, progress=stop)
-    fresh, _ = pair(coordinates)
-    assert refine(fresh, potential, settings, data=data, mover=mover, checkpoint=path) == whole
-    assert all(
-        torch.equal(a, b) for a, b in zip(flow.bijection.state_dict().values(), fresh.bijection.state_dict().values())
-    )
+    options = {"data": data, "mover": mover}
+    fresh, records = stopped_and_resumed(coordinates, tmp_path / "refinement.safetensors", settings, **options)
+    assert records == whole and same_weights(flow, fresh)
 
 
 def test_anchors_take_turns(coordinates, tmp_path):
@@ -139,17 +136,8 @@ def test_anchors_take_turns(coordinates, tmp_path):
     assert len(torch.unique(rows.flatten(1), dim=0)) == 1000  # two rounds of all frames
     whole = refine(flow, potential, settings, data=data)
     assert [r.energies for r in whole] == [400 + 4000 + k * 4400 for k in range(4)]
-    path = tmp_path / "refinement.safetensors"
-
-    def stop(k, total, figures):
-        if k == 2:
-            raise KeyboardInterrupt
-
-    again, _ = pair(coordinates)
-    with pytest.raises(KeyboardInterrupt):
-        refine(again, potential, settings, data=data, checkpoint=path, progress=stop)
-    fresh, _ = pair(coordinates)
-    assert refine(fresh, potential, settings, data=data, checkpoint=path) == whole
+    fresh, records = stopped_and_resumed(coordinates, tmp_path / "refinement.safetensors", settings, data=data)
+    assert records == whole and same_weights(flow, fresh)
 
 
 def test_hopeless_pool(coordinates):

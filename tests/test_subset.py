@@ -6,7 +6,7 @@ import pytest
 import torch
 from analytic_molecules import KT, TEMPERATURE, SolvatedChain, cartesian_gaussian, chain_topology, z_scores
 from openmm import unit
-from openmmtools import cache, mcmc, states
+from openmmtools import mcmc, states
 from openmmtools.utils import deserialize, serialize
 from scipy import stats
 from test_moves import COORDINATES, forget
@@ -25,12 +25,7 @@ from openmm_regflow.systems import fingerprint
 MOLECULE = SolvatedChain()
 
 
-@pytest.fixture(autouse=True)
-def reference_platform():
-    cache.global_context_cache.empty()
-    cache.global_context_cache.platform = openmm.Platform.getPlatformByName("Reference")
-    yield
-    cache.global_context_cache.empty()
+pytestmark = pytest.mark.usefixtures("reference_platform")
 
 
 def make_flow():

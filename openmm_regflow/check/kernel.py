@@ -169,7 +169,7 @@ def kernel_test(
     n_keep = max(FEWEST_EFFECTIVE, min(n // 4, int(4 * ess * n)))
     rows, log_w = thinned(batch, n_keep, generator)
     weights = np.exp(log_w - log_w.max())
-    n_effective = float(weights.sum() ** 2 / (weights**2).sum())
+    n_effective = len(log_w) * reweighting.effective_sample_size(log_w)
     if n_effective < FEWEST_EFFECTIVE:
         words = f"undecided: only {n_effective:.0f} of {n} samples count (ESS {100 * ess:.2g} %); give more with -n"
         return Finding("kernel", words, None)

@@ -41,7 +41,6 @@ def sample(
 
     Example: openmm-regflow sample systems/alanine-dipeptide/flow.safetensors -n 10000 --output runs/samples
     """
-
     from openmm_regflow import reweighting
     from openmm_regflow.demo import drawn, write_batch
 
@@ -78,7 +77,7 @@ def evaluate(
     _, mol, proposal = open_proposal(flow, system, device)
     described = {"flow": str(flow), "system": system, "n": n, "seed": seed, "refine_samples": refine_samples}
     prepare_output(output, "evaluate", described, overwrite)
-    _, rows = evaluate_flow(proposal, mol, output, n, seed, refine_samples)
+    rows = evaluate_flow(proposal, mol, output, n, seed, refine_samples)
     finish_output(output)
     show_table(f"{mol.name}: {n:,} samples", [("figure", "value"), *rows])
 

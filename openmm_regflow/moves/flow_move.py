@@ -8,7 +8,7 @@ import openmm
 from openmm import unit
 
 from openmm_regflow.errors import CorruptFileError, IncompatibleFlowError, InputError, UnsupportedForceError
-from openmm_regflow.moves.registry import Description, Shared, describe, find, living, own_file, register, steps_so_far
+from openmm_regflow.moves.registry import Description, Shared, describe, find, living, register, steps_so_far
 from openmm_regflow.proposals import FlowProposal
 from openmm_regflow.sampling import (
     FlowStatistics,
@@ -85,7 +85,7 @@ class FlowMove:
             raise InputError(f"energy is {energy!r}; choose 'auto' or 'context'")
         self.n_proposals, self.orientation, self.energy = n_proposals, orientation, energy
         self._statistics = FlowStatistics()
-        self._description = describe(proposal, pool_size, flow_path or own_file(proposal.flow), seed)
+        self._description = describe(proposal, pool_size, flow_path, seed)
         self._step: FlowStep | None = None
         self._reference: Any = None
         self._checked: Any = None

@@ -120,13 +120,15 @@ def relink(old_path: str | Path, new_path: str | Path, *, allow_changed: bool = 
 def describe(
     proposal: FlowProposal, pool_size: int, flow_path: str | Path | None, seed: int | None
 ) -> Description:
-    """The description of a live proposal.
+    """The description of a live proposal, by default with the flow's own file.
 
     Raises:
         InputError: no file at ``flow_path``.
         IncompatibleFlowError: the file holds another flow than the proposal.
     """
-    if flow_path is not None:
+    if flow_path is None:
+        flow_path = own_file(proposal.flow)
+    else:
         _check_same(proposal.flow, Path(flow_path))
     return Description(
         flow_path=None if flow_path is None else str(Path(flow_path).absolute()),
@@ -246,11 +248,10 @@ def _check_same(flow: Any, path: Path) -> None:
 
 def _describe_potential(potential: Any) -> dict[str, Any]:
     """Kind and options of a potential, enough to build it for a System again."""
-    if isinstance(potential, TorchPotential):
-        return {"kind": "torch", "parameters": dict(potential.parameters), **potential.options}
-    if isinstance(potential, OpenMMPotential):
-        return {"kind": "openmm", "parameters": dict(potential.parameters), **potential.options}
-    return {"kind": "custom"}
+    if not isinstance(potential, TorchPotential | OpenMMPotential):
+        return {"kind": "custom"}
+    kind = "torch" if isinstance(potential, TorchPotential) else "openmm"
+    return {"kind": kind, "parameters": dict(potential.parameters), **potential.options}
 
 
 def _build_potential(description: dict[str, Any], system: openmm.System) -> Any:

@@ -109,9 +109,9 @@ class Cell:
     seed: int
 
     @property
-    def row(self) -> tuple[str, str, str, str, float]:
-        """What the runs of other seeds share."""
-        return self.system, self.architecture, self.method, self.variant, self.seconds
+    def row(self) -> tuple[str, str, str, str, str]:
+        """What the runs of other seeds share, in words."""
+        return self.system, self.architecture, self.method, self.variant, f"{self.seconds:g}"
 
     @property
     def name(self) -> str:

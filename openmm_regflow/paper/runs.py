@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -275,17 +276,15 @@ def _evaluate(
 
 def _round_trip(sampler: Any, generator: torch.Generator, n: int = 1000) -> dict[str, float]:
     """Root mean square and largest error of ``f^-1(f(z)) - z`` per dimension, as the flow is kept (`Flow.secure`)."""
+    there: Any
+    if isinstance(sampler, TeacherSampler):
+        there = partial(integrate, sampler.teacher, n_steps=sampler.n_steps)
+        z, back = sampler.teacher.prior.sample(n, generator), partial(there, reverse=True)
+    else:
+        there, back = sampler.bijection, sampler.bijection.inverse
+        z = sampler.prior.sample(n, generator, sampler.dtype).double()
     with torch.no_grad():
-        if isinstance(sampler, TeacherSampler):
-            z = sampler.teacher.prior.sample(n, generator)
-            y, _ = integrate(sampler.teacher, z, n_steps=sampler.n_steps)
-            back, _ = integrate(sampler.teacher, y, n_steps=sampler.n_steps, reverse=True)
-        else:
-            z = sampler.prior.sample(n, generator, sampler.dtype).double()
-            # In parts: products of matrices round in ways that depend on the batch.
-            parts = sampler.bijection(z)[0].split(n // 3 + 1)
-            back = torch.cat([sampler.bijection.inverse(part)[0] for part in parts])
-    error = (back - z).double()
+        error = flows.round_trip(there, back, z, sampler.coordinates.circular).double()
     bits = 64 if getattr(sampler, "dtype", None) == torch.float64 else 32
     found = {"round_trip_rms": float(error.square().mean().sqrt()), "round_trip_max": float(error.abs().max())}
     return found | {"bits": bits}

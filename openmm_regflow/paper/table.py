@@ -138,9 +138,7 @@ def table(records: list[dict[str, Any]]) -> Rows:
     """
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for record in records:
-        c = record["cell"]
-        row = (c["system"], c["architecture"], c["method"], c["variant"], f"{c['seconds']:g}")
-        groups.setdefault(row, []).append(record)
+        groups.setdefault(Cell(**record["cell"]).row, []).append(record)
     rows: Rows = [("system", "architecture", "method", "variant", "budget [s]", "seeds", *COLUMNS)]
     for key, runs in groups.items():
         failed = sum("failed" in r for r in runs)

@@ -240,7 +240,7 @@ class TorchPotential:
 
     def __getstate__(self) -> dict[str, Any]:
         """The System as XML and the options: tables and compiled code are rebuilt where they are needed."""
-        options = {"dtype": self.dtype, "device": str(self.device), "compile": self._compiled, "groups": self.groups}
+        options = self.options | {"dtype": self.dtype}
         return {"xml": openmm.XmlSerializer.serialize(self.system), "options": options, "set": self.parameters}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ product of these weights is unbiased for the ratio of normalisations whatever th
 samples that are thrown away.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +15,11 @@ import torch
 from torch import Tensor
 
 from openmm_regflow import reweighting
+from openmm_regflow.bijections import wrap
 from openmm_regflow.errors import InputError
-from openmm_regflow.proposals import FlowProposal, ProposalBatch
+from openmm_regflow.proposals import FlowProposal, ProposalBatch, chunk_sizes
+from openmm_regflow.sampling.hamiltonian import correction, varied
 
-#: Acceptance that the step is tuned to.
-ACCEPTANCE = 0.8
 #: Rounds of tuning, and samples of each.
 TRIALS, PILOT = 8, 500
 
@@ -88,8 +87,7 @@ def annealed_samples(
     if n_steps:
         latent.tune(generator)
     parts, accepted = [], torch.zeros(n_steps)
-    for k in range(0, n, proposal.chunk_size):
-        size = min(proposal.chunk_size, n - k)
+    for size in chunk_sizes(n, proposal.chunk_size):
         state, log_w, log_w_before, rates = _carry(latent, size, n_steps, generator)
         parts.append((state.x, state.u, log_w, log_w_before))
         accepted += torch.tensor(rates) * size / n
@@ -158,7 +156,7 @@ class _Latent:
 
     def at(self, z: Tensor, forces: bool = True) -> _State:
         """Energies, weights and gradients of latent points `(n, dim)`."""
-        z = self._wrapped(z).requires_grad_(forces)
+        z = torch.where(self.flow.prior.circular, wrap(z), z).detach().requires_grad_(forces)
         with torch.set_grad_enabled(forces):
             log_prior = self.flow.prior.log_prob(z).double()
             y, log_det = self.flow.bijection(z)
@@ -168,8 +166,8 @@ class _Latent:
         u, u_gradient = self._energies(x.detach(), forces)
         weighty = torch.isfinite(u) & torch.isfinite(rest.detach())
         log_w = torch.where(weighty, rest.detach() - u, -torch.inf)
-        zeros = torch.zeros_like(z)
         if not forces:
+            zeros = torch.zeros_like(z)
             return _State(z, x, u, log_w, log_prior, zeros, zeros)
         (by_prior,) = torch.autograd.grad(log_prior.sum(), z, retain_graph=True)
         (by_w,) = torch.autograd.grad([rest, x], z, [torch.ones_like(rest), -u_gradient.to(x)])
@@ -193,8 +191,7 @@ class _Latent:
         """One trajectory and one decision for every sample, invariant for ``prior w^b``; and the part accepted."""
         device = generator.device if generator is not None else start.z.device
         v = torch.randn(start.z.shape, generator=generator, dtype=start.z.dtype, device=device).to(start.z)
-        # Trajectories of one length come back to where they began: the step varies, the same for all.
-        step = self.step * (0.8 + 0.4 * float(torch.rand((), generator=generator, device=device)))
+        step = varied(self.step, generator, device)
         kinetic, now = 0.5 * v.double().square().sum(1), start
         for _ in range(self.n_leapfrog):
             v = v + 0.5 * step * now.gradient(b)
@@ -210,9 +207,4 @@ class _Latent:
         state = self.at(self.flow.prior.sample(PILOT, generator, self.flow.dtype))
         for trial in range(TRIALS):
             state, rate = self.trajectory(state, 0.5, generator)
-            self.step *= 2.0 ** (max(-1.0, 3.0 * (rate - ACCEPTANCE)) / (1 + trial / 4))
-
-    def _wrapped(self, z: Tensor) -> Tensor:
-        """Angles back to [-pi, pi)."""
-        turned = torch.remainder(z + math.pi, 2 * math.pi) - math.pi
-        return torch.where(self.flow.prior.circular, turned, z).detach()
+            self.step *= correction(rate, trial)

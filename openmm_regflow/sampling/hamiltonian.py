@@ -20,6 +20,19 @@ HYDROGEN_MASS = 4.0
 ACCEPTANCE = 0.8
 
 
+def varied(step: float, generator: torch.Generator | None, device: torch.device | str = "cpu") -> float:
+    """A leapfrog step within a fifth of the given one, the same for all chains.
+
+    Trajectories of one length come back to where they began in some modes.
+    """
+    return step * (0.8 + 0.4 * float(torch.rand((), generator=generator, device=device)))
+
+
+def correction(acceptance: float, trial: int) -> float:
+    """Factor on a step whose acceptance should be `ACCEPTANCE`; it changes less from trial to trial."""
+    return 2.0 ** (max(-1.0, 3.0 * (acceptance - ACCEPTANCE)) / (1 + trial / 4))
+
+
 class HamiltonianMonteCarlo:
     """A local kernel for chains `(n, n_atoms, 3)`: one trajectory and one decision for each.
 
@@ -63,8 +76,7 @@ class HamiltonianMonteCarlo:
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """The next state of every chain, in the dtype of `x` [nm]."""
         start = x.to(self.mass)
-        # Trajectories of one length come back to where they began in some modes: the step varies, the same for all.
-        dt = self.timestep * (0.8 + 0.4 * float(torch.rand((), generator=generator)))
+        dt = varied(self.timestep, generator)
         noise = torch.randn(start.shape, generator=generator, dtype=start.dtype).to(start.device)
         v = (self.kt / self.mass).sqrt() * noise
         u, force = self.potential.energy_and_forces(start)
@@ -92,8 +104,7 @@ class HamiltonianMonteCarlo:
         """
         for trial in range(n_trials):
             self(x, generator)
-            gain = max(-1.0, 3.0 * (self.acceptance - ACCEPTANCE))
-            self.timestep *= 2.0 ** (gain / (1 + trial / 4))
+            self.timestep *= correction(self.acceptance, trial)
         return self.timestep
 
     def _total(self, u: Tensor, v: Tensor) -> Tensor:

@@ -204,12 +204,6 @@ class ProposalPool:
         return self._batch
 
 
-def _log_sum(so_far: float, log_values: np.ndarray) -> float:
-    """Log of a running sum of exponentials with more of them added."""
-    largest = max(so_far, float(log_values.max()))
-    return largest + math.log(math.exp(so_far - largest) + float(np.exp(log_values - largest).sum()))
-
-
 @dataclass
 class FlowStatistics:
     """Running totals of flow steps, in plain numbers so that they can be stored and added up.
@@ -245,8 +239,9 @@ class FlowStatistics:
         self.n_impossible += len(log_w) - len(possible)
         if len(possible):
             self.sum_log_weight += float(possible.sum())
-            self.log_sum_weight = _log_sum(self.log_sum_weight, possible)
-            self.log_sum_weight_squared = _log_sum(self.log_sum_weight_squared, 2 * possible)
+            self.log_sum_weight = float(np.logaddexp.reduce(possible, initial=self.log_sum_weight))
+            squared = float(np.logaddexp.reduce(2 * possible, initial=self.log_sum_weight_squared))
+            self.log_sum_weight_squared = squared
 
     @property
     def acceptance_rate(self) -> float:
