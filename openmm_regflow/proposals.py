@@ -337,9 +337,7 @@ class FlowProposal:
             positions = np.asarray(positions.value_in_unit(unit.nanometer))
         tensor = positions if isinstance(positions, Tensor) else torch.as_tensor(np.asarray(positions))
         if tensor.ndim != 3 or tensor.shape[1:] != (self.n_atoms, 3):
-            raise InputError(
-                f"positions have shape {tuple(tensor.shape)}; (n, {self.n_atoms}, 3) in nm is needed"
-            )
+            raise InputError(f"positions have shape {tuple(tensor.shape)}; (n, {self.n_atoms}, 3) in nm is needed")
         return tensor.to(self.device)
 
     def _draw(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
@@ -482,12 +480,15 @@ class SubsetProposal(FlowProposal):
 
     def in_place(self, drawn: Tensor, current: Tensor) -> Tensor:
         """Draws `(n, n_subset, 3)` in the frame of the current configuration, all other atoms as they are."""
+        whole = current.double().repeat(len(drawn), 1, 1)
+        whole[:, self._subset] = self.in_frame(drawn, current)
+        return whole
+
+    def in_frame(self, drawn: Tensor, current: Tensor) -> Tensor:
+        """Draws `(n, n_subset, 3)` put into the frame of the current configuration `(1, n_atoms, 3)` [nm]."""
         origin, axes = local_frame(current[:, self._subset][:, self._frame_atoms].double())
         drawn_origin, drawn_axes = local_frame(drawn[:, self._frame_atoms].double())
-        placed = ((drawn.double() - drawn_origin) @ drawn_axes.transpose(1, 2)) @ axes + origin
-        whole = current.double().repeat(len(drawn), 1, 1)
-        whole[:, self._subset] = placed
-        return whole
+        return ((drawn.double() - drawn_origin) @ drawn_axes.transpose(1, 2)) @ axes + origin
 
     def make_whole(self, positions: np.ndarray, box: np.ndarray | None) -> np.ndarray:
         """Every atom of the subset at its image next to the atom that it is bonded to.

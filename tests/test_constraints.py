@@ -20,6 +20,7 @@ from analytic_molecules import (
     place,
 )
 from openmm import app, unit
+from openmmtools import states
 
 from openmm_regflow import flows
 from openmm_regflow.check import HybridMonteCarlo, jacobian_log_determinant, kernel_test, run_checks
@@ -497,11 +498,23 @@ def test_a_constrained_subset_among_other_constraints():
     assert max(map(abs, scores(after[:, list(order)], RODS.observables()).values())) < SIGMAS
     v = prop.project_velocities(np.ones((6, 3)) + np.arange(18).reshape(6, 3), x[0])
     assert (v[[3, 5]] == (np.ones((6, 3)) + np.arange(18).reshape(6, 3))[[3, 5]]).all()
-    with pytest.raises(InputError, match="NCMCFlowMove"):
-        NCMCFlowMove(prop)
     system.addConstraint(order[0], 3, 0.2)
     with pytest.raises(UnsupportedForceError, match="subset"):
         SubsetProposal(rod_flow(), TorchPotential(system), TEMPERATURE, order)
+
+
+def test_a_constrained_subset_is_driven_among_other_constraints(reference_platform):
+    system, order = solvated()
+    prop = SubsetProposal(rod_flow(), TorchPotential(system), TEMPERATURE, order)
+    move = NCMCFlowMove(prop, 4, 0.002, steps_per_drive=1, pool_size=1024, seed=3)
+    state, after = states.ThermodynamicState(system, TEMPERATURE * unit.kelvin), []
+    for x in solvated_sample(order, 600, generator(15)).numpy():
+        frame = states.SamplerState(x * unit.nanometer)
+        move.apply(state, frame)
+        after.append(torch.as_tensor(np.array(frame.positions._value)))
+    assert move.n_accepted > 100
+    found = scores(torch.stack(after)[:, list(order)], RODS.observables())
+    assert max(map(abs, found.values())) < SIGMAS, found
 
 
 def _simulation(system):

@@ -221,3 +221,56 @@ def test_torsions_follow_the_usual_sign():
 
     tau = bond_angle_torsion(x.permute(2, 1, 0), torch.tensor([[0, 1, 2, 3]]))[2][0]
     assert (tau - torch.as_tensor(expected)).abs().max() < 1e-5
+
+
+def turned(x, topology, axis, angle):
+    """Positions `(n, n_atoms, 3)` with all that lies beyond a bond turned about it by an angle [rad]."""
+    table = {frozenset((bond[0].index, bond[1].index)) for bond in topology.bonds()} - {frozenset(axis)}
+    beyond = {axis[1]}
+    for _ in table:  # as many rounds as the longest way could need
+        beyond |= {atom for bond in table if bond & beyond for atom in bond}
+    columns = sorted(beyond)
+    origin = x[:, axis[1], None]
+    u = torch.nn.functional.normalize(x[:, axis[1], None] - x[:, axis[0], None], dim=-1)
+    arm = x[:, columns] - origin
+    u = u.expand_as(arm)
+    along = (arm * u).sum(-1, keepdim=True) * u
+    result = x.clone()
+    result[:, columns] = origin + along + (arm - along) * math.cos(angle) + torch.linalg.cross(u, arm) * math.sin(angle)
+    return result
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    """Alanine dipeptide near one structure, and its bond N-CA."""
+    mol = load_system("alanine-dipeptide")
+    n, ca = (
+        next(a.index for a in mol.topology.atoms() if a.residue.name == "ALA" and a.name == k) for k in ("N", "CA")
+    )
+    return mol.topology, thermal(mol.positions, 500), (n, ca)
+
+
+def test_a_rare_second_minimum_makes_a_torsion_a_circle(backbone):
+    """Two frames in a hundred on the other side: the spread is that of a stiff torsion, the distribution is not."""
+    topology, x, axis = backbone
+    zmatrix = build_zmatrix(*topology_tables(topology))
+    plain = InternalMap.fit(zmatrix, x)
+    rare = torch.cat([turned(x[:10], topology, axis, 2.4), x[10:]])
+    (row,) = set(InternalMap.fit(zmatrix, rare).soft) - set(plain.soft)
+    assert set(zmatrix.rows[row][1:3]) == set(axis)
+    bent = torch.cat([turned(x[:10], topology, axis, 1.2), x[10:]])  # within a quarter turn
+    assert InternalMap.fit(zmatrix, bent).soft == plain.soft
+
+
+@pytest.mark.parametrize(("angle", "shorter"), [(2.4, 2.4), (3.6, 3.6 - 2 * math.pi)])
+def test_the_way_between_two_conformations(backbone, angle, shorter):
+    """Its ends are the two, the way back is the way there, and torsions go the shorter way round."""
+    topology, x, axis = backbone
+    coordinates = InternalMap.fit(build_zmatrix(*topology_tables(topology)), x)
+    a, b = x[0], turned(x[:1], topology, axis, angle)[0]
+    share = torch.linspace(0, 1, 9, dtype=torch.float64)
+    way = coordinates.between(a, b, share)
+    assert (distances(way[[0, -1]]) - distances(torch.stack([a, b]))).abs().max() < 1e-10
+    assert (distances(way) - distances(coordinates.between(b, a, 1 - share))).abs().max() < 1e-10
+    expected = torch.cat([turned(x[:1], topology, axis, float(s) * shorter) for s in share])
+    assert (distances(way) - distances(expected)).abs().max() < 1e-10

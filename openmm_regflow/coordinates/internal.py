@@ -20,6 +20,8 @@ from openmm_regflow.errors import InputError
 
 #: A torsion whose circular standard deviation in the data is below this is stiff: a line, not a circle [rad].
 STIFF_TORSION = 0.6
+#: Unless more than this share of the data lies beyond a quarter turn from its mean: a second minimum, however rare.
+FAR_SHARE = 1e-3
 #: Bonds of fixed length: ``(i, j, length [nm])``.
 FixedBonds = Sequence[tuple[int, int, float]]
 
@@ -216,7 +218,10 @@ class InternalMap(CoordinateMap):
         proper = [k for k in range(n_rows) if k not in zmatrix.siblings]
         rotor_rows = {k for k, row in enumerate(zmatrix.rows) for r in zmatrix.rotors if row[0] == r.atoms[0]}
         spread = (-2.0 * resultant.log()).sqrt()
-        soft = [k for k in range(n_rows) if float(spread[k]) > stiff_below or (k in proper and k in rotor_rows)]
+        mean = torch.atan2(torsions.sin().mean(0), torsions.cos().mean(0))
+        far = (wrap(torsions - mean).abs() > math.pi / 2).double().mean(0) > FAR_SHARE
+        loose = (spread > stiff_below) | far
+        soft = [k for k in range(n_rows) if bool(loose[k]) or (k in proper and k in rotor_rows)]
         draft = cls(zmatrix, soft, torch.zeros(dim), torch.eye(dim - len(soft)), fixed)
         raw = draft.raw(draft.canonical(x))[:, draft.order]
         origin = draft._centres(raw)
@@ -351,6 +356,25 @@ class InternalMap(CoordinateMap):
             fresh = place(c, e, f, bonds[2 + level], angles[1 + level], tau[level])
             placed = torch.cat([placed, fresh], dim=1)
         return placed[:, self.slots].permute(2, 1, 0)
+
+    def between(self, x: Tensor, y: Tensor, share: Tensor) -> Tensor:
+        """Conformations on the way from one to another, straight in bonds, angles and torsions.
+
+        Torsions go the shorter way round, so the way back is the same. The frame is the coordinates' own, not x's.
+
+        Args:
+            x: positions `(n_atoms, 3)` [nm] at share 0.
+            y: positions `(n_atoms, 3)` [nm] at share 1.
+            share: `(n,)` of the way.
+
+        Returns:
+            positions `(n, n_atoms, 3)` [nm].
+        """
+        start, end = self.raw(torch.stack([x, y])).split(1)
+        first_torsion = 2 * len(self.zmatrix.rows) + 3
+        step = end - start
+        step = torch.cat([step[:, :first_torsion], wrap(step[:, first_torsion:])], dim=1)
+        return self._build((start + share.to(step)[:, None] * step).T.contiguous())
 
     def config(self) -> Mapping[str, Any]:
         """JSON-ready constructor arguments, without origin and whitening, which are tensors of the flow file."""

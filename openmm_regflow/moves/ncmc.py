@@ -1,9 +1,8 @@
 """``NCMCFlowMove``: a flow proposal in solvent, with the solvent given time to make room.
 
-Nonequilibrium candidate Monte Carlo (Nilmeier, Crooks, Minh and Chodera, PNAS 108, E1009 (2011)): the interactions
-between the subset and its surroundings are weakened over half of a protocol, the flow proposes the subset's
-internal coordinates while it hardly feels the surroundings, and the interactions are switched on again. Dynamics run
-all the time; the total work decides.
+Nonequilibrium candidate Monte Carlo (Nilmeier, Crooks, Minh and Chodera, PNAS 108, E1009 (2011)): the subset is driven
+from its conformation to the one that the flow proposes, in small steps between which the surroundings relax by
+dynamics; the total work decides.
 """
 
 import copy
@@ -15,65 +14,54 @@ import numpy as np
 import openmm
 import torch
 from openmm import unit
+from torch import Tensor
 
 from openmm_regflow.errors import CorruptFileError, InputError
 from openmm_regflow.moves.flow_move import FlowMove, box_of, check_atom_count
-from openmm_regflow.proposals import ProposalBatch, SubsetProposal
-from openmm_regflow.sampling import KernelInfo, context_potential, redrawn, system_masses
+from openmm_regflow.proposals import SubsetProposal
+from openmm_regflow.sampling import KernelInfo, redrawn, system_masses
 from openmm_regflow.units import thermal_energy, to_float
 
-#: Share of either half of the protocol in which the sterics change; the charges, whose work is larger, have the rest.
-STERIC_SHARE = 0.25
-
-
-def schedule(electrostatics: float = 0.0, sterics: float = 0.0, share: float = STERIC_SHARE) -> dict[str, str]:
-    """Couplings as functions of lambda in [0, 1]: from 1 to their least values and back, charges first and last.
-
-    Args:
-        electrostatics: least coupling of the charges.
-        sterics: least coupling of the Lennard-Jones interactions.
-        share: of either half in which the sterics change; the charges have the rest.
-    """
-    c = "abs(2*lambda-1)"
-    return {
-        "lambda_electrostatics": f"{electrostatics}+{1 - electrostatics}*max(0, ({c}-{share})/{1 - share})",
-        "lambda_sterics": f"{sterics}+{1 - sterics}*min(1, {c}/{share})",
-    }
+_SETTINGS = ("n_steps", "steps_per_drive", "timestep", "collision_rate")
 
 
 class NCMCFlowMove(FlowMove):
-    """A flow move of an atom subset with nonequilibrium switching, for openmmtools samplers.
+    """A flow move of an atom subset along a path, its surroundings relaxing, for openmmtools samplers.
 
-    Exactness. Fresh velocities are drawn, so that the state is in equilibrium with respect to them. The protocol is
-    its own time reverse (palindromic splitting ``O V R H R V O``, a schedule symmetric about its middle, and the jump
-    in the middle), so the ratio of path probabilities is ``exp(-W/kT)`` with the protocol and shadow work of the
-    dynamics, and the jump from x to y at the least coupling, where the reduced energy is ``u_0``, adds
-    ``u_0(y) - u_0(x) + log q(y) - log q(x)`` to ``W/kT``.
-    Switching from the state's System to the alchemical one at full coupling, and back, counts as work too, so
-    approximations in the alchemical System (reaction fields, dispersion) cost acceptance and nothing else. After an
-    acceptance all velocities are drawn anew: those at the end of the protocol had a part in the decision. After a
-    rejection the old positions and velocities stay; the old velocities had none.
+    The flow proposes the subset's internal coordinates. The subset is led there straight in bonds, angles and torsions
+    (the shorter way round), in the frame that three of its atoms keep, while Langevin dynamics move everything else.
+    What the subset's own energy does on the way is of no account, since work that depends on the subset alone adds up
+    to the difference of its ends; what costs acceptance is the friction of the surroundings.
+
+    Exactness. The path from x to y is the path from y to x walked backwards, the dynamics are palindromic (splitting
+    ``O V R V O``, as many steps before the first drive as after the last) and start from fresh velocities, so the ratio
+    of path probabilities is ``exp(-W/kT)`` with the work W of the drives and the shadow work of the dynamics, and
+
+        ``log alpha = log q(x) - log q(y) - W/kT``.
+
+    After an acceptance all velocities are drawn anew: those at the end of the protocol had a part in the decision.
+    After a rejection the old positions and velocities stay; the old velocities had none.
+
+    The box does not change during a move, so states of constant pressure are covered; bonds of fixed length in the
+    subset are, if the flow holds them fixed (their length is the same all along the path).
 
     Args:
         proposal: of the subset that is switched. Its potential is not used.
-        n_steps: dynamics steps of a whole protocol, an even number.
-        timestep: [ps or Quantity].
+        n_steps: dynamics steps of a whole protocol, a multiple of ``steps_per_drive`` and at least twice that.
+        timestep: [ps or Quantity]; the surroundings alone move, so rigid water allows 0.002 and more.
         collision_rate: [1/ps or Quantity].
-        least_coupling: of electrostatics and of sterics at the jump, each in [0, 1). Soft cores at half coupling let
-            atoms overlap for a few kT, and still keep the solvent from filling the place of the subset.
-        steric_share: of either half of the protocol in which the sterics change; the charges change in the rest.
         pool_size: see :class:`FlowMove`.
+        steps_per_drive: dynamics steps between two drives. Each drive costs one more evaluation of the energy.
         flow_path: see :class:`FlowMove`.
         seed: see :class:`FlowMove`.
 
     Attributes:
-        last_work: what the log acceptance ratio of the latest move was made of, ``{"jump", "protocol", "shadow"}``
-            [kT]: minus their sum, up to the switch between the state's System and the alchemical one. NaN after a
-            protocol that blew up. Says whether a longer protocol would help (it lessens the protocol's part alone).
+        last_work: what the log acceptance ratio of the latest move was made of, ``{"density", "protocol", "shadow"}``
+            [kT], minus their sum: ``log q(y) - log q(x)``, the work of the drives (the change of the subset's own
+            energy included), and the integrator's. NaN after a protocol that blew up.
 
     Raises:
-        InputError: not a subset proposal, one with bonds of fixed length, an odd or too small number of steps,
-            couplings outside [0, 1), or a share outside (0, 1).
+        InputError: not a subset proposal, or a number of steps that does not fit ``steps_per_drive``.
     """
 
     __module__ = "openmm_regflow.moves"
@@ -81,72 +69,59 @@ class NCMCFlowMove(FlowMove):
     def __init__(
         self,
         proposal: SubsetProposal,
-        n_steps: int = 1000,
-        timestep: Any = 0.001,
+        n_steps: int = 2500,
+        timestep: Any = 0.002,
         collision_rate: Any = 1.0,
         pool_size: int = 256,
         *,
-        least_coupling: tuple[float, float] = (0.0, 0.5),
-        steric_share: float = STERIC_SHARE,
+        steps_per_drive: int = 5,
         flow_path: str | Path | None = None,
         seed: int | None = None,
     ) -> None:
         if proposal.atom_subset is None:
             raise InputError("NCMCFlowMove switches a part of a System; give it a SubsetProposal")
-        if proposal.constraints is not None:
+        if steps_per_drive < 1 or n_steps < 2 * steps_per_drive or n_steps % steps_per_drive:
             raise InputError(
-                "NCMCFlowMove jumps in the middle of dynamics, which bonds of fixed length in the subset do not "
-                "survive; use a flow and a System without constraints in the subset"
+                f"{n_steps} steps cannot be split into two or more blocks of {steps_per_drive}; choose n_steps as a "
+                "multiple of steps_per_drive"
             )
-        if n_steps < 2 or n_steps % 2:
-            raise InputError(f"n_steps is {n_steps}; an even number is needed, as the flow jumps in the middle")
-        if len(least_coupling) != 2 or not all(0 <= c < 1 for c in least_coupling):
-            raise InputError(f"least_coupling is {least_coupling}; two numbers from 0 to below 1 are needed")
-        if not 0 < steric_share < 1:
-            raise InputError(f"steric_share is {steric_share}; a share of the protocol above 0 and below 1 is needed")
         super().__init__(proposal, 1, pool_size, flow_path=flow_path, energy="context", seed=seed)
-        self.n_steps = n_steps
-        self.least_coupling = float(least_coupling[0]), float(least_coupling[1])
+        self.n_steps, self.steps_per_drive = n_steps, steps_per_drive
         self.timestep, self.collision_rate = to_float(timestep, "time"), to_float(collision_rate, "rate")
-        self.steric_share, self.last_work = float(steric_share), _unknown_work()
+        self.last_work = _unknown_work()
         self._switched: Any = None
 
     def apply(self, thermodynamic_state: Any, sampler_state: Any, context_cache: Any = None) -> None:
-        """One switching protocol at a thermodynamic state of constant volume.
+        """One switching protocol at a thermodynamic state.
 
         Raises:
-            UnsupportedForceError: constraints or virtual sites in the subset.
-            InputError: constant pressure (the protocol would need its own barostat), or a flow file that is gone.
+            UnsupportedForceError: virtual sites in the subset, or constraints there that the flow does not hold fixed.
+            InputError: a flow file that is gone.
         """
-        if thermodynamic_state.pressure is not None:
-            raise InputError("NCMCFlowMove needs constant volume; use it in a ThermodynamicState without pressure")
         step = self._loaded(thermodynamic_state)
         check_atom_count(sampler_state, step.proposal)
-        energy, _ = self._energy(thermodynamic_state, sampler_state, context_cache)
+        energy, system = self._energy(thermodynamic_state, sampler_state, context_cache)
         positions = sampler_state.positions.value_in_unit(unit.nanometer)
         positions = step.proposal.make_whole(positions, box_of(thermodynamic_state, sampler_state))
         context = self._context(thermodynamic_state, context_cache)
         new, log_ratio = self._protocol(context, sampler_state, positions, energy, thermodynamic_state)
         if self._decide(log_ratio):
-            self._redraw_velocities(context, thermodynamic_state)
-            velocities = context.getState(getVelocities=True).getVelocities(asNumpy=True)
+            velocities = self._drawn_velocities(context, system_masses(system), thermodynamic_state)
+            velocities = step.proposal.project_velocities(velocities, new)
             sampler_state.positions = unit.Quantity(new, unit.nanometer)
-            sampler_state.velocities = velocities
+            sampler_state.velocities = unit.Quantity(velocities, unit.nanometer / unit.picosecond)
 
     def __getstate__(self, **kwargs: Any) -> dict[str, Any]:
-        settings = {name: getattr(self, name) for name in ("n_steps", "timestep", "collision_rate", "steric_share")}
-        settings["least_coupling"] = list(self.least_coupling)
-        return super().__getstate__(**kwargs) | {"ncmc": settings}
+        return super().__getstate__(**kwargs) | {"ncmc": {name: getattr(self, name) for name in _SETTINGS}}
 
     def __setstate__(self, serialization: dict[str, Any]) -> None:
         super().__setstate__(serialization)
         settings = serialization.get("ncmc", {})
-        if missing := sorted({"n_steps", "timestep", "collision_rate", "least_coupling"} - set(settings)):
+        if missing := sorted(set(_SETTINGS) - set(settings)):
             raise CorruptFileError(f"a stored NCMCFlowMove lacks {', '.join(missing)}; the storage file is damaged")
-        self.steric_share, self.last_work = STERIC_SHARE, _unknown_work()
-        for name, value in settings.items():
-            setattr(self, name, tuple(value) if name == "least_coupling" else value)
-        self._switched = None
+        for name in _SETTINGS:
+            setattr(self, name, settings[name])
+        self.last_work, self._switched = _unknown_work(), None
 
     def _decide(self, log_ratio: float) -> bool:
         """Metropolis decision; anything that is not a number is a counted rejection."""
@@ -163,84 +138,80 @@ class NCMCFlowMove(FlowMove):
     def _protocol(
         self, context: openmm.Context, sampler_state: Any, positions: np.ndarray, energy: Any, state: Any
     ) -> tuple[np.ndarray, float]:
-        """Weaken, jump, restore: final positions, at which the Context is left, and the log acceptance ratio."""
+        """Propose and drive there: final positions, at which the Context is left, and the log acceptance ratio."""
         kT, integrator = thermal_energy(state.temperature), context.getIntegrator()
         self.last_work = _unknown_work()
         try:
             if sampler_state.box_vectors is not None:
                 context.setPeriodicBoxVectors(*sampler_state.box_vectors)
+            x = torch.as_tensor(np.array(positions))[None]
+            path, density = self._proposed(x)
             context.setPositions(positions)
             integrator.reset()
-            for name in schedule():  # a protocol that blew up has left them on its way
-                context.setParameter(name, 1.0)
-            self._redraw_velocities(context, state)
-            log_ratio = float(energy(torch.as_tensor(np.array(positions))[None])) - _energy_of(context) / kT
-            integrator.step(self.n_steps // 2)
-            jump = self._jump(context, kT)
-            integrator.step(self.n_steps // 2)
-            log_ratio += jump - integrator.get_total_work(dimensionless=True)
+            velocities = self._drawn_velocities(context, system_masses(context.getSystem()), state)
+            context.setVelocities(velocities)
+            # Zero, but for parameters of the state that the frozen System has at other values.
+            log_ratio = float(energy(x)) - _energy_of(context) / kT
+            integrator.step(self.steps_per_drive)
+            new, subset = _positions_of(context), self._step.proposal.atom_subset  # type: ignore[union-attr]
+            for conformation in path.numpy():
+                new[subset] = conformation
+                context.setPositions(new)
+                integrator.step(self.steps_per_drive)
+                new = _positions_of(context)
             self.last_work = {
-                "jump": -jump,
+                "density": density,
                 "protocol": float(integrator.get_protocol_work(dimensionless=True)),
                 "shadow": float(integrator.get_shadow_work(dimensionless=True)),
             }
-            final = context.getState(getPositions=True)
-            new = final.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
-            log_ratio += _energy_of(context) / kT - float(energy(torch.as_tensor(np.array(new))[None]))
+            log_ratio += _energy_of(context) / kT - float(energy(torch.as_tensor(new)[None]))
+            return new, log_ratio - sum(self.last_work.values())
         except openmm.OpenMMException:  # a protocol that blew up: NaN coordinates
             return positions, math.nan
-        return new, log_ratio
 
-    def _redraw_velocities(self, context: openmm.Context, state: Any) -> None:
-        """Maxwell-Boltzmann velocities, without components along constraints."""
-        temperature = state.temperature.value_in_unit(unit.kelvin)
-        masses, generator = system_masses(context.getSystem()), self._step.generator  # type: ignore[union-attr]
-        context.setVelocities(redrawn(None, masses, None, temperature, generator))
+    def _proposed(self, x: Tensor) -> tuple[Tensor, float]:
+        """Conformations of the subset on the way to a fresh proposal, and ``log q(y) - log q(x)``."""
+        step: Any = self._step
+        proposal: SubsetProposal = step.proposal
+        drawn = step.pool.take(1, energies=False)
+        n_drives = self.n_steps // self.steps_per_drive - 1
+        share = torch.linspace(0, 1, n_drives + 1, dtype=torch.float64)[1:]
+        own, proposed = x[0, proposal.atom_subset], drawn.positions[0].double()
+        path = proposal.flow.coordinates.between(own, proposed, share)
+        return proposal.in_frame(path, x), float(drawn.log_q[0] - proposal.log_q(x)[0])
+
+    def _drawn_velocities(self, context: openmm.Context, masses: np.ndarray, state: Any) -> np.ndarray:
+        """Maxwell-Boltzmann velocities `(n_atoms, 3)` [nm/ps], without components along the Context's constraints."""
+        temperature, speed = state.temperature.value_in_unit(unit.kelvin), unit.nanometer / unit.picosecond
+        drawn = redrawn(None, masses, None, temperature, self._step.generator)  # type: ignore[union-attr]
+        context.setVelocities(drawn)
         context.applyVelocityConstraints(1e-8)
-
-    def _jump(self, context: openmm.Context, kT: float) -> float:
-        """The flow's proposal at the least coupling; its part of the log acceptance ratio."""
-        step, proposal = self._step, self._step.proposal  # type: ignore[union-attr]
-        state = context.getState(getPositions=True)
-        x = torch.as_tensor(np.array(state.getPositions(asNumpy=True).value_in_unit(unit.nanometer)))[None]
-        drawn: ProposalBatch = step.pool.take(1, energies=False)  # type: ignore[union-attr]
-        y = proposal.in_place(drawn.positions, x)
-        energies = context_potential(context, kT)(torch.cat([x, y]))
-        context.setPositions(y[0].numpy())
-        return float(energies[0] - energies[1] + proposal.log_q(x)[0] - drawn.log_q[0])
+        kept = context.getState(getVelocities=True).getVelocities(asNumpy=True).value_in_unit(speed)
+        return np.array(kept)
 
     def _context(self, thermodynamic_state: Any, context_cache: Any) -> openmm.Context:
-        """The alchemical Context of this state, built on first use."""
-        from openmmtools import cache
+        """The Context of this state in which the subset stands still, built on first use."""
+        from openmmtools import cache, integrators
 
         if self._switched is None or not self._switched[0].is_state_compatible(thermodynamic_state):
-            system = thermodynamic_state.get_system(remove_thermostat=True)
-            switched = alchemical_system(system, self._step.proposal.atom_subset)  # type: ignore[union-attr, arg-type]
+            system = thermodynamic_state.get_system(remove_thermostat=True, remove_barostat=True)
+            frozen = frozen_system(system, self._step.proposal.atom_subset)  # type: ignore[union-attr, arg-type]
             platform = (cache.global_context_cache if context_cache is None else context_cache).platform
-            integrator = self._integrator(thermodynamic_state)
-            arguments = (switched, integrator) if platform is None else (switched, integrator, platform)
+            integrator = integrators.ExternalPerturbationLangevinIntegrator(
+                splitting="O V R V O",
+                temperature=thermodynamic_state.temperature,
+                collision_rate=self.collision_rate / unit.picosecond,
+                timestep=self.timestep * unit.picosecond,
+                measure_shadow_work=True,
+            )
+            arguments = (frozen, integrator) if platform is None else (frozen, integrator, platform)
             self._switched = (copy.deepcopy(thermodynamic_state), openmm.Context(*arguments), integrator)
         self._switched[2].setTemperature(thermodynamic_state.temperature)  # which compatible states need not share
         return self._switched[1]
 
-    def _integrator(self, thermodynamic_state: Any) -> Any:
-        """Langevin dynamics that switch the coupling and measure protocol and shadow work."""
-        from openmmtools import integrators
-
-        electrostatics, sterics = self.least_coupling
-        return integrators.AlchemicalNonequilibriumLangevinIntegrator(
-            alchemical_functions=schedule(electrostatics, sterics, self.steric_share),
-            splitting="O V R H R V O",
-            nsteps_neq=self.n_steps,
-            temperature=thermodynamic_state.temperature,
-            collision_rate=self.collision_rate / unit.picosecond,
-            timestep=self.timestep * unit.picosecond,
-            measure_shadow_work=True,
-        )
-
 
 def _unknown_work() -> dict[str, float]:
-    return dict.fromkeys(("jump", "protocol", "shadow"), math.nan)
+    return dict.fromkeys(("density", "protocol", "shadow"), math.nan)
 
 
 def _energy_of(context: openmm.Context) -> float:
@@ -248,28 +219,26 @@ def _energy_of(context: openmm.Context) -> float:
     return float(context.getState(getEnergy=True).getPotentialEnergy().value_in_unit(unit.kilojoule_per_mole))
 
 
-def alchemical_system(system: openmm.System, subset: list[int]) -> openmm.System:
-    """The System with a subset whose nonbonded interactions with the rest scale with two global parameters.
+def _positions_of(context: openmm.Context) -> np.ndarray:
+    """Positions `(n_atoms, 3)` [nm] of a Context, a copy."""
+    positions = context.getState(getPositions=True).getPositions(asNumpy=True)
+    return np.array(positions.value_in_unit(unit.nanometer))
 
-    With Ewald sums the charges of the subset are scaled, reciprocal space included, so electrostatics within the subset
-    vanish as well; otherwise interactions within the subset stay. The subset's part of the dispersion correction is
-    left out: a constant at constant volume. So is a CMMotionRemover, whose changes of velocities no work accounts for.
+
+def frozen_system(system: openmm.System, subset: list[int]) -> openmm.System:
+    """A copy of the System in which a subset stands still: without mass and without constraints of its own.
+
+    A CMMotionRemover is left out, since no work accounts for its changes of velocities.
     """
-    from openmmtools.alchemy import AbsoluteAlchemicalFactory, AlchemicalRegion
-
-    region = AlchemicalRegion(
-        alchemical_atoms=subset, annihilate_electrostatics=_has_ewald_sum(system), annihilate_sterics=False
-    )
-    factory = AbsoluteAlchemicalFactory(alchemical_pme_treatment="exact", disable_alchemical_dispersion_correction=True)
-    switched = factory.create_alchemical_system(system, region)
-    for k in reversed(range(switched.getNumForces())):
-        if isinstance(switched.getForce(k), openmm.CMMotionRemover):
-            switched.removeForce(k)
-    return switched
-
-
-def _has_ewald_sum(system: openmm.System) -> bool:
-    """Whether charges interact through reciprocal space."""
-    methods = (openmm.NonbondedForce.Ewald, openmm.NonbondedForce.PME)
-    forces = (force for force in system.getForces() if isinstance(force, openmm.NonbondedForce))
-    return any(force.getNonbondedMethod() in methods for force in forces)
+    frozen = copy.deepcopy(system)
+    moved = set(subset)
+    for k in reversed(range(frozen.getNumConstraints())):
+        i, j, _ = frozen.getConstraintParameters(k)
+        if i in moved and j in moved:
+            frozen.removeConstraint(k)
+    for atom in moved:
+        frozen.setParticleMass(atom, 0.0)
+    for k in reversed(range(frozen.getNumForces())):
+        if isinstance(frozen.getForce(k), openmm.CMMotionRemover):
+            frozen.removeForce(k)
+    return frozen
