@@ -249,7 +249,7 @@ def obtain_flow(
         device=where,
         reduced_potential=training_potential(molecule, where, compile=many),
         mover=frame_mover(molecule, where, compile=True) if many else None,
-        watch=[phi_positive(molecule)],
+        watch=phi_positive(molecule),
     )
     if trained.field is not None:
         save_teacher(folder / "teacher.safetensors", trained.field)

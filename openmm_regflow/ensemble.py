@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,10 +53,13 @@ def frame_mover(molecule: MolecularSystem, device: torch.device | str = "cpu", c
     return move
 
 
-def phi_positive(molecule: MolecularSystem) -> Callable[[Tensor], Tensor]:
-    """Indicator of the basin phi > 0 (first phi), for positions `(n, n_atoms, 3)` [nm]."""
-    quadruple = molecule.torsions("phi")[:1]
-    return lambda x: torch.as_tensor(metrics.dihedrals(x.cpu().numpy(), quadruple)[:, 0] > 0)
+def phi_positive(molecule: MolecularSystem) -> list[Callable[[Tensor], Tensor]]:
+    """Indicators of the basins phi > 0, one for every phi, for positions `(n, n_atoms, 3)` [nm]; empty without phi."""
+
+    def indicator(quadruple: np.ndarray) -> Callable[[Tensor], Tensor]:
+        return lambda x: torch.as_tensor(metrics.dihedrals(x.cpu().numpy(), quadruple)[:, 0] > 0)
+
+    return [indicator(row[None]) for row in molecule.torsions("phi")]
 
 
 def _potential(molecule: MolecularSystem, device: torch.device | str, compile: bool) -> TorchPotential:

@@ -53,6 +53,9 @@ class RefineConfig(BaseModel):
     anchors: int = Field(10_000, ge=0, description="frames mixed into every pool, each time others; they bound weights")
     anchor_moves: int = Field(0, ge=0, description="Monte Carlo trajectories of every anchor before each pool")
     clip_top: float = Field(0.0, ge=0, lt=1, description="fraction of the largest weights cut to the next ones")
+    rare_share: float = Field(
+        0.0, ge=0, lt=1, description="of the target that is trained for, at least this share in the watched sets"
+    )
     tolerance: float = Field(0.9, gt=0, le=1, description="undo a round if exp(-KL) is below this part of the best")
     seed: int = 0
 
@@ -206,7 +209,7 @@ def refine(
         mover: a Markov kernel of the target; called ``config.anchor_moves`` times on all anchors before each pool. More
             anchors than frames are then made by repeating frames.
         watch: indicator functions on positions; their weighted populations are reported for every pool, so that a
-            lost mode is seen.
+            lost mode is seen; conformations in any of them get ``config.rare_share``.
         checkpoint: file to write after every round and, if it exists, to continue from.
         progress: called after every round.
 
@@ -219,6 +222,7 @@ def refine(
     """
     path = None if checkpoint is None else Path(checkpoint)
     learner = _Learner(flow, config)
+    lift = _lift(watch or [], data, config.rare_share)
     state = _Progress.load(path, learner) if path and path.exists() else _Progress()
     anchors = _Anchors(data, reduced_potential, config, mover) if data is not None and config.anchors else None
     if anchors and state.anchors is not None:
@@ -230,6 +234,7 @@ def refine(
         x, log_q = flow.sample(config.pool, generator)
         log_w = _log_weights(flow, x, log_q, reduced_potential)
         mixed = anchors.mix(flow, x, log_q, log_w, generator) if anchors else _Pool(x, log_q, log_q, log_w)
+        mixed.log_w = mixed.log_w + lift(mixed.x)
         record = _judge(mixed, x, log_w, watch or [], energies)
         margin = max(-math.log(config.tolerance), 3 * record.divergence_error)
         undone = record.divergence > state.best_divergence + margin
@@ -392,6 +397,30 @@ def _log_weights(flow: Flow, x: Tensor, log_q: Tensor, reduced_potential: Callab
     if not np.isfinite(log_w).any():
         raise InputError("no sample of the pool has a finite weight; train the flow longer before refining it")
     return log_w
+
+
+def _inside(x: Tensor, watch: list[Callable[[Tensor], Tensor]]) -> np.ndarray:
+    """Whether each conformation is in any of the watched sets, `(n,)` bool."""
+    return np.any([inside(x).cpu().numpy().astype(bool) for inside in watch], axis=0)
+
+
+def _lift(
+    watch: list[Callable[[Tensor], Tensor]], data: Tensor | None, share: float
+) -> Callable[[Tensor], np.ndarray | float]:
+    """What is added to the log-weights of positions so that the watched sets hold `share` of the target, or as before.
+
+    Raises:
+        InputError: a share is wanted, and no frames, no watched sets or none of the frames in them.
+    """
+    if not share:
+        return lambda x: 0.0
+    if data is None or not watch:
+        raise InputError("rare_share needs frames and watched sets (for peptides, phi > 0); set it to 0")
+    held = float(_inside(data, watch).mean())
+    if not held:
+        raise InputError("none of the frames is in a watched set, so nothing says how rare it is; set rare_share to 0")
+    log_factor = max(0.0, math.log(share / (1 - share)) - math.log(held / (1 - held))) if held < 1 else 0.0
+    return lambda x: np.where(_inside(x, watch), log_factor, 0.0)
 
 
 def _occupied(x: Tensor, log_w: np.ndarray, watch: list[Callable[[Tensor], Tensor]]) -> tuple[float, ...]:

@@ -82,9 +82,10 @@ def reference_part(molecule: MolecularSystem, record: dict[str, Any]) -> list[st
 
 def refine_command(molecule: MolecularSystem, settings: dict[str, Any], source: str, target: str) -> str:
     """The command of one refinement, from what the flow file recorded."""
-    options = [k for k in ("rounds", "pool", "learning_rate", "anchors", "anchor_moves") if settings.get(k)]
+    names = ("rounds", "pool", "learning_rate", "anchors", "anchor_moves", "rare_share", "ema")
+    options = [k for k in names if settings.get(k)]
     flags = " ".join(f"--{k.replace('_', '-')} {settings[k]}" for k in options)
-    flags += " --compile" if settings.get("anchor_moves") else ""
+    flags += " --compile" if settings.get("anchor_moves") or settings.get("rare_share") else ""
     return f"$ openmm-regflow refine {source}/flow.safetensors --system {molecule.name} {flags} --output {target}"
 
 

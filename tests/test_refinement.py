@@ -140,6 +140,42 @@ def test_anchors_take_turns(coordinates, tmp_path):
     assert records == whole and same_weights(flow, fresh)
 
 
+def test_a_rare_set_gets_its_share(coordinates):
+    """The flow's own samples come to it as often as asked; weighted, they hold what the target holds."""
+    target = flows.spline(coordinates, n_layers=2, hidden=8)
+    data, _ = target.sample(4000, torch.Generator().manual_seed(5))
+    column = int(coordinates.circular.nonzero()[0])
+
+    def inside(x):
+        return (coordinates.to_features(x)[0][:, column] - 0.5).abs() < 0.2
+
+    held = float(inside(data).double().mean())
+    assert 0.01 < held < 0.15
+    found = {}
+    for share in (0.0, 0.4):
+        flow, potential = pair(coordinates)
+        settings = config(1e-2, rounds=12).model_copy(update={"rare_share": share, "anchors": 1000})
+        records = refine(flow, potential, settings, data=data, watch=[inside])
+        x, log_q = flow.sample(20_000, torch.Generator().manual_seed(6))
+        found[share] = float(inside(x).double().mean())
+        w = torch.softmax(-potential(x).double() - log_q.double(), 0)
+        error = float((w.square() * (inside(x).double() - held).square()).sum().sqrt())
+        assert abs(float(w[inside(x)].sum()) - held) < 4 * (error + (held / len(data)) ** 0.5)
+        assert not records[-1].undone
+    assert abs(found[0.0] - held) < 0.03
+    assert found[0.4] > 0.25
+
+
+def test_a_share_of_nothing_is_refused(coordinates):
+    flow, potential = pair(coordinates)
+    settings = config(1e-3).model_copy(update={"rare_share": 0.2})
+    data, _ = flow.sample(100, torch.Generator().manual_seed(5))
+    with pytest.raises(InputError, match="watched sets"):
+        refine(flow, potential, settings, data=data)
+    with pytest.raises(InputError, match="none of the frames"):
+        refine(flow, potential, settings, data=data, watch=[lambda x: torch.zeros(len(x), dtype=torch.bool)])
+
+
 def test_hopeless_pool(coordinates):
     flow, _ = pair(coordinates)
     with pytest.raises(InputError, match="finite weight"):

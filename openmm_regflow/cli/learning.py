@@ -94,7 +94,7 @@ def _train(
             device=where,
             reduced_potential=training_potential(mol, where, settings.compile) if settings.refinement.enabled else None,
             mover=frame_mover(mol, where, settings.compile) if recipes.needs_mover(settings) else None,
-            watch=[phi_positive(mol)] if len(mol.torsions("phi")) else None,
+            watch=phi_positive(mol),
             fixed=fixed_bonds(mol.system),
         )
     if not writes:
@@ -122,6 +122,8 @@ def refine(
     learning_rate: Annotated[float, typer.Option(help="Of each round.")] = 4e-4,
     anchors: Annotated[int, typer.Option(help="Training frames mixed into every pool.")] = 10_000,
     anchor_moves: Annotated[int, typer.Option(help="Monte Carlo trajectories of every frame before each pool.")] = 0,
+    rare_share: Annotated[float, typer.Option(help="Least share of the trained target with a phi > 0.")] = 0.0,
+    ema: Annotated[float, typer.Option(help="Of the weights.")] = 0.98,
     compile: Annotated[bool, typer.Option("--compile", help="Fused splines, compiled float32 energies.")] = False,
     data: Annotated[Path | None, typer.Option(help="Training trajectory; default: the system's own.")] = None,
     seed: Seed = 0,
@@ -144,7 +146,7 @@ def refine(
     opened, mol, _ = open_proposal(flow, system, device)
     config = RefineConfig(
         enabled=True, rounds=rounds, pool=pool, learning_rate=learning_rate, anchors=anchors, anchor_moves=anchor_moves,
-        seed=seed,
+        rare_share=rare_share, ema=ema, seed=seed,
     )  # fmt: skip
     frames = load_trajectory(data, mol.topology) if data else mol.reference("train")
     described = {"flow": str(flow), "system": system, "data": str(data), "compile": compile}
@@ -157,7 +159,7 @@ def refine(
             config,
             data=torch.as_tensor(frames, device=opened.device),
             mover=frame_mover(mol, opened.device, compile) if anchor_moves else None,
-            watch=[phi_positive(mol)] if len(mol.torsions("phi")) else None,
+            watch=phi_positive(mol),
             checkpoint=output / "refinement-checkpoint.safetensors",
             progress=bar("refinement", rounds),
         )
