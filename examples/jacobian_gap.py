@@ -134,7 +134,7 @@ class Bench:
         u = self.potential(x)
         log_w = torch.where(torch.isfinite(u), -u - log_q, -torch.inf).double().numpy()
         ratio = (-self.potential(self.test) - self.log_z - flow.log_prob(self.test).double()).numpy()
-        inside = phi_positive(self.molecule)
+        (inside,) = phi_positive(self.molecule)
         ess, cut = reweighting.effective_sample_size, reweighting.truncated_effective_sample_size
         return {
             "ess": ess(log_w),
