@@ -85,7 +85,7 @@ def refine_command(molecule: MolecularSystem, settings: dict[str, Any], source: 
     names = ("rounds", "pool", "learning_rate", "anchors", "anchor_moves", "rare_share", "ema")
     options = [k for k in names if settings.get(k)]
     flags = " ".join(f"--{k.replace('_', '-')} {settings[k]}" for k in options)
-    flags += " --compile" if settings.get("anchor_moves") or settings.get("rare_share") else ""
+    flags += " --compile" if settings.get("anchor_moves") else ""
     return f"$ openmm-regflow refine {source}/flow.safetensors --system {molecule.name} {flags} --output {target}"
 
 

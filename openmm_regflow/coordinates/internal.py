@@ -214,12 +214,12 @@ class InternalMap(CoordinateMap):
         plain = cls(zmatrix, list(range(n_rows)), torch.zeros(dim), torch.eye(dim - n_rows), fixed)
         raw = plain.raw(plain.canonical(x))
         torsions = raw[:, 2 * n_rows + 3 :]
-        resultant = torch.hypot(torsions.cos().mean(0), torsions.sin().mean(0)).clamp(1e-12, 1.0)
+        cosine, sine = torsions.cos().mean(0), torsions.sin().mean(0)
+        resultant = torch.hypot(cosine, sine).clamp(1e-12, 1.0)
         proper = [k for k in range(n_rows) if k not in zmatrix.siblings]
         rotor_rows = {k for k, row in enumerate(zmatrix.rows) for r in zmatrix.rotors if row[0] == r.atoms[0]}
         spread = (-2.0 * resultant.log()).sqrt()
-        mean = torch.atan2(torsions.sin().mean(0), torsions.cos().mean(0))
-        far = (wrap(torsions - mean).abs() > math.pi / 2).double().mean(0) > FAR_SHARE
+        far = (wrap(torsions - torch.atan2(sine, cosine)).abs() > math.pi / 2).double().mean(0) > FAR_SHARE
         loose = (spread > stiff_below) | far
         soft = [k for k in range(n_rows) if bool(loose[k]) or (k in proper and k in rotor_rows)]
         draft = cls(zmatrix, soft, torch.zeros(dim), torch.eye(dim - len(soft)), fixed)

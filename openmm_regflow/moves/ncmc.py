@@ -148,8 +148,7 @@ class NCMCFlowMove(FlowMove):
             path, density = self._proposed(x)
             context.setPositions(positions)
             integrator.reset()
-            velocities = self._drawn_velocities(context, system_masses(context.getSystem()), state)
-            context.setVelocities(velocities)
+            self._drawn_velocities(context, system_masses(context.getSystem()), state)
             # Zero, but for parameters of the state that the frozen System has at other values.
             log_ratio = float(energy(x)) - _energy_of(context) / kT
             integrator.step(self.steps_per_drive)
@@ -181,7 +180,10 @@ class NCMCFlowMove(FlowMove):
         return proposal.in_frame(path, x), float(drawn.log_q[0] - proposal.log_q(x)[0])
 
     def _drawn_velocities(self, context: openmm.Context, masses: np.ndarray, state: Any) -> np.ndarray:
-        """Maxwell-Boltzmann velocities `(n_atoms, 3)` [nm/ps], without components along the Context's constraints."""
+        """Maxwell-Boltzmann velocities `(n_atoms, 3)` [nm/ps] without components along the Context's constraints.
+
+        The Context is left with them.
+        """
         temperature, speed = state.temperature.value_in_unit(unit.kelvin), unit.nanometer / unit.picosecond
         drawn = redrawn(None, masses, None, temperature, self._step.generator)  # type: ignore[union-attr]
         context.setVelocities(drawn)
