@@ -18,6 +18,7 @@ _NAMES = {
     "load_system": "systems",
 }
 _MODULES = (
+    "allocation",
     "bijections",
     "check",
     "constraints",

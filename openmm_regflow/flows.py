@@ -28,8 +28,9 @@ from openmm_regflow.networks import MLP, Conditioner, ResidualMLP, TokenTransfor
 
 #: 2: the outputs of a conditioner lie element by element in parts (splines, shifts, scales), lines before circles.
 FORMAT_VERSION = 2
-#: Samples per pass inside `Flow.sample` and `Flow.log_prob`; bounds memory at any n.
-CHUNK = 16384
+#: Samples per pass inside `Flow.sample` and `Flow.log_prob`, which bounds memory at any n: on a CPU few enough for the
+#: caches, on other devices enough to fill them.
+CPU_CHUNK, DEVICE_CHUNK = 4096, 65536
 #: Largest inverse error of a flow that is kept in float32, see `Flow.secure`.
 INVERSE_ERROR = 1e-4
 #: Latents this many times as wide as the prior's are its tails.
@@ -219,6 +220,10 @@ class Flow(nn.Module):
         z, log_det = self.bijection.inverse(y)
         return z, log_det + log_volume
 
+    @property
+    def _chunk(self) -> int:
+        return CPU_CHUNK if self.device.type == "cpu" else DEVICE_CHUNK
+
     def _log_prob(self, x: Tensor) -> Tensor:
         # Features in float64: the map is cheap, and a float32 bond is a tenth of its thermal width off.
         z, log_det = self.inverse(x.to(self.device, torch.float64))
@@ -227,7 +232,7 @@ class Flow(nn.Module):
     @torch.no_grad()
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-density `(n,)` of positions `(n, n_atoms, 3)` [nm]; no gradient (train through `bijection`)."""
-        return torch.cat([self._log_prob(part) for part in torch.as_tensor(x).split(CHUNK)])
+        return torch.cat([self._log_prob(part) for part in torch.as_tensor(x).split(self._chunk)])
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -237,7 +242,7 @@ class Flow(nn.Module):
         """
         if n < 1:
             raise InputError(f"n is {n}; at least one sample is needed")
-        parts = [self._sample(min(CHUNK, n - i), generator) for i in range(0, n, CHUNK)]
+        parts = [self._sample(min(self._chunk, n - i), generator) for i in range(0, n, self._chunk)]
         return torch.cat([x for x, _ in parts]), torch.cat([q for _, q in parts])
 
     def _sample(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from openmm_regflow.errors import InputError
-from openmm_regflow.products import Linear, columns
+from openmm_regflow.products import Linear, SiluLinear, columns
 
 
 class Conditioner(nn.Module):
@@ -44,6 +44,8 @@ class HeadedNetwork(Conditioner):
     def columns(self, x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
         """`(n, n_in)` -> contiguous tensors `(size, n)`."""
         h = self.hidden(x)
+        if not torch.is_grad_enabled():
+            return columns(h, self.head.weight, self.head.bias).split(sizes)
         parts = zip(self.head.weight.split(sizes), self.head.bias.split(sizes))
         return tuple(columns(h, weight, bias) for weight, bias in parts)
 
@@ -64,7 +66,7 @@ class MLP(HeadedNetwork):
         widths = [n_in] + [hidden] * depth
         layers: list[nn.Module] = []
         for a, b in pairwise(widths):
-            layers += [Linear(a, b), nn.SiLU()]
+            layers += [SiluLinear(a, b), nn.Identity()]  # the place that activations had: files name weights by it
         self.body = nn.Sequential(*layers)
         self.head = Linear(widths[-1], n_out)
         if zero_init:
@@ -90,7 +92,7 @@ class ResidualMLP(HeadedNetwork):
         super().__init__()
         self.lift = Linear(n_in, hidden)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.SiLU(), Linear(hidden, hidden), nn.SiLU(), Linear(hidden, hidden))
+            nn.Sequential(nn.SiLU(), SiluLinear(hidden, hidden), nn.Identity(), Linear(hidden, hidden))
             for _ in range(depth)
         )
         self.head = Linear(hidden, n_out)

@@ -17,24 +17,34 @@ from torch import Tensor, nn
 LEAST_WORK = 128**3
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x weight^T + bias``, as ``torch.nn.functional.linear``.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = False) -> Tensor:
+    """``x weight^T + bias``, as ``torch.nn.functional.linear``, and ``x sigmoid(x)`` of that if wished.
 
     Args:
         x: `(..., n_in)`.
         weight: `(n_out, n_in)`.
         bias: `(n_out,)`.
+        silu: apply the activation; without derivatives in the same pass over memory.
     """
     rows = x.numel() // max(1, x.shape[-1])
-    if not _worth_it(x, weight, rows):
-        return nn.functional.linear(x, weight, bias)
-    return _Linear.apply(x.reshape(rows, x.shape[-1]), weight, bias, 1).view(*x.shape[:-1], weight.shape[0])
+    worth_it = _worth_it(x, weight, rows)
+    if worth_it and not _differentiating():
+        flat = _onednn(x.reshape(rows, x.shape[-1]), weight, bias, "swish" if silu else "none")
+        return flat.view(*x.shape[:-1], weight.shape[0])
+    if worth_it:
+        flat = _Linear.apply(x.reshape(rows, x.shape[-1]), weight, bias, 1)
+        result = flat.view(*x.shape[:-1], weight.shape[0])
+    else:
+        result = nn.functional.linear(x, weight, bias)
+    return nn.functional.silu(result) if silu else result
 
 
 def columns(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`linear` with the samples last: `(n, n_in)` -> contiguous `(n_out, n)`."""
     if not _worth_it(x, weight, len(x)):
         return torch.addmm(bias[:, None], weight, x.T)
+    if not _differentiating():
+        return _onednn(weight, x, None).add_(bias[:, None])
     return _Linear.apply(weight, x, bias, 0)
 
 
@@ -44,6 +54,27 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """`(..., n_in)` -> `(..., n_out)`."""
         return linear(input, self.weight, self.bias)
+
+
+class SiluLinear(Linear):
+    """A linear layer and its activation, ``silu(x W^T + b)``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`(..., n_in)` -> `(..., n_out)`."""
+        return linear(input, self.weight, self.bias, silu=True)
+
+
+def _onednn(a: Tensor, b: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, activation, [], "")
+
+
+def _differentiating() -> bool:
+    """Whether anything records or carries derivatives, backwards or forwards: oneDNN's own call knows none."""
+    return (
+        torch.is_grad_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def _worth_it(x: Tensor, weight: Tensor, rows: int) -> bool:
@@ -67,8 +98,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(a: Tensor, b: Tensor, bias: Tensor | None, axis: int) -> Tensor:
-        inner = bias if axis else None
-        result = torch.ops.mkldnn._linear_pointwise(a, b, inner, "none", [], "")
+        result = _onednn(a, b, bias if axis else None)
         return result if axis or bias is None else result.add_(bias[:, None])
 
     @staticmethod
@@ -105,7 +135,7 @@ def onednn_is_quicker() -> bool:
         if "vendor_id\t: GenuineIntel" in Path("/proc/cpuinfo").read_text():
             return False
         a, b = torch.linspace(-1, 1, 60).view(20, 3), torch.linspace(-2, 1, 21).view(7, 3)
-        found = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+        found = _onednn(a, b, None)
     except (OSError, AttributeError, RuntimeError, NotImplementedError):  # another system, or another torch
         return False
     return bool(torch.allclose(found, a @ b.T, atol=1e-5))

@@ -7,7 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "openmm_regflow"
 
-ARRAYS = ["errors", "_version", "device", "ranks", "compiling", "products", "reweighting", "metrics", "plots"]
+ARRAYS = ["errors", "_version", "allocation", "device", "ranks", "compiling", "products"]
+ARRAYS += ["reweighting", "metrics", "plots"]
 LEARNING = [
     "networks",
     "bijections",

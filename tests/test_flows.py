@@ -195,7 +195,7 @@ def test_chunks_change_nothing(data, monkeypatch):
     flow = stirred(flows.spline(internal(data), **SMALL))
     flow.bijection.double()
     whole = flow.log_prob(data[1][:25])
-    monkeypatch.setattr(flows, "CHUNK", 7)
+    monkeypatch.setattr(flows, "CPU_CHUNK", 7)
     seen = []
     flow.bijection.register_forward_hook(lambda module, given, out: seen.append(len(given[0])))
     assert (flow.log_prob(data[1][:25]) - whole).abs().max() < 1e-9

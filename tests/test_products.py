@@ -29,14 +29,30 @@ def transposed(x, weight, bias):
     return products.columns(x, weight, bias).T
 
 
+def activated(x, weight, bias):
+    return products.linear(x, weight, bias, silu=True)
+
+
+def plainly_activated(x, weight, bias):
+    return torch.nn.functional.silu(torch.nn.functional.linear(x, weight, bias))
+
+
+#: A way of ours beside torch's own.
+PAIRS = [
+    pytest.param(products.linear, torch.nn.functional.linear, id="linear"),
+    pytest.param(transposed, torch.nn.functional.linear, id="transposed"),
+    pytest.param(activated, plainly_activated, id="activated"),
+]
+
+
 def largest_difference(a, b):
     return max(float(((p - q).abs().max() / (1.0 + q.abs().max())).detach()) for p, q in zip(a, b))
 
 
-@pytest.mark.parametrize("function", [products.linear, transposed])
-def test_value_and_derivatives(way, function):
+@pytest.mark.parametrize(("function", "plain"), PAIRS)
+def test_value_and_derivatives(way, function, plain):
     inputs = numbers()
-    ours, theirs = (f(*inputs) for f in (function, torch.nn.functional.linear))
+    ours, theirs = (f(*inputs) for f in (function, plain))
     assert largest_difference([ours], [theirs]) < 1e-4
     seed = torch.randn_like(theirs)
     first = [torch.autograd.grad((y.sin() * seed).sum(), inputs, create_graph=True) for y in (ours, theirs)]
@@ -45,12 +61,27 @@ def test_value_and_derivatives(way, function):
     assert largest_difference(*second) < 1e-3
 
 
-@pytest.mark.parametrize("function", [products.linear, transposed])
-def test_forwards_derivative_and_batches_of_calls(way, function):
+@pytest.mark.parametrize(("function", "plain"), PAIRS)
+def test_without_derivatives(way, function, plain):
+    """What may then take oneDNN's own call, activation and all, is the same."""
+    inputs = numbers()
+    with torch.no_grad():
+        quick = function(*inputs)
+    assert largest_difference([quick], [plain(*inputs)]) < 1e-5
+
+
+@pytest.mark.parametrize("recording", [True, False])
+@pytest.mark.parametrize(("function", "plain"), PAIRS)
+def test_forwards_derivative_and_batches_of_calls(way, function, plain, recording):
     x, weight, bias = (t.detach() for t in numbers())
     tangents = tuple(torch.randn_like(t) for t in (x, weight, bias))
-    both = function, torch.nn.functional.linear
-    assert largest_difference(*([torch.func.jvp(f, (x, weight, bias), tangents)[1]] for f in both)) < 1e-4
+    both = function, plain
+    with torch.set_grad_enabled(recording):
+        assert largest_difference(*([torch.func.jvp(f, (x, weight, bias), tangents)[1]] for f in both)) < 1e-4
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, tangents[0])
+            found = ([torch.autograd.forward_ad.unpack_dual(f(dual, weight, bias)).tangent] for f in both)
+            assert largest_difference(*found) < 1e-4
     many = torch.stack([x, 2 * x])
     assert largest_difference(*([torch.func.vmap(lambda u, f=f: f(u, weight, bias))(many)] for f in both)) < 1e-4
 

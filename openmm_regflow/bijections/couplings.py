@@ -28,12 +28,15 @@ MAX_LOG_SCALE = 2.0
 
 def wrap(angle: Tensor) -> Tensor:
     """Angles [rad] folded into [-pi, pi)."""
+    if not angle.numel():
+        return angle
     return torch.remainder(angle + math.pi, 2.0 * math.pi) - math.pi
 
 
 def bounded_log_scale(raw: Tensor) -> Tensor:
-    """A log-scale in (-MAX_LOG_SCALE, MAX_LOG_SCALE), the identity near zero."""
-    return MAX_LOG_SCALE * torch.tanh(raw / MAX_LOG_SCALE)
+    """A log-scale in (-MAX_LOG_SCALE, MAX_LOG_SCALE), the identity near zero: ``m tanh(raw / m)``."""
+    # tanh(x) = 2 sigmoid(2 x) - 1, whose kernel is five times as quick
+    return 2.0 * MAX_LOG_SCALE * torch.sigmoid(raw * (2.0 / MAX_LOG_SCALE)) - MAX_LOG_SCALE
 
 
 class Coupling(Bijection):
@@ -50,12 +53,8 @@ class Coupling(Bijection):
         InputError: the mask transforms nothing or everything.
     """
 
-    moved_linear: Tensor
-    moved_circular: Tensor
-    kept_linear: Tensor
-    kept_circular: Tensor
+    order: Tensor
     unsort: Tensor
-    kept: Tensor
 
     def __init__(
         self,
@@ -71,31 +70,39 @@ class Coupling(Bijection):
                 f"a coupling mask of {int(mask.sum())} among {mask.numel()} elements leaves nothing to transform or "
                 "nothing to condition on; couplings need at least two elements"
             )
-        everything = torch.arange(mask.numel())
-        # Linear elements first, circular ones last: each kind is then one slice.
-        self.register_buffer("moved_linear", everything[mask & ~circular], persistent=False)
-        self.register_buffer("moved_circular", everything[mask & circular], persistent=False)
-        self.register_buffer("kept_linear", everything[~mask & ~circular], persistent=False)
-        self.register_buffer("kept_circular", everything[~mask & circular], persistent=False)
-        order = torch.cat([self.moved_linear, self.moved_circular, everything[~mask]])
+        # Each kind is one slice of the sorted vector.
+        kinds = (mask & ~circular, mask & circular, ~mask & ~circular, ~mask & circular)
+        order = torch.cat([torch.nonzero(kind)[:, 0] for kind in kinds])
+        self.register_buffer("order", order, persistent=False)
         self.register_buffer("unsort", torch.argsort(order), persistent=False)
-        self.register_buffer("kept", everything[~mask], persistent=False)
-        n_linear, n_circular = self.moved_linear.numel(), self.moved_circular.numel()
+        self.parts = [int(kind.sum()) for kind in kinds]
+        n_linear, n_circular, kept_linear, kept_circular = self.parts
         self.shapes = [(k, n_linear) for k in per_line] + [(k, n_circular) for k in per_circle]
         self.sizes = [rows * elements for rows, elements in self.shapes]
-        n_in = self.kept_linear.numel() + 2 * self.kept_circular.numel()
-        self.network = network(n_in, sum(self.sizes))
+        self.network = network(kept_linear + 2 * kept_circular, sum(self.sizes))
 
-    def parameters_for(self, v: Tensor) -> list[Tensor]:
-        """Parameters `(rows, elements, n)`, linear elements first, given the untouched ones of `v` `(dim, n)`."""
-        angles = v[self.kept_circular]
-        features = torch.cat([v[self.kept_linear], angles.cos(), angles.sin()])
-        parts = self.network.columns(features.contiguous().T.to(self.network.dtype), self.sizes)
-        return [part.reshape(*shape, v.shape[1]) for part, shape in zip(parts, self.shapes)]
+    @property
+    def moved(self) -> Tensor:
+        """Which elements are transformed, lines before circles."""
+        return self.order[: self.parts[0] + self.parts[1]]
 
-    def merge(self, linear: Tensor, circular: Tensor, v: Tensor) -> Tensor:
-        """Put transformed elements and the untouched ones of `v` `(dim, n)` back into their order, `(n, dim)`."""
-        return torch.cat([linear, circular, v[self.kept]])[self.unsort].T
+    def split(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """Sort `z` `(n, dim)`, and ask the conditioner.
+
+        Returns:
+            transformed lines and circles, all untouched elements, each `(elements, n)`; and parameters
+            `(rows, elements, n)`, lines first.
+        """
+        v = z.T.index_select(0, self.order)
+        linear, circular, kept_linear, angles = v.split(self.parts)
+        features = torch.cat([kept_linear, angles.cos(), angles.sin()]) if len(angles) else kept_linear
+        parts = self.network.columns(features.T.to(self.network.dtype), self.sizes)
+        parameters = [part.reshape(*shape, v.shape[1]) for part, shape in zip(parts, self.shapes)]
+        return linear, circular, v[len(linear) + len(circular) :], parameters
+
+    def merge(self, linear: Tensor, circular: Tensor, kept: Tensor) -> Tensor:
+        """Put transformed and untouched elements, each `(elements, n)`, back into their order, `(n, dim)`."""
+        return torch.cat([linear, circular, kept]).index_select(0, self.unsort).T
 
 
 class AffineCoupling(Coupling):
@@ -121,19 +128,16 @@ class AffineCoupling(Coupling):
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Noise to data."""
-        v = z.T
-        shift, raw_scale, turn = (p[0] for p in self.parameters_for(v))
-        log_scale = bounded_log_scale(raw_scale).to(v.dtype)
-        linear = v[self.moved_linear] * log_scale.exp() + shift
-        return self.merge(linear, wrap(v[self.moved_circular] + turn), v), log_scale.sum(0)
+        linear, circular, kept, ((shift,), (raw_scale,), (turn,)) = self.split(z)
+        log_scale = bounded_log_scale(raw_scale).to(z.dtype)
+        merged = self.merge(linear * log_scale.exp() + shift, wrap(circular + turn), kept)
+        return merged, log_scale.sum(0)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Data to noise."""
-        v = y.T
-        shift, raw_scale, turn = (p[0] for p in self.parameters_for(v))
-        log_scale = bounded_log_scale(raw_scale)
-        linear = (v[self.moved_linear] - shift) * (-log_scale).exp()
-        return self.merge(linear, wrap(v[self.moved_circular] - turn), v), -log_scale.sum(0)
+        linear, circular, kept, ((shift,), (raw_scale,), (turn,)) = self.split(y)
+        minus = -bounded_log_scale(raw_scale).to(y.dtype)
+        return self.merge((linear - shift) * minus.exp(), wrap(circular - turn), kept), minus.sum(0)
 
 
 class SplineCoupling(Coupling):
@@ -177,21 +181,18 @@ class SplineCoupling(Coupling):
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Noise to data."""
-        v = z.T
-        lines, shift, raw_scale, circles, turn, seam = self.parameters_for(v)
-        log_scale = bounded_log_scale(raw_scale[0]).to(v.dtype)
-        x, log_slope = self._spline(lines, torch.zeros_like(log_scale), v[self.moved_linear], self.bound, False)
-        angle, log_turn = self._spline(circles, seam[0], wrap(v[self.moved_circular]), math.pi, False)
-        merged = self.merge(x * log_scale.exp() + shift[0], wrap(angle + turn[0]), v)
+        linear, circular, kept, (lines, (shift,), (raw_scale,), circles, (turn,), (seam,)) = self.split(z)
+        log_scale = bounded_log_scale(raw_scale).to(z.dtype)
+        x, log_slope = self._spline(lines, torch.zeros_like(log_scale), linear, self.bound, False)
+        angle, log_turn = self._spline(circles, seam, wrap(circular), math.pi, False)
+        merged = self.merge(x * log_scale.exp() + shift, wrap(angle + turn), kept)
         return merged, (log_slope + log_scale).sum(0) + log_turn.sum(0)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Data to noise."""
-        v = y.T
-        lines, shift, raw_scale, circles, turn, seam = self.parameters_for(v)
-        log_scale = bounded_log_scale(raw_scale[0]).to(v.dtype)
-        x = (v[self.moved_linear] - shift[0]) * (-log_scale).exp()
+        linear, circular, kept, (lines, (shift,), (raw_scale,), circles, (turn,), (seam,)) = self.split(y)
+        log_scale = bounded_log_scale(raw_scale).to(y.dtype)
+        x = (linear - shift) * (-log_scale).exp()
         x, log_slope = self._spline(lines, torch.zeros_like(log_scale), x, self.bound, True)
-        angle = wrap(v[self.moved_circular] - turn[0])
-        angle, log_turn = self._spline(circles, seam[0], angle, math.pi, True)
-        return self.merge(x, angle, v), (log_slope - log_scale).sum(0) + log_turn.sum(0)
+        angle, log_turn = self._spline(circles, seam, wrap(circular - turn), math.pi, True)
+        return self.merge(x, angle, kept), (log_slope - log_scale).sum(0) + log_turn.sum(0)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from openmm_regflow.allocation import keep_freed_memory
 from openmm_regflow.errors import InputError, RegflowError
 
 app = typer.Typer(
@@ -37,6 +38,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def guarded(*arguments: Any, **options: Any) -> None:
+        keep_freed_memory()
         try:
             function(*arguments, **options)
         except RegflowError as error:
