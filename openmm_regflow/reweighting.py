@@ -27,6 +27,8 @@ MIN_PARETO_SAMPLES = 25
 FEWEST_EFFECTIVE = 3.0
 #: Above this shape the variance of the weights is judged infinite (Vehtari et al. 2024, section 3).
 PARETO_K_LIMIT = 0.7
+#: Above this part of the sum of squared weights one sample decides what error bars there are.
+LARGEST_SHARE = 0.25
 
 Seed = np.random.Generator | int | None
 
@@ -418,8 +420,24 @@ def resample(log_weights: Any, n: int, generator: Seed = None) -> np.ndarray:
     return np.minimum(np.searchsorted(cumulative_n, points, side="right"), cumulative_n.size - 1)
 
 
+def largest_share(log_weights: Any) -> float:
+    """What the largest weight holds of the sum of squared weights ``max w^2 / sum w^2``, in (0, 1].
+
+    Kish's ESS and every standard error rest on that sum. The fit behind k-hat looks at the whole tail and does not see
+    one sample that has left it.
+
+    Args:
+        log_weights: `(n,)`.
+    """
+    w = normalised_weights(log_weights)
+    return float(w.max() ** 2 / np.sum(w**2))
+
+
 def verdict(log_weights: Any) -> str:
     """What these weights can be used for, in one line of words with k-hat, ESS and n.
+
+    Args:
+        log_weights: `(n,)`.
 
     Returns:
         A sentence that starts with ``reliable``, ``use with care`` or ``do not trust``.
@@ -431,17 +449,6 @@ def verdict(log_weights: Any) -> str:
     except InsufficientDataError:
         positive = int(np.isfinite(log_w_n).sum())
         return f"do not trust: only {positive} of {n} weights are positive, too few to judge the tail"
-    return verdict_from(k_hat, ess, n)
-
-
-def verdict_from(k_hat: float, ess: float, n: int) -> str:
-    """The words of :func:`verdict` for given figures.
-
-    Args:
-        k_hat: Pareto tail shape.
-        ess: Kish fraction.
-        n: number of samples.
-    """
     figures = f"k-hat {k_hat:.2f}, ESS {100 * ess:.3g} % of n = {n} ({ess * n:.0f} effective samples)"
     # k-hat from n samples is itself limited: 1 - 1/log10(n) is the sample-size-specific threshold.
     limit = min(PARETO_K_LIMIT, 1.0 - 1.0 / math.log10(max(n, 11)))
@@ -449,6 +456,12 @@ def verdict_from(k_hat: float, ess: float, n: int) -> str:
         return f"do not trust: {figures}; heavy tail, a few samples decide"
     if ess * n < 100:
         return f"do not trust: {figures}; draw more samples or improve the flow"
+    share = largest_share(log_w_n)
+    if share > LARGEST_SHARE:
+        return (
+            f"use with care: {figures}; one sample holds {100 * share:.0f} % of the sum of squared weights, on which "
+            "this ESS and all error bars rest"
+        )
     if k_hat > 0.5 or ess * n < 400:
         return f"use with care: {figures}"
     return f"reliable: {figures}"

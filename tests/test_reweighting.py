@@ -217,6 +217,16 @@ def test_verdict_in_words(log_weights, words):
     assert str(log_weights.size) in rw.verdict(log_weights)
 
 
+def test_verdict_sees_one_sample_that_outweighs_a_good_tail():
+    """As a flow of alanine tetrapeptide had it: an ESS of 38 % but for one sample, 2 % with it; k-hat saw nothing."""
+    log_w_n = np.random.default_rng(0).normal(0, 1.0, 100_000)
+    assert rw.verdict(log_w_n).startswith("reliable") and rw.largest_share(log_w_n) < 0.05
+    log_w_n[7] = np.log(20 * np.sqrt(np.sum(np.exp(2 * log_w_n)) / 20))
+    assert rw.largest_share(log_w_n) == pytest.approx(20 / 21, rel=1e-3)
+    assert rw.pareto_k(log_w_n) < 0.5
+    assert rw.verdict(log_w_n).startswith("use with care") and "one sample holds 95 %" in rw.verdict(log_w_n)
+
+
 def test_systematic_resampling_copies_within_one():
     rng = np.random.default_rng(8)
     log_w_n = rng.normal(0, 2, 300)

@@ -17,6 +17,8 @@ import time
 from importlib import import_module
 from pathlib import Path
 
+from openmm_regflow.allocation import keep_freed_memory
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RESULTS, PAGE = ROOT / "docs" / "results" / "speed-cpu.json", ROOT / "docs" / "speed.md"
@@ -42,6 +44,7 @@ def run_part(name: str) -> None:
     cores, module, arguments = PARTS[name]
     allowed = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, allowed[:cores])  # before torch and jax look
+    keep_freed_memory()  # as in the package's own commands; for all contestants alike
     print(json.dumps(import_module(f"speed.{module}").measure(**arguments)))
 
 
