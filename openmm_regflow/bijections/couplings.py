@@ -176,6 +176,8 @@ class SplineCoupling(Coupling):
         self.compiled = False
 
     def _spline(self, raw: Tensor, ends: Tensor, v: Tensor, half: float, inverse: bool) -> tuple[Tensor, Tensor]:
+        if not v.numel():  # no element of this kind
+            return v, v
         one = fused.spline if self.compiled and fused.usable(v) else spline
         return one(raw, ends, v, half, inverse)
 
