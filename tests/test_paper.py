@@ -142,6 +142,32 @@ def test_several_budgets_of_one_folder_make_a_plot(tmp_path):
     assert made[0].startswith("alanine-dipeptide-cnf") and len(again) == 4
 
 
+def test_time_to_equal_energies():
+    """E-W1 of likelihood is 4 at 4 s and then rises; regression falls as 1/t and slower, is there at once, or never."""
+    curves = {
+        ("spline", "mle"): (80.0, 4.0, 9.0),
+        ("spline", "regflow-ot"): (32.0, 8.0, 2.0),
+        ("spline", "regflow-reflow"): (7.0, 6.0, 5.0),
+        ("jet", "mle"): (1.0, 1.0, 1.0),
+        ("jet", "regflow-ot"): (3.0, 2.0, 2.0),
+    }
+    records = []
+    for (architecture, method), values in curves.items():
+        cell = {"system": "a", "architecture": architecture, "method": method, "variant": ""}
+        for seconds, value in zip((1.0, 4.0, 16.0), values):
+            records += [{"cell": cell | {"seconds": seconds, "seed": seed}, "e_w1": value} for seed in (0, 1)]
+    _, *rows = paper.equal_times(records)
+    found = {(row[1], row[4]): row[5:] for row in rows}
+    assert found["spline", "regflow-ot"] == ("8", "200 %") and found["spline", "regflow-reflow"] == ("> 16", "> 400 %")
+    assert found["jet", "regflow-ot"] == ("> 16", "> 1.6e+03 %") and rows[1][2:4] == ("4", "4")
+    for record in records:
+        if record["cell"]["method"] == "regflow-reflow":
+            record["e_w1"] = 1.0
+    assert ("a", "spline", "4", "4", "regflow-reflow", "≤ 1", "≤ 25 %") in paper.equal_times(records)
+    assert paper.equal_times([r for r in records if r["cell"]["method"] != "mle"]) == []
+    assert paper.equal_times([r for r in records if r["cell"]["seconds"] == 1.0]) == []
+
+
 def test_budgets_count_processor_time_on_a_cpu():
     assert paper.clock_of(torch.device("cpu")) is time.process_time
     assert paper.clock_of(torch.device("cuda")) is time.monotonic

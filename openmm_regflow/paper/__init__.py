@@ -6,7 +6,7 @@ trains on: teacher, pairs and student. Each finished run is one JSON file; runs 
 
 from openmm_regflow.paper.design import REGULARISERS, Cell, PaperConfig, cells, load_config, settings
 from openmm_regflow.paper.runs import TeacherSampler, clock_of, evaluate_cell, run_cell, train_cell
-from openmm_regflow.paper.table import plot_trends, render, run_table, table, write_table
+from openmm_regflow.paper.table import equal_times, plot_trends, render, run_table, table, write_table
 
 __all__ = [
     "REGULARISERS",
@@ -15,6 +15,7 @@ __all__ = [
     "TeacherSampler",
     "cells",
     "clock_of",
+    "equal_times",
     "evaluate_cell",
     "load_config",
     "plot_trends",

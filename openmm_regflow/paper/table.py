@@ -222,13 +222,58 @@ def _curve(
     return points
 
 
+def equal_times(records: list[dict[str, Any]], key: str = "e_w1") -> Rows:
+    """How long regression takes to what maximum likelihood of the same architecture reached at its best.
+
+    Between two budgets the figure is taken as a power of the time. A curve that is there at its first budget, or at
+    none, gives a bound.
+
+    Args:
+        records: runs of several budgets; ablations are left out.
+        key: figure that is to become small.
+
+    Returns:
+        rows, the first one the header; none without likelihood or with a single budget.
+    """
+    label = next(header for header, (name, _) in COLUMNS.items() if name == key)
+    curves: dict[tuple[str, str], dict[str, list[tuple[float, float, float]]]] = {}
+    mine = [r for r in records if not r["cell"]["variant"]]
+    budgets = sorted({r["cell"]["seconds"] for r in mine})
+    for system, architecture, method in sorted({tuple(Cell(**r["cell"]).row[:3]) for r in mine}):
+        runs = [r for r in mine if r["cell"]["system"] == system]
+        points = _curve(runs, (architecture, method), budgets, key)
+        curves.setdefault((system, architecture), {})[method] = points
+    rows: Rows = []
+    for (system, architecture), found in curves.items():
+        likelihood = found.pop("mle", [])
+        if len(budgets) < 2 or not likelihood:
+            continue
+        best, value, _ = min(likelihood, key=lambda point: point[1])
+        for method, points in found.items():
+            bound, seconds = _reached(points, value)
+            words = (f"{bound}{seconds:.3g}", f"{bound}{100 * seconds / best:.3g} %")
+            rows.append((system, architecture, f"{value:.4g}", f"{best:g}", method, *words))
+    header = ("system", "architecture", f"{label} of MLE", "after [s]", "by", "after [s]", "of the time of MLE")
+    return [header, *rows] if rows else []
+
+
+def _reached(points: list[tuple[float, float, float]], value: float) -> tuple[str, float]:
+    """("", "≤ " or "> ", seconds) at which a curve of (seconds, figure, error) is at the value or below."""
+    below = [k for k, (_, figure, _) in enumerate(points) if figure <= value]
+    if not below:
+        return "> ", points[-1][0]
+    if not below[0]:
+        return "≤ ", points[0][0]
+    (t0, f0, _), (t1, f1, _) = points[below[0] - 1 : below[0] + 1]
+    return "", t0 * (t1 / t0) ** (math.log(f0 / value) / math.log(f0 / f1))
+
+
 def write_table(folder: Path, rows: Rows, config: PaperConfig) -> None:
     """Write ``table.csv`` with every column, and ``table.md`` with the main ones and what they mean."""
     with open(folder / "table.csv", "w", newline="") as handle:
         csv.writer(handle).writerows(rows)
     kept = [k for k, header in enumerate(rows[0]) if header in SHORT]
-    lines = ["| " + " | ".join(row[k] for k in kept) + " |" for row in rows]
-    lines.insert(1, "|" + "---|" * len(kept))
+    lines = _markdown([tuple(row[k] for k in kept) for row in rows])
     notes = (
         "Cartesian coordinates. The budget is the training time of a run, teacher and pairs included (a fixed number "
         "of pairs takes what it takes), in seconds of processor time on a CPU. Mean ± standard error over seeds; of a "
@@ -237,4 +282,13 @@ def write_table(folder: Path, rows: Rows, config: PaperConfig) -> None:
         f"{ABSURD:g} kT; E-W1 takes them as {ABSURD:g} kT. `bits`: precision in which a flow is kept, 64 where its map "
         "is too steep for 32. The time for 200k likelihoods is measured on `n of weights` samples and scaled."
     )
+    times = equal_times(_all_finished(folder))
+    if times:
+        heading = "Training time to the E-W1 that maximum likelihood of the same architecture reached at its best:"
+        notes = "\n".join([notes, "", heading, "", *_markdown(times)])
     (folder / "table.md").write_text("\n".join([*lines, "", notes, ""]))
+
+
+def _markdown(rows: Rows) -> list[str]:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
