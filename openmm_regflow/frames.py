@@ -5,30 +5,78 @@ hundred fast ones, and a flow learns them by heart. A kernel that leaves the ens
 coordinates anew at the price of some tens of energies a frame; the slow ones stay as the trajectory had them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from openmm_regflow.errors import CorruptFileError
+from openmm_regflow.errors import CorruptFileError, InputError
 from openmm_regflow.flows import digest, read_safetensors, write_safetensors
 
 #: A Markov kernel that leaves the target invariant: chains `(n, n_atoms, 3)` [nm] -> their next state, and the energies
 #: that it took.
 Mover = Callable[[Tensor, torch.Generator], tuple[Tensor, int]]
+#: Indicator function of a set of conformations: positions `(n, n_atoms, 3)` [nm] -> `(n,)`.
+Indicator = Callable[[Tensor], Tensor]
 KIND = "openmm_regflow.frames"
 
 
 class FramesConfig(BaseModel):
-    """Settings of `more_frames`; unknown keys are refused."""
+    """Settings of `more_frames` and `lifted`; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     copies: int = Field(1, ge=1, description="frames for each one of the trajectory, itself included; 1: none are made")
     moves: int = Field(2, ge=1, description="Monte Carlo trajectories between two copies of a frame")
+    rare_share: float = Field(
+        0.0, ge=0, lt=1, description="leave out frames until the watched sets hold this share; not in the refinement"
+    )
     seed: int = 0
+
+
+def inside(x: Tensor, sets: Sequence[Indicator]) -> np.ndarray:
+    """Whether each conformation `(n, n_atoms, 3)` [nm] is in any of the sets, `(n,)` bool."""
+    return np.any([indicator(x).cpu().numpy().astype(bool) for indicator in sets], axis=0)
+
+
+def share_inside(x: Tensor, sets: Sequence[Indicator] | None) -> float:
+    """Part of the frames `(n, n_atoms, 3)` [nm] that is in any of the sets.
+
+    Raises:
+        InputError: there are no sets, or no frame in them.
+    """
+    if not sets:
+        raise InputError("rare_share needs watched sets (for peptides, phi > 0); set it to 0")
+    share = float(inside(x, sets).mean())
+    if not share:
+        raise InputError("none of the frames is in a watched set, so nothing says how rare it is; set rare_share to 0")
+    return share
+
+
+def lifted(x: Tensor, sets: Sequence[Indicator] | None, share: float, seed: int = 0) -> Tensor:
+    """The frames without some of those outside of the sets, so that the sets hold ``share``; all, if they hold it.
+
+    A flow that learns from them has more samples where few frames of the ensemble are, and smaller weights there.
+
+    Args:
+        x: `(n, n_atoms, 3)` [nm].
+        sets: indicator functions.
+        share: wanted; 0 leaves everything as it is.
+        seed: of the choice among frames outside.
+
+    Raises:
+        InputError: a share is wanted, and there are no sets or no frame in them.
+    """
+    if not share or share_inside(x, sets) >= share:
+        return x
+    rare = inside(x, sets or ())
+    others = np.flatnonzero(~rare)
+    n_others = round(rare.sum() * (1 - share) / share)
+    kept = np.random.default_rng(seed).choice(others, min(n_others, len(others)), replace=False)
+    return x[torch.as_tensor(np.sort(np.concatenate([np.flatnonzero(rare), kept])), device=x.device)]
 
 
 def more_frames(
@@ -56,7 +104,7 @@ def more_frames(
     Raises:
         CorruptFileError: ``path`` holds something else.
     """
-    made_of = {"frames": digest({"x": x}), "config": config.model_dump()}
+    made_of = {"frames": digest({"x": x}), "config": config.model_dump(exclude={"rare_share"})}
     if path is not None and Path(path).exists():
         header, tensors = read_safetensors(Path(path), KIND, 1)
         if header["made of"] != made_of:

@@ -21,7 +21,7 @@ from openmm_regflow import flows, ranks
 from openmm_regflow.coordinates import CartesianMap, CoordinateMap, identical_atoms
 from openmm_regflow.errors import IncompatibleFlowError, InputError
 from openmm_regflow.flows import Flow, FlowMetadata, read_safetensors, write_safetensors
-from openmm_regflow.frames import FramesConfig, Mover, more_frames
+from openmm_regflow.frames import FramesConfig, Indicator, Mover, lifted, more_frames, share_inside
 from openmm_regflow.objectives import FlowMatchingLoss, LikelihoodLoss, RegFlowLoss
 from openmm_regflow.refinement import RefineConfig, Round, refine
 from openmm_regflow.targets import (
@@ -234,7 +234,7 @@ def fit(
     device: torch.device | str = "cpu",
     reduced_potential: Callable[[Tensor], Tensor] | None = None,
     mover: Mover | None = None,
-    watch: list[Callable[[Tensor], Tensor]] | None = None,
+    watch: list[Indicator] | None = None,
     fixed: Sequence[tuple[int, int, float]] = (),
 ) -> FitResult:
     """Train a flow on positions.
@@ -255,7 +255,8 @@ def fit(
         reduced_potential: positions `(n, n_atoms, 3)` [nm] -> `(n,)` [kT]; needed if refinement is enabled.
         mover: Markov kernel of the target, needed if ``frames.copies`` is above one (`more_frames`) or
             ``refinement.anchor_moves`` is not zero (`refine`).
-        watch: indicator functions whose weighted populations the refinement reports, so that a lost mode is seen.
+        watch: indicator functions whose weighted populations the refinement reports, so that a lost mode is seen, and
+            of which ``rare_share`` speaks.
         fixed: ``(i, j, length [nm])`` of bonds of constrained length, see ``constraints.fixed_bonds``.
 
     Raises:
@@ -270,17 +271,22 @@ def fit(
         )
     check_config(config)
     check_data(x_train, x_validation, config)
+    if config.frames.rare_share:
+        for x in (x_train, x_validation):
+            share_inside(x, watch)
     coordinates = flows.coordinates_for(topology, x_train, config.coordinates, fixed)
     flow = _student(coordinates, x_train, config.flow, metadata).to(device).fuse(config.compile)
     result = FitResult(flow, None)
     work = _Workspace(Path(folder) if folder else None, config, stage, {"train": x_train, "validation": x_validation})
     if mover is not None and config.frames.copies > 1:
         x_train = _more_frames(x_train.to(device), mover, config.frames, work, result)
+    share, seed = config.frames.rare_share, config.frames.seed
+    x, held_out = lifted(x_train, watch, share, seed), lifted(x_validation, watch, share, seed)
     if config.objective == "regflow":
-        batches, held = _pair_batches(flow, topology, x_train, x_validation, config, work, result)
+        batches, held = _pair_batches(flow, topology, x, held_out, config, work, result)
         _regression(flow, batches, held, config.regression, work, result)
     if config.likelihood.enabled or config.objective == "mle":
-        _likelihood(flow, x_train, x_validation, config.likelihood, work, result)
+        _likelihood(flow, x, held_out, config.likelihood, work, result)
     if config.refinement.enabled and reduced_potential is not None:
         progress = work.stage("refinement", config.refinement.rounds) if work.stage else None
         checkpoint = work.folder / "refinement-checkpoint.safetensors" if work.folder else None

@@ -27,7 +27,7 @@ from torch import Tensor
 from openmm_regflow import reweighting
 from openmm_regflow.errors import IncompatibleFlowError, InputError
 from openmm_regflow.flows import Flow, read_safetensors, write_safetensors
-from openmm_regflow.frames import Mover
+from openmm_regflow.frames import Indicator, Mover, inside, share_inside
 from openmm_regflow.objectives import GeneralisedKLLoss
 from openmm_regflow.training import Batch, Batches, average_into, cosine, pack_optimizer, unpack_optimizer
 
@@ -195,7 +195,7 @@ def refine(
     *,
     data: Tensor | None = None,
     mover: Mover | None = None,
-    watch: list[Callable[[Tensor], Tensor]] | None = None,
+    watch: list[Indicator] | None = None,
     checkpoint: str | Path | None = None,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
 ) -> list[Round]:
@@ -313,7 +313,7 @@ def log_normalisation(log_p: np.ndarray, log_q: np.ndarray, n: int, m: int) -> f
 
 
 def _judge(
-    pool: _Pool, x: Tensor, log_w: np.ndarray, watch: list[Callable[[Tensor], Tensor]], energies: int
+    pool: _Pool, x: Tensor, log_w: np.ndarray, watch: list[Indicator], energies: int
 ) -> Round:
     """The record of a pool; ESS and populations are those of the flow's own samples."""
     divergence, error = pool.divergence()
@@ -399,13 +399,8 @@ def _log_weights(flow: Flow, x: Tensor, log_q: Tensor, reduced_potential: Callab
     return log_w
 
 
-def _inside(x: Tensor, watch: list[Callable[[Tensor], Tensor]]) -> np.ndarray:
-    """Whether each conformation is in any of the watched sets, `(n,)` bool."""
-    return np.any([inside(x).cpu().numpy().astype(bool) for inside in watch], axis=0)
-
-
 def _lift(
-    watch: list[Callable[[Tensor], Tensor]], data: Tensor | None, share: float
+    watch: list[Indicator], data: Tensor | None, share: float
 ) -> Callable[[Tensor], np.ndarray | float]:
     """What is added to the log-weights of positions so that the watched sets hold `share` of the target, or as before.
 
@@ -414,15 +409,13 @@ def _lift(
     """
     if not share:
         return lambda x: 0.0
-    if data is None or not watch:
-        raise InputError("rare_share needs frames and watched sets (for peptides, phi > 0); set it to 0")
-    held = float(_inside(data, watch).mean())
-    if not held:
-        raise InputError("none of the frames is in a watched set, so nothing says how rare it is; set rare_share to 0")
+    if data is None:
+        raise InputError("rare_share needs frames; set it to 0")
+    held = share_inside(data, watch)
     log_factor = max(0.0, math.log(share / (1 - share)) - math.log(held / (1 - held))) if held < 1 else 0.0
-    return lambda x: np.where(_inside(x, watch), log_factor, 0.0)
+    return lambda x: np.where(inside(x, watch), log_factor, 0.0)
 
 
-def _occupied(x: Tensor, log_w: np.ndarray, watch: list[Callable[[Tensor], Tensor]]) -> tuple[float, ...]:
+def _occupied(x: Tensor, log_w: np.ndarray, watch: list[Indicator]) -> tuple[float, ...]:
     w = reweighting.normalised_weights(log_w)
     return tuple(float(w[inside(x).cpu().numpy().astype(bool)].sum()) for inside in watch)

@@ -34,6 +34,7 @@ PARTS = {
     "energies": (1, "energies", {}),
     "pipeline": (1, "pipeline", {}),
     "growth": (1, "growth", {}),
+    "allocation": (1, "allocation", {}),
     "processes": (2, "processes", {}),
     "limits": (1, "limits", {}),
 }

@@ -167,6 +167,18 @@ def batches(found: dict[str, Any]) -> str:
     return text
 
 
+def allocation(found: dict[str, Any]) -> str:
+    """Time by size of the batch, freed memory given back or kept."""
+    rows = found["microseconds"]
+    lines = [
+        [architecture, way, *(number(v) for v in rows[way][architecture].values())]
+        for architecture in next(iter(rows.values()))
+        for way in rows
+    ]
+    sizes = next(iter(next(iter(rows.values())).values()))
+    return markdown(["density [µs per sample]", "freed memory", *(f"batch {int(n):,}" for n in sizes)], lines)
+
+
 def processes(found: dict[str, Any]) -> str:
     """Two processes against one."""
     lines = [
@@ -205,6 +217,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "energies": energies,
     "pipeline": pipeline,
     "growth": growth,
+    "allocation": allocation,
     "batches": batches,
     "processes": processes,
     "limits": limits,
