@@ -4,8 +4,8 @@ import pytest
 import torch
 from analytic_molecules import MASSES, TEMPERATURE, Chain, z_scores
 
-from openmm_regflow.errors import CorruptFileError
-from openmm_regflow.frames import FramesConfig, more_frames
+from openmm_regflow.errors import CorruptFileError, InputError
+from openmm_regflow.frames import FramesConfig, lifted, more_frames
 from openmm_regflow.potentials import TorchPotential
 from openmm_regflow.sampling import HamiltonianMonteCarlo
 
@@ -60,3 +60,30 @@ def test_frames_are_kept_and_belong_to_their_trajectory(tmp_path):
     for frames, config in ((x + 1, FramesConfig(copies=2)), (x, FramesConfig(copies=3))):
         with pytest.raises(CorruptFileError, match="another trajectory or of other settings"):
             more_frames(frames, mover(), config, path)
+
+
+def test_rare_conformations_get_their_share_and_the_rest_stays_as_it_was():
+    """All rare frames, in their order; of the others a random part, so that within it nothing is more frequent."""
+    x = torch.randn(40_000, 2, 3, generator=torch.Generator().manual_seed(3))
+
+    def rare(x):
+        return x[:, 0, 0] > 2.0  # 2.3 %
+
+    def other(x):
+        return x[:, 0, 1] > 2.5  # 0.6 %
+
+    n = int((rare(x) | other(x)).sum())
+    made = lifted(x, [rare, other], 0.2)
+    kept = rare(made) | other(made)
+    assert torch.equal(made[kept], x[rare(x) | other(x)]) and len(made) == pytest.approx(n / 0.2, abs=1)
+    outside = made[~kept, 1, 2]
+    assert abs(float(outside.mean())) < SIGMAS / len(outside) ** 0.5
+    assert abs(float(outside.square().mean()) - 1) < SIGMAS * (2 / len(outside)) ** 0.5
+    assert not torch.equal(lifted(x, [rare], 0.2), lifted(x, [rare], 0.2, seed=1))
+    assert lifted(x, [rare], 0.0) is x and lifted(x, [rare], 0.01) is x  # they hold more than that
+
+
+@pytest.mark.parametrize("sets", [None, [], [lambda x: torch.zeros(len(x), dtype=torch.bool)]])
+def test_a_share_of_no_conformations_is_refused(sets):
+    with pytest.raises(InputError, match="rare_share"):
+        lifted(torch.zeros(5, 2, 3), sets, 0.2)

@@ -207,6 +207,29 @@ def test_more_frames_are_trained_on_and_their_energies_counted(data, tmp_path):
     recipes.fit(*data, wide, mover=mover)  # a batch larger than the trajectory, not than its copies
 
 
+def test_a_share_for_rare_frames(data):
+    """A flow of the frames with the lifted share has it, too; nothing is trained if nobody says what is rare."""
+    topology, x, held_out = data
+    g = torch.Generator().manual_seed(1)
+    many = (some.repeat(10, 1, 1) for some in (x, held_out))
+    x, held_out = (some + 0.003 * torch.randn(some.shape, generator=g) for some in many)
+    short = {"steps": 200, "batch_size": 64, "warmup": 5, "learning_rate": 1e-2, "ema": 0.9, "validate_every": 50}
+    settings = {"objective": "mle", "likelihood": {"train": short}}
+    limit = (x[:, 4] - x[:, 8]).norm(dim=-1).quantile(0.9)
+
+    def rare(x):
+        return (x[:, 4] - x[:, 8]).norm(dim=-1) > limit
+
+    with pytest.raises(InputError, match="watched sets"):
+        recipes.fit(topology, x, held_out, config(frames={"rare_share": 0.5}))
+    found = {}
+    for share in (0.0, 0.6):
+        result = recipes.fit(topology, x, held_out, config(frames={"rare_share": share}, **settings), watch=[rare])
+        positions, _ = result.flow.sample(4000, torch.Generator().manual_seed(0))
+        found[share] = float(rare(positions).double().mean())
+    assert found[0.0] < 0.2 and found[0.6] > 0.35
+
+
 @pytest.mark.parametrize("name", ["couple", "align"])
 def test_coupled_batches_of_the_teacher(data, name):
     """Shorter paths from the first batch on: the velocities that the teacher starts from have less variance."""
