@@ -357,14 +357,16 @@ def trends(
     rows = -(-len(panels) // 2)
     figure, axes = _figure(9.0, 3.2 * rows, rows, 2, squeeze=False, sharex=True)
     for axis, (name, (lines, logarithmic)) in zip(axes.flat, panels.items()):
-        for colour, (words, points) in zip(_cycle(len(lines)), lines.items()):
+        for k, (words, points) in enumerate(lines.items()):
             if points:
                 x, value, error = np.asarray(points, dtype=float).T
-                axis.errorbar(x, value, error, color=colour, marker="o", markersize=4, capsize=2, label=words)
+                # colours change quicker than dashes, which have another number: no two lines look alike
+                look = {"color": _cycle(5)[k % 5], "linestyle": ("-", "--", ":", "-.")[k // 5 % 4]}
+                axis.errorbar(x, value, error, **look, marker="o", markersize=4, capsize=2, label=words)
         axis.set(xscale="log", ylabel=name, **({"yscale": "log"} if logarithmic else {}))
     for axis in axes[-1]:
         axis.set_xlabel(label)
-    axes.flat[0].legend(fontsize=7)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7, handlelength=4)
     figure.suptitle(title)
     return figure
 
