@@ -366,7 +366,8 @@ def trends(
         axis.set(xscale="log", ylabel=name, **({"yscale": "log"} if logarithmic else {}))
     for axis in axes[-1]:
         axis.set_xlabel(label)
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7, handlelength=4)
+    named = axes.flat[0].get_legend_handles_labels()
+    figure.legend(*named, loc="outside lower center", ncols=4, fontsize=7, handlelength=4)
     figure.suptitle(title)
     return figure
 

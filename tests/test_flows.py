@@ -125,6 +125,31 @@ def test_round_trip_through_a_file(flow, tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_weights_in_half_the_size(data, tmp_path):
+    """A file of half the size holds a flow near this one, whose density is that of its own samples."""
+    flow = stirred(flows.spline(internal(data), **SMALL | {"hidden": 64}))
+    flow.save(tmp_path / "whole.safetensors")
+    flow.save(tmp_path / "half.safetensors", half=True)
+    again = Flow.load(tmp_path / "half.safetensors")
+    assert (tmp_path / "half.safetensors").stat().st_size < 0.6 * (tmp_path / "whole.safetensors").stat().st_size
+    assert again.dtype == torch.float32 and flow.bijection.state_dict().keys() == again.bijection.state_dict().keys()
+    for name, weight in again.bijection.named_parameters():
+        original = flow.bijection.get_parameter(name)
+        assert torch.equal(weight, original.half().float()) and not torch.equal(weight, original)
+    x, log_q = again.sample(200, torch.Generator().manual_seed(0))
+    assert (again.log_prob(x) - log_q).abs().max() < 1e-3
+    again.save(tmp_path / "again.safetensors", half=True)
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "half.safetensors").read_bytes()
+    with torch.no_grad():
+        next(flow.bijection.parameters()).fill_(1e6)
+    with pytest.raises(InputError, match="65504"):
+        flow.save(tmp_path / "large.safetensors", half=True)
+    flow.bijection.double()
+    with pytest.raises(InputError, match="float64"):
+        flow.save(tmp_path / "large.safetensors", half=True)
+    assert not (tmp_path / "large.safetensors").exists()
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "text", "other", "newer"])
 def test_damaged_files_are_refused(damage, data, tmp_path):
     path = tmp_path / "flow.safetensors"
