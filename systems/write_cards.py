@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from openmm_regflow import metrics, plots
-from openmm_regflow.flows import Flow
+from openmm_regflow.flows import FORMAT_VERSION, Flow, read_safetensors
 from openmm_regflow.systems import MolecularSystem, available_systems, load_system
 
 
@@ -87,6 +88,17 @@ def refine_command(molecule: MolecularSystem, settings: dict[str, Any], source: 
     flags = " ".join(f"--{k.replace('_', '-')} {settings[k]}" for k in options)
     flags += " --compile" if settings.get("anchor_moves") else ""
     return f"$ openmm-regflow refine {source}/flow.safetensors --system {molecule.name} {flags} --output {target}"
+
+
+def in_half_precision(path: Path) -> bool:
+    """Whether the weights of a flow file are stored in float16."""
+    _, tensors = read_safetensors(path, "openmm_regflow.flow", FORMAT_VERSION)
+    return any(v.dtype == torch.float16 for v in tensors.values())
+
+
+def halve_command(path: str) -> str:
+    """The command that rounds the weights of a flow file to float16, in place."""
+    return f"$ python -c \"from openmm_regflow import Flow; Flow.load('{path}').save('{path}', half=True)\""
 
 
 def flow_part(molecule: MolecularSystem, folder: Path) -> list[str]:
