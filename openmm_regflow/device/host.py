@@ -1,5 +1,6 @@
 """The way by the host: OpenMM's own State, one copy to the tensor's device. It always works."""
 
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ from torch import Tensor
 
 #: Page-locked buffers by shape: a GPU reads them without a second copy.
 _PINNED: dict[tuple[int, ...], Tensor] = {}
+_IN_USE = Lock()
 
 
 def read(context: Any, device: torch.device) -> Tensor:
@@ -16,10 +18,12 @@ def read(context: Any, device: torch.device) -> Tensor:
     values = torch.from_numpy(np.ascontiguousarray(positions._value, dtype=np.float64))
     if device.type == "cpu":
         return values
-    staging = _PINNED.setdefault(tuple(values.shape), torch.empty_like(values).pin_memory())
-    staging.copy_(values)
-    # Waited for: the buffer serves the next call.
-    return staging.to(device)
+    with _IN_USE:  # one buffer serves all threads, and the next call
+        staging = _PINNED.get(tuple(values.shape))
+        if staging is None:
+            staging = _PINNED[tuple(values.shape)] = torch.empty_like(values).pin_memory()
+        staging.copy_(values)
+        return staging.to(device)
 
 
 def write(context: Any, positions: Tensor) -> None:
