@@ -120,6 +120,7 @@ def flow_part(molecule: MolecularSystem, folder: Path) -> list[str]:
         "```console",
         f"$ openmm-regflow train {molecule.name} --config systems/{molecule.name}/train.toml --output runs/flow",
         *(refine_command(molecule, r, *places) for r, places in zip(refinements, pairwise(folders))),
+        *([halve_command(f"{folders[-1]}/flow.safetensors")] if in_half_precision(path) else []),
         f"$ openmm-regflow evaluate {folders[-1]}/flow.safetensors --system {molecule.name} -n {found['n']} "
         "-o runs/card",
         "```",
