@@ -4,6 +4,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 #: Reasons that have been given in this process: a missing compiler is said once, not for every function.
 _WARNED: set[str] = set()
 
@@ -38,6 +40,8 @@ class WithFallback:
                 result = self.quick(*arguments)
                 self.worked = True
                 return result
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:
                 # The chain raises many kinds of error (missing compiler, failed compiler, unsupported operation); the
                 # plain function below decides whether the input itself was at fault.

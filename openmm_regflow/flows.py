@@ -550,7 +550,7 @@ def build(
     if a["name"] not in networks:
         raise InputError(f"unknown architecture {a['name']!r}; known: {', '.join(networks)}")
     network: Callable[..., Conditioner] = partial(networks[a["name"]], hidden=a["hidden"], depth=a["depth"])
-    circular = coordinates.circular
+    circular = coordinates.circular.cpu()  # layers are made on the CPU, and moved as a whole
     layers: list[Bijection] = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(a["seed"])
@@ -571,7 +571,7 @@ def _masks(coordinates: CoordinateMap, a: Mapping[str, Any]) -> list[Tensor]:
         # Whole atoms are the tokens.
         per_atom = alternating_masks(torch.zeros(coordinates.n_atoms, dtype=torch.bool), a["n_layers"], a["seed"])
         return [m.repeat_interleave(3) for m in per_atom]
-    return alternating_masks(coordinates.circular, a["n_layers"], a["seed"])
+    return alternating_masks(coordinates.circular.cpu(), a["n_layers"], a["seed"])
 
 
 def real_nvp(

@@ -109,6 +109,9 @@ def job() -> Iterator[Ranks]:
         return
     on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
     if on_gpus:
+        # NCCL refuses two ranks on one GPU; gloo does not.
+        on_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
+    if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=TIMEOUT)
     try:

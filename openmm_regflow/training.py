@@ -105,7 +105,7 @@ class Batches:
         batch_size: samples per batch.
         seed: of the shuffles.
         augment: applied to each batch, e.g. a random orientation.
-        device: where the batches go; the tensors stay where they are.
+        device: where the batches go, while the tensors stay where they are; None: where the tensors are.
 
     Raises:
         InputError: fewer samples than one batch, unequal lengths, or NaN.
@@ -117,7 +117,7 @@ class Batches:
         batch_size: int,
         seed: int = 0,
         augment: Callable[[Batch, torch.Generator], Batch] | None = None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
     ) -> None:
         n = len(tensors[0])
         if any(len(t) != n for t in tensors):
@@ -129,7 +129,7 @@ class Batches:
                 bad = int((~torch.isfinite(tensor.reshape(n, -1)).all(1)).nonzero()[0])
                 raise InputError(f"sample {bad} holds a NaN or infinite value; remove it before training")
         self.tensors, self.batch_size, self.seed, self.augment = tensors, batch_size, seed, augment
-        self.device = torch.device(device)
+        self.device = None if device is None else torch.device(device)
         self.per_epoch = n // batch_size
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
 
@@ -142,7 +142,7 @@ class Batches:
         index = self._order[k * self.batch_size : (k + 1) * self.batch_size]
         batch = tuple(t[index] for t in self.tensors)
         batch = self.augment(batch, generator) if self.augment else batch
-        return tuple(t.to(self.device) for t in batch)
+        return batch if self.device is None else tuple(t.to(self.device) for t in batch)
 
 
 def step_generator(seed: int, step: int, purpose: int = 0) -> torch.Generator:

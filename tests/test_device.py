@@ -304,6 +304,38 @@ def test_a_pool_of_proposals_never_leaves_the_gpu():
 
 
 @pytest.mark.gpu
+def test_every_phase_trains_on_the_gpu():
+    from openmm_regflow import TorchPotential, load_system, recipes
+
+    mol = load_system("alanine-dipeptide")
+    x = torch.as_tensor(mol.reference("train")[:600]).double()
+    short = {"steps": 3, "batch_size": 64, "warmup": 1}
+    config = recipes.RunConfig.model_validate(
+        {
+            "flow": {"n_layers": 2, "hidden": 16}, "teacher": {"hidden": 16, "depth": 1, "train": short},
+            "pairs": {"n": 256, "n_steps": 2}, "regression": {"train": short}, "likelihood": {"train": short},
+            "refinement": {"enabled": True, "rounds": 1, "pool": 500, "anchors": 100},
+        }
+    )  # fmt: skip
+    u = TorchPotential(mol.system, dtype=torch.float64, device="cuda")
+    kt = 0.008314462618 * mol.temperature
+    result = recipes.fit(mol.topology, x[:500], x[500:], config, device="cuda", reduced_potential=lambda x: u(x) / kt)
+    assert result.flow.device.type == "cuda" and set(result.phases) == {"regression", "likelihood", "refinement"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["real_nvp", "res_nvp", "spline", "jet"])
+def test_flows_are_made_of_coordinates_on_the_gpu(name):
+    from openmm_regflow import flows, load_system
+
+    mol = load_system("alanine-dipeptide")
+    coordinates = flows.coordinates_for(mol.topology, torch.as_tensor(mol.reference("train")[:600])).to("cuda")
+    flow = getattr(flows, name)(coordinates, n_layers=2, hidden=16).to("cuda")
+    x, log_q = flow.sample(100, torch.Generator(device="cuda").manual_seed(0))
+    assert x.is_cuda and float((flow.log_prob(x) - log_q).abs().nan_to_num().max()) < 1e-2
+
+
+@pytest.mark.gpu
 def test_a_real_lack_of_memory_is_one_line():
     total = torch.cuda.get_device_properties(0).total_memory
     with pytest.raises(torch.OutOfMemoryError) as caught:

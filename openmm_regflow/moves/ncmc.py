@@ -175,9 +175,10 @@ class NCMCFlowMove(FlowMove):
         drawn = step.pool.take(1, energies=False)
         n_drives = self.n_steps // self.steps_per_drive - 1
         share = torch.linspace(0, 1, n_drives + 1, dtype=torch.float64)[1:]
+        x, share = proposal.as_tensor(x), share.to(proposal.device)
         own, proposed = x[0, proposal.atom_subset], drawn.positions[0].double()
         path = proposal.flow.coordinates.between(own, proposed, share)
-        return proposal.in_frame(path, x), float(drawn.log_q[0] - proposal.log_q(x)[0])
+        return proposal.in_frame(path, x).cpu(), float(drawn.log_q[0] - proposal.log_q(x)[0])
 
     def _drawn_velocities(self, context: openmm.Context, masses: np.ndarray, state: Any) -> np.ndarray:
         """Maxwell-Boltzmann velocities `(n_atoms, 3)` [nm/ps] without components along the Context's constraints.

@@ -62,6 +62,8 @@ Constants = list[dict[str, Tensor]]
 
 #: Pairs times configurations of one chunk on a CPU: about as much as keeps the intermediates in its caches.
 _CHUNK_ENTRIES = 120_000
+#: Arrays of that size that are alive at once in forces of CustomGBForce, the most of all terms (counted).
+_ARRAYS_AT_ONCE = 81
 #: Positions beyond this [nm] have energy +inf.
 _LARGEST_COORDINATE = 1e9
 
@@ -139,9 +141,14 @@ class TorchPotential:
             {k: CompiledBlocks(f, names[k]) for k, f in functions.items()} if self._compiled else functions
         )
         self._lanes = 16 if self.device.type == "cpu" else 128
-        budget = _CHUNK_ENTRIES if self.device.type == "cpu" else _CHUNK_ENTRIES * 1024
+        budget = _CHUNK_ENTRIES if self.device.type == "cpu" else self._device_budget()
         fitting = budget // max(n_pairs, 4 * self.n_atoms, 1)
         self._chunk = max(2, fitting // self._lanes) * self._lanes if self._compiled else max(1, fitting)
+
+    def _device_budget(self) -> int:
+        """Pairs times configurations that fit into half of the device's free memory."""
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 8 << 30
+        return int(0.5 * free / (_ARRAYS_AT_ONCE * torch.finfo(self.dtype).bits / 8))
 
     def _refresh(self) -> None:
         self._constants = [

@@ -76,8 +76,9 @@ class HamiltonianMonteCarlo:
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """The next state of every chain, in the dtype of `x` [nm]."""
         start = x.to(self.mass)
-        dt = varied(self.timestep, generator)
-        noise = torch.randn(start.shape, generator=generator, dtype=start.dtype).to(start.device)
+        there = generator.device
+        dt = varied(self.timestep, generator, there)
+        noise = torch.randn(start.shape, generator=generator, dtype=start.dtype, device=there).to(start.device)
         v = (self.kt / self.mass).sqrt() * noise
         u, force = self.potential.energy_and_forces(start)
         before = self._total(u, v)
@@ -89,7 +90,7 @@ class HamiltonianMonteCarlo:
             v = v + 0.5 * dt * force / self.mass
         self.n_energies += len(x) * (self.n_steps + 1)
         log_alpha = (before - self._total(u, v)) / self.kt
-        threshold = torch.rand(len(x), generator=generator, dtype=torch.float64).to(start.device).log()
+        threshold = torch.rand(len(x), generator=generator, dtype=torch.float64, device=there).to(start.device).log()
         accepted = threshold < log_alpha  # False where the end is not a number
         self.acceptance = float(accepted.double().mean())
         return torch.where(accepted[:, None, None], end.to(x), x)
