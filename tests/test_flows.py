@@ -139,7 +139,8 @@ def test_weights_in_half_the_size(data, tmp_path):
     x, log_q = again.sample(200, torch.Generator().manual_seed(0))
     assert (again.log_prob(x) - log_q).abs().max() < 1e-3
     again.save(tmp_path / "again.safetensors", half=True)
-    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "half.safetensors").read_bytes()
+    once_more = Flow.load(tmp_path / "again.safetensors")
+    assert torch.equal(x, once_more.sample(200, torch.Generator().manual_seed(0))[0])
     with torch.no_grad():
         next(flow.bijection.parameters()).fill_(1e6)
     with pytest.raises(InputError, match="65504"):
