@@ -1,8 +1,8 @@
 """Memory that stays with the process between two uses, instead of being given back and taken again page by page.
 
 glibc's allocator maps blocks of a few hundred kilobytes and more freshly from the kernel, and gives the end of its heap
-back whenever 128 kB of it are free. The arrays of a flow are such blocks: at some sizes of the batch a third to a half
-of the time goes into page faults, and which sizes these are depends on what the process did before.
+back whenever 128 kB of it are free. The arrays of a flow are such blocks: at some sizes of the batch a third of
+the time goes into page faults, and which sizes these are depends on what the process did before.
 """
 
 import ctypes

@@ -42,18 +42,18 @@ def inside(x: Tensor, sets: Sequence[Indicator]) -> np.ndarray:
     return np.any([indicator(x).cpu().numpy().astype(bool) for indicator in sets], axis=0)
 
 
-def share_inside(x: Tensor, sets: Sequence[Indicator] | None) -> float:
-    """Part of the frames `(n, n_atoms, 3)` [nm] that is in any of the sets.
+def rare_frames(x: Tensor, sets: Sequence[Indicator] | None) -> np.ndarray:
+    """`inside` of frames that a share is wanted for.
 
     Raises:
         InputError: there are no sets, or no frame in them.
     """
     if not sets:
         raise InputError("rare_share needs watched sets (for peptides, phi > 0); set it to 0")
-    share = float(inside(x, sets).mean())
-    if not share:
+    rare = inside(x, sets)
+    if not rare.any():
         raise InputError("none of the frames is in a watched set, so nothing says how rare it is; set rare_share to 0")
-    return share
+    return rare
 
 
 def lifted(x: Tensor, sets: Sequence[Indicator] | None, share: float, seed: int = 0) -> Tensor:
@@ -70,9 +70,11 @@ def lifted(x: Tensor, sets: Sequence[Indicator] | None, share: float, seed: int 
     Raises:
         InputError: a share is wanted, and there are no sets or no frame in them.
     """
-    if not share or share_inside(x, sets) >= share:
+    if not share:
         return x
-    rare = inside(x, sets or ())
+    rare = rare_frames(x, sets)
+    if rare.mean() >= share:
+        return x
     others = np.flatnonzero(~rare)
     n_others = round(rare.sum() * (1 - share) / share)
     kept = np.random.default_rng(seed).choice(others, min(n_others, len(others)), replace=False)

@@ -360,8 +360,8 @@ def trends(
         for k, (words, points) in enumerate(lines.items()):
             if points:
                 x, value, error = np.asarray(points, dtype=float).T
-                # colours change quicker than dashes, which have another number: no two lines look alike
-                look = {"color": _cycle(5)[k % 5], "linestyle": ("-", "--", ":", "-.")[k // 5 % 4]}
+                # five colours, then other dashes: twenty lines that differ
+                look = {"color": CYCLE[k % 5], "linestyle": ("-", "--", ":", "-.")[k // 5 % 4]}
                 axis.errorbar(x, value, error, **look, marker="o", markersize=4, capsize=2, label=words)
         axis.set(xscale="log", ylabel=name, **({"yscale": "log"} if logarithmic else {}))
     for axis in axes[-1]:

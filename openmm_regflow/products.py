@@ -26,16 +26,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = F
         bias: `(n_out,)`.
         silu: apply the activation; without derivatives in the same pass over memory.
     """
-    rows = x.numel() // max(1, x.shape[-1])
-    worth_it = _worth_it(x, weight, rows)
-    if worth_it and not _differentiating():
-        flat = _onednn(x.reshape(rows, x.shape[-1]), weight, bias, "swish" if silu else "none")
-        return flat.view(*x.shape[:-1], weight.shape[0])
-    if worth_it:
-        flat = _Linear.apply(x.reshape(rows, x.shape[-1]), weight, bias, 1)
-        result = flat.view(*x.shape[:-1], weight.shape[0])
-    else:
+    rows, shape = x.numel() // max(1, x.shape[-1]), (*x.shape[:-1], weight.shape[0])
+    if not _worth_it(x, weight, rows):
         result = nn.functional.linear(x, weight, bias)
+    elif _differentiating():
+        result = _Linear.apply(x.reshape(rows, x.shape[-1]), weight, bias, 1).view(shape)
+    else:
+        return _onednn(x.reshape(rows, x.shape[-1]), weight, bias, "swish" if silu else "none").view(shape)
     return nn.functional.silu(result) if silu else result
 
 

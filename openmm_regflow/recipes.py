@@ -21,7 +21,7 @@ from openmm_regflow import flows, ranks
 from openmm_regflow.coordinates import CartesianMap, CoordinateMap, identical_atoms
 from openmm_regflow.errors import IncompatibleFlowError, InputError
 from openmm_regflow.flows import Flow, FlowMetadata, read_safetensors, write_safetensors
-from openmm_regflow.frames import FramesConfig, Indicator, Mover, lifted, more_frames, share_inside
+from openmm_regflow.frames import FramesConfig, Indicator, Mover, lifted, more_frames, rare_frames
 from openmm_regflow.objectives import FlowMatchingLoss, LikelihoodLoss, RegFlowLoss
 from openmm_regflow.refinement import RefineConfig, Round, refine
 from openmm_regflow.targets import (
@@ -272,8 +272,8 @@ def fit(
     check_config(config)
     check_data(x_train, x_validation, config)
     if config.frames.rare_share:
-        for x in (x_train, x_validation):
-            share_inside(x, watch)
+        for frames in (x_train, x_validation):
+            rare_frames(frames, watch)
     coordinates = flows.coordinates_for(topology, x_train, config.coordinates, fixed)
     flow = _student(coordinates, x_train, config.flow, metadata).to(device).fuse(config.compile)
     result = FitResult(flow, None)

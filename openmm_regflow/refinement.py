@@ -27,7 +27,7 @@ from torch import Tensor
 from openmm_regflow import reweighting
 from openmm_regflow.errors import IncompatibleFlowError, InputError
 from openmm_regflow.flows import Flow, read_safetensors, write_safetensors
-from openmm_regflow.frames import Indicator, Mover, inside, share_inside
+from openmm_regflow.frames import Indicator, Mover, inside, rare_frames
 from openmm_regflow.objectives import GeneralisedKLLoss
 from openmm_regflow.training import Batch, Batches, average_into, cosine, pack_optimizer, unpack_optimizer
 
@@ -411,11 +411,11 @@ def _lift(
         return lambda x: 0.0
     if data is None:
         raise InputError("rare_share needs frames; set it to 0")
-    held = share_inside(data, watch)
+    held = float(rare_frames(data, watch).mean())
     log_factor = max(0.0, math.log(share / (1 - share)) - math.log(held / (1 - held))) if held < 1 else 0.0
     return lambda x: np.where(inside(x, watch), log_factor, 0.0)
 
 
 def _occupied(x: Tensor, log_w: np.ndarray, watch: list[Indicator]) -> tuple[float, ...]:
     w = reweighting.normalised_weights(log_w)
-    return tuple(float(w[inside(x).cpu().numpy().astype(bool)].sum()) for inside in watch)
+    return tuple(float(w[inside(x, [one])].sum()) for one in watch)

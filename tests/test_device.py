@@ -306,6 +306,7 @@ def test_a_pool_of_proposals_never_leaves_the_gpu():
 @pytest.mark.gpu
 def test_every_phase_trains_on_the_gpu():
     from openmm_regflow import TorchPotential, load_system, recipes
+    from openmm_regflow.units import thermal_energy
 
     mol = load_system("alanine-dipeptide")
     x = torch.as_tensor(mol.reference("train")[:600]).double()
@@ -318,7 +319,7 @@ def test_every_phase_trains_on_the_gpu():
         }
     )  # fmt: skip
     u = TorchPotential(mol.system, dtype=torch.float64, device="cuda")
-    kt = 0.008314462618 * mol.temperature
+    kt = thermal_energy(mol.temperature)
     result = recipes.fit(mol.topology, x[:500], x[500:], config, device="cuda", reduced_potential=lambda x: u(x) / kt)
     assert result.flow.device.type == "cuda" and set(result.phases) == {"regression", "likelihood", "refinement"}
 

@@ -174,8 +174,8 @@ class NCMCFlowMove(FlowMove):
         proposal: SubsetProposal = step.proposal
         drawn = step.pool.take(1, energies=False)
         n_drives = self.n_steps // self.steps_per_drive - 1
-        share = torch.linspace(0, 1, n_drives + 1, dtype=torch.float64)[1:]
-        x, share = proposal.as_tensor(x), share.to(proposal.device)
+        share = torch.linspace(0, 1, n_drives + 1, dtype=torch.float64, device=proposal.device)[1:]
+        x = proposal.as_tensor(x)
         own, proposed = x[0, proposal.atom_subset], drawn.positions[0].double()
         path = proposal.flow.coordinates.between(own, proposed, share)
         return proposal.in_frame(path, x).cpu(), float(drawn.log_q[0] - proposal.log_q(x)[0])

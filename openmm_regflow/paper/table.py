@@ -56,7 +56,7 @@ def run_table(
             part.write_text(json.dumps(record, indent=1))
             part.replace(folder / f"{cell.name}.json")
             records[cell] = record
-            write_table(folder, table(_all_finished(folder)), config)
+            write_table(folder, _all_finished(folder), config)
     if report:
         report("", len(wanted), len(wanted))
     return render(folder, config)
@@ -65,8 +65,7 @@ def run_table(
 def render(folder: Path, config: PaperConfig) -> Rows:
     """Table and plots of every run in the folder, whatever the configuration asks for."""
     records = _all_finished(folder)
-    rows = table(records)
-    write_table(folder, rows, config)
+    rows = write_table(folder, records, config)
     for system in sorted({record["cell"]["system"] for record in records}):
         drawing = plot_trends(records, system)
         if drawing is not None:
@@ -268,8 +267,9 @@ def _reached(points: list[tuple[float, float, float]], value: float) -> tuple[st
     return "", t0 * (t1 / t0) ** (math.log(f0 / value) / math.log(f0 / f1))
 
 
-def write_table(folder: Path, rows: Rows, config: PaperConfig) -> None:
-    """Write ``table.csv`` with every column, and ``table.md`` with the main ones and what they mean."""
+def write_table(folder: Path, records: list[dict[str, Any]], config: PaperConfig) -> Rows:
+    """Write ``table.csv`` with every column, whose rows it returns, and ``table.md`` with the main ones, explained."""
+    rows = table(records)
     with open(folder / "table.csv", "w", newline="") as handle:
         csv.writer(handle).writerows(rows)
     kept = [k for k, header in enumerate(rows[0]) if header in SHORT]
@@ -282,11 +282,11 @@ def write_table(folder: Path, rows: Rows, config: PaperConfig) -> None:
         f"{ABSURD:g} kT; E-W1 takes them as {ABSURD:g} kT. `bits`: precision in which a flow is kept, 64 where its map "
         "is too steep for 32. The time for 200k likelihoods is measured on `n of weights` samples and scaled."
     )
-    times = equal_times(_all_finished(folder))
-    if times:
+    if times := equal_times(records):
         heading = "Training time to the E-W1 that maximum likelihood of the same architecture reached at its best:"
         notes = "\n".join([notes, "", heading, "", *_markdown(times)])
     (folder / "table.md").write_text("\n".join([*lines, "", notes, ""]))
+    return rows
 
 
 def _markdown(rows: Rows) -> list[str]:
