@@ -19,6 +19,7 @@ from analytic_molecules import (
 )
 from openmm import app, unit
 from scipy import stats
+from scipy.special import ndtri_exp
 
 from openmm_regflow import flows
 from openmm_regflow.errors import InputError, InsufficientDataError, UnsupportedForceError
@@ -377,14 +378,20 @@ def recorded(simulation, run, n):
 
 
 def chain_z(frames, observables):
-    """z-scores of one correlated chain, errors from its own effective sample size."""
+    """z-scores of one correlated chain, errors from its own effective sample size.
+
+    The error is a guess from the same few samples, so the deviation is a Student t of n_effective - 1 degrees of
+    freedom; returned is the normal deviate that is as improbable.
+    """
     from pymbar.timeseries import statistical_inefficiency
 
     scores = {}
     for name, (function, exact) in observables.items():
         values = function(frames).numpy()
         n_effective = len(values) / statistical_inefficiency(values)
-        scores[name] = (values.mean() - exact) / (values.std() / math.sqrt(n_effective))
+        deviation = (values.mean() - exact) / (values.std() / math.sqrt(n_effective))
+        tail = stats.t.logsf(abs(deviation), max(n_effective - 1, 1.0))
+        scores[name] = math.copysign(-ndtri_exp(tail), deviation)
     return scores
 
 
