@@ -496,23 +496,46 @@ def coordinates_for(
     raise InputError(f"unknown coordinates {kind!r}; known: cartesian, internal")
 
 
-def alternating_masks(circular: Tensor, n_layers: int, seed: int) -> list[Tensor]:
+def alternating_masks(circular: Tensor, n_layers: int, seed: int, torsion_layers: int = 0) -> list[Tensor]:
     """Coupling masks in complementary pairs, lines and circles each split into random halves.
 
+    Args:
+        circular: `(dim,)` bool.
+        n_layers: number of masks; of masks for lines, where torsions have their own.
+        seed: of the halves.
+        torsion_layers: masks that come before them, for circles alone.
+
     Raises:
-        InputError: fewer than two elements.
+        InputError: fewer than two elements, or of a kind that gets couplings of its own.
     """
     dim = circular.numel()
     if dim < 2:
         raise InputError(f"{dim}-dimensional data cannot be split by a coupling; at least 2 dimensions are needed")
     generator = torch.Generator().manual_seed(seed)
+    if not torsion_layers:
+        return _halves(circular, n_layers, generator, (~circular, circular))
+    n_circles = int(circular.sum())
+    if min(n_circles, dim - n_circles) < 2:
+        raise InputError(
+            f"torsion_layers need two circles and two lines; of {dim} features {n_circles} are circles, set it to 0"
+        )
+    torsions = _halves(circular, torsion_layers, generator, (circular,))
+    return torsions + _halves(circular, n_layers, generator, (~circular,))
+
+
+def _halves(
+    circular: Tensor, n_layers: int, generator: torch.Generator, kinds: tuple[Tensor, ...]
+) -> list[Tensor]:
+    """`n_layers` masks, every second one the rest of the one before among these kinds of elements."""
+    dim = circular.numel()
+    taken = torch.stack(kinds).any(0)
     masks: list[Tensor] = []
     for layer in range(n_layers):
         if layer % 2:
-            masks.append(~masks[-1])
+            masks.append(taken & ~masks[-1])
             continue
         mask = torch.zeros(dim, dtype=torch.bool)
-        for k, kind in enumerate((~circular, circular)):
+        for k, kind in enumerate(kinds):
             members = kind.nonzero().flatten()
             members = members[torch.randperm(members.numel(), generator=generator)]
             # An odd kind gives its extra element to alternating sides, so that neither half is ever empty.
@@ -571,7 +594,7 @@ def _masks(coordinates: CoordinateMap, a: Mapping[str, Any]) -> list[Tensor]:
         # Whole atoms are the tokens.
         per_atom = alternating_masks(torch.zeros(coordinates.n_atoms, dtype=torch.bool), a["n_layers"], a["seed"])
         return [m.repeat_interleave(3) for m in per_atom]
-    return alternating_masks(coordinates.circular.cpu(), a["n_layers"], a["seed"])
+    return alternating_masks(coordinates.circular.cpu(), a["n_layers"], a["seed"], a.get("torsion_layers", 0))
 
 
 def real_nvp(
@@ -613,6 +636,7 @@ def spline(
     n_bins: int = 8,
     line_bins: int | None = None,
     bound: float = 5.0,
+    torsion_layers: int = 0,
     seed: int = 0,
 ) -> Flow:
     """Rational-quadratic spline couplings, circular on torsions (NSF; arXiv 1906.04032 and 2002.02428).
@@ -625,11 +649,13 @@ def spline(
         n_bins: spline bins.
         line_bins: spline bins of linear features, where they need fewer than angles do; None for as many.
         bound: half-width of the spline's domain in units of the feature's standard deviation.
+        torsion_layers: couplings that come first and move torsions alone; the n_layers others then move lines alone, so
+            that stiff coordinates see every torsion. 0: each coupling moves half of both.
         seed: of masks and initial weights.
     """
     architecture = {
         "name": "spline", "n_layers": n_layers, "hidden": hidden, "depth": depth, "n_bins": n_bins,
-        "line_bins": line_bins, "bound": bound, "seed": seed,
+        "line_bins": line_bins, "bound": bound, "torsion_layers": torsion_layers, "seed": seed,
     }  # fmt: skip
     return build(coordinates, architecture)
 

@@ -41,7 +41,7 @@ from openmm_regflow.training import Batch, Batches, History, Progress, TrainConf
 #: (name of the stage, steps in total) -> progress callback of that stage
 Stage = Callable[[str, int], Progress]
 TEACHER_KIND = "openmm_regflow.teacher"
-SPLINE_KEYS = ("n_bins", "line_bins", "bound")
+SPLINE_KEYS = ("n_bins", "line_bins", "bound", "torsion_layers")
 
 
 class _Section(BaseModel):
@@ -70,6 +70,9 @@ class FlowConfig(_Section):
     n_bins: int = Field(8, ge=2, description="spline only")
     line_bins: int | None = Field(None, ge=2, description="spline only: bins of linear features; null: n_bins")
     bound: float = Field(5.0, gt=0, description="spline only")
+    torsion_layers: int = Field(
+        0, ge=0, description="spline, internal only: couplings of torsions alone; the n_layers then move the rest"
+    )
     prior: Literal["normal", "harmonic"] = Field(
         "normal", description="harmonic: covariance of the data; cartesian only"
     )

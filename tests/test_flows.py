@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -37,14 +38,14 @@ def stirred(flow, scale=0.05, seed=3):
     return flow
 
 
-@pytest.fixture(params=["real_nvp", "res_nvp", "spline", "jet"])
-def factory(request):
-    return getattr(flows, request.param)
+KINDS = [(name, kind) for name in ("real_nvp", "res_nvp", "spline", "jet") for kind in ("internal", "cartesian")]
 
 
-@pytest.fixture(params=["internal", "cartesian"])
-def flow(request, factory, data):
-    coordinates = internal(data) if request.param == "internal" else CartesianMap.fit(data[1])
+@pytest.fixture(params=[*KINDS, ("torsions first", "internal")], ids="-".join)
+def flow(request, data):
+    name, kind = request.param
+    coordinates = internal(data) if kind == "internal" else CartesianMap.fit(data[1])
+    factory = partial(flows.spline, torsion_layers=4) if name == "torsions first" else getattr(flows, name)
     return stirred(factory(coordinates, **SMALL))
 
 
@@ -214,6 +215,24 @@ def test_data_of_other_shapes_are_refused(data, kind, shape):
 def test_one_dimension_is_refused():
     with pytest.raises(InputError, match="1-dimensional"):
         flows.alternating_masks(torch.tensor([False]), 4, 0)
+
+
+def test_torsions_first(data):
+    """The first couplings move every torsion and nothing else, the others every line; lines then see all torsions."""
+    flow = stirred(flows.spline(internal(data), **SMALL, torsion_layers=6), scale=0.3)
+    circular = flow.coordinates.circular
+    masks = flows.alternating_masks(circular, 4, 0, torsion_layers=6)
+    assert len(masks) == len(list(flow.bijection.children())[0]) == 10
+    for k, mask in enumerate(masks):
+        assert mask.any() and not (mask & ((~circular) if k < 6 else circular)).any()
+        assert k % 2 == 0 or torch.equal(mask | masks[k - 1], circular if k < 6 else ~circular)
+    assert not torch.equal(masks[0], masks[2]) and not torch.equal(masks[6], masks[8])
+    flow.bijection.double()
+    z = flow.prior.sample(1, torch.Generator().manual_seed(2), torch.float64)
+    jacobian = torch.autograd.functional.jacobian(lambda v: flow.bijection(v)[0].sum(0), z)[:, 0]
+    assert (jacobian[~circular][:, circular] != 0).all()
+    with pytest.raises(InputError, match="of 66 features 0 are circles"):
+        flows.spline(CartesianMap.fit(data[1]), **SMALL, torsion_layers=2)
 
 
 def test_chunks_change_nothing(data, monkeypatch):
