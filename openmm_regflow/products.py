@@ -109,7 +109,9 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (a, b), needs = grads, ctx.saved_tensors, ctx.needs_input_grad
         of_a = _Linear.apply(g, b.T, None, 1) if needs[0] else None
-        of_b = _Linear.apply(g.T, a.T, None, 1) if needs[1] else None
+        # g^T a, as the transpose of a^T g: oneDNN takes its second factor as it lies but copies a first one that is
+        # transposed, and a is several times smaller than the gradient of a spline's parameters.
+        of_b = _Linear.apply(a.T, g.T, None, 1).T.contiguous() if needs[1] else None
         return of_a, of_b, g.sum(1 - ctx.axis) if ctx.has_bias and needs[2] else None, None
 
     @staticmethod
