@@ -6,7 +6,7 @@ import torch
 from openmm import unit
 
 from openmm_regflow import OpenMMPotential, device, doctor
-from openmm_regflow.cli import main
+from openmm_regflow.cli import main, shell
 from openmm_regflow.device import (
     choose_way,
     host,
@@ -60,8 +60,34 @@ def test_lines_for_a_gpu_that_fails():
     assert memory_line(RuntimeError("shapes cannot be multiplied")) is None and memory_line(ValueError("CUDA")) is None
 
 
+#: Words of OpenMM 8, and what the line must name.
+OPENMM_TROUBLES = [
+    ("Error creating array savedForces: CUDA_ERROR_OUT_OF_MEMORY (2) at CudaArray.cpp:76", "out of memory"),
+    ("Error creating context: CUDA_ERROR_OUT_OF_MEMORY (2)\nat CudaContext.cpp:140", "out of memory"),
+    ("No compatible CUDA device is available", "cannot use the GPU"),
+    ("Error initializing CUDA: CUDA_ERROR_NO_DEVICE (100) at CudaContext.cpp:92", "CUDA_ERROR_NO_DEVICE"),
+    ("Error loading CUDA module: CUDA_ERROR_UNSUPPORTED_PTX_VERSION (222)", "UNSUPPORTED_PTX"),
+    ("Illegal value for DeviceIndex: 7", "DeviceIndex: 7"),
+]
+
+
+@pytest.mark.parametrize(("words", "named"), OPENMM_TROUBLES)
+def test_lines_for_a_gpu_that_openmm_cannot_use(words, named):
+    line = memory_line(openmm.OpenMMException(words))
+    assert named in line and "--device cpu" in line and "\n" not in line
+
+
+def test_a_platform_that_is_not_installed_names_the_package():
+    with pytest.raises(openmm.OpenMMException) as caught:
+        openmm.Platform.getPlatformByName("Abacus")
+    line = memory_line(caught.value)
+    assert "no platform Abacus" in line and "openmm-regflow[cuda" in line
+    assert memory_line(openmm.OpenMMException("Particle coordinate is NaN")) is None
+
+
 @pytest.mark.parametrize(("name", "code"), [("auto", 0), ("cpu", 2)])
-def test_out_of_memory_goes_on_on_the_cpu_if_asked(name, code, capsys, monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), openmm.OpenMMException(OPENMM_TROUBLES[0][0])])
+def test_out_of_memory_goes_on_on_the_cpu_if_asked(error, name, code, capsys, monkeypatch):
     from openmm_regflow import demo
 
     tried = []
@@ -69,14 +95,46 @@ def test_out_of_memory_goes_on_on_the_cpu_if_asked(name, code, capsys, monkeypat
     def speed_table(*arguments):
         tried.append(arguments)
         if len(tried) == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return [("energies", "1")]
 
     monkeypatch.setattr(demo, "speed_table", speed_table)
     with pytest.raises(SystemExit) as exit_:
         main(["benchmark", "--device", name])
     assert exit_.value.code == code and len(tried) == (2 if name == "auto" else 1)
-    assert "out of memory" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "out of memory" in err and err.count("\n") == 1
+
+
+def test_an_error_that_is_no_gpus_stays_an_error(monkeypatch):
+    from openmm_regflow import demo
+
+    def speed_table(*arguments):
+        raise openmm.OpenMMException("Particle coordinate is NaN")
+
+    monkeypatch.setattr(demo, "speed_table", speed_table)
+    with pytest.raises(openmm.OpenMMException, match="NaN"):
+        main(["benchmark"])
+
+
+@pytest.mark.skipif("CUDA" in PLATFORMS, reason="this OpenMM has its CUDA platform")
+def test_a_gpu_of_torch_alone_is_refused_or_left_to_torch(capsys, monkeypatch):
+    """torch sees a GPU and OpenMM was installed without its plugin, as pip does unless told otherwise."""
+    monkeypatch.setattr(device, "resolve_device", lambda name: torch.device("cuda"))
+    with pytest.raises(InputError, match=r"no platform CUDA here: pip install 'openmm-regflow\[cuda"):
+        shell.use_platform("cuda")
+    assert shell.use_platform("auto") is None
+    assert "OpenMM has no platform CUDA here: its part goes on on the CPU" in capsys.readouterr().err
+
+
+def test_no_gpu_is_used_where_the_cpu_was_asked_for():
+    systems = {name: load_system(name).system for name in ("alanine-dipeptide", "alanine-tripeptide")}
+    assert shell.use_platform("cpu") is None
+    chosen = [shell.cpu_platform(system) for system in systems.values()]
+    if set(PLATFORMS) & {"CUDA", "HIP", "OpenCL"}:
+        assert chosen == ["Reference", "CPU"]
+    else:
+        assert chosen == [None, None]  # the probe chooses, and has no GPU to choose
 
 
 def test_precision_and_device_of_openmm():
