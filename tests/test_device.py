@@ -1,5 +1,7 @@
 """The device flag, and positions between a Context and torch: every way on every platform that is here."""
 
+import json
+
 import openmm
 import pytest
 import torch
@@ -8,6 +10,7 @@ from openmm import unit
 from openmm_regflow import OpenMMPotential, device, doctor
 from openmm_regflow.cli import main, shell
 from openmm_regflow.device import (
+    Transfer,
     choose_way,
     host,
     memory_line,
@@ -302,11 +305,62 @@ def test_doctor_finds_agreement_and_notices_its_absence(capsys, monkeypatch):
         main(["doctor"])
     out = capsys.readouterr().out
     assert exit_.value.code == 0 and "Reference" in out and "agrees" in out and openmm.version.short_version in out
-    assert "bandwidth" in out and "host" in out
+    assert "bandwidth" in out and "host" in out and "float32" in out
+    assert "CUDA of torch" in out and "NVIDIA driver" in out and "OpenMM plugins that failed to load" in out
     monkeypatch.setattr(doctor, "_energy", lambda context: 0.0)
     with pytest.raises(SystemExit) as exit_:
         main(["doctor"])
     assert exit_.value.code == 1 and "DISAGREES" in capsys.readouterr().out
+
+
+def test_doctor_notices_a_device_that_disagrees_and_writes_what_it_shows(tmp_path, capsys, monkeypatch):
+    with pytest.raises(SystemExit) as exit_:
+        main(["doctor", "-o", str(tmp_path / "a.json")])
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert exit_.value.code == 0 and found["agrees"] and found["versions"]["torch"] == torch.__version__
+    assert {row["precision"] for row in found["torch"]} == {"float64", "float32"}
+    assert {row["platform"] for row in found["positions"]} <= set(PLATFORMS)
+    true = doctor._energy_at
+    monkeypatch.setattr(doctor, "_energy_at", lambda context, x: true(context, x) + 1e-6)  # seen in float64 alone
+    rows, fine = doctor.torch_rows()
+    assert not fine and [row[-1] for row in rows[1:3]] == ["DISAGREES: do not use it", "agrees"]
+    with pytest.raises(SystemExit) as exit_:
+        main(["doctor", "-o", str(tmp_path / "b.json")])
+    assert exit_.value.code == 1 and "TorchPotential disagrees" in capsys.readouterr().err
+    assert not json.loads((tmp_path / "b.json").read_text())["agrees"]
+
+
+def test_why_positions_travel_as_they_do():
+    assert doctor.why_this_way(Transfer("host", "no compiler")) == "no compiler"
+    timed = {"host": 31.4, "native": 12.2}
+    assert doctor.why_this_way(Transfer("native", "", timed)) == "the quicker one (host 31 µs, native 12 µs)"
+    rows, _ = doctor.transfer_rows(100)
+    assert all(row[5] for row in rows[1:])
+
+
+def test_plugins_of_one_cause_are_named_together():
+    words = "Error loading library /somewhere/libOpenMM{}.so: libcuda.so.1: cannot open shared object file"
+    shown = doctor.plugin_failures([words.format("CUDA"), words.format("RPMDCUDA")])
+    assert shown == "libOpenMMCUDA, libOpenMMRPMDCUDA: libcuda.so.1: cannot open shared object file"
+    assert doctor.plugin_failures([]) == "none"
+
+
+def test_the_driver_is_asked_for_its_version(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor.driver_version() is None
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'Driver Version     : 580.95.05'\necho 'CUDA Version       : 13.0'\n")
+    program.chmod(0o755)
+    assert doctor.driver_version() == "580.95.05, for CUDA up to 13.0"
+    program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed because it could not talk to the driver'\nexit 9\n")
+    assert doctor.driver_version() is None
+
+
+@pytest.mark.gpu
+def test_doctor_finds_agreement_on_the_gpu():
+    rows, fine = doctor.torch_rows()
+    assert fine and {row[0] for row in rows[1:]} >= {"cpu", "cuda:0"} and doctor.driver_version()
+    assert all(row[-1] == "agrees" for row in rows[1:])
 
 
 @pytest.mark.gpu

@@ -89,20 +89,32 @@ def _paper(output: Path, given: dict[str, Any], settings: list[str], device: str
 
 
 @command
-def doctor() -> None:
+def doctor(
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the same tables.")] = None,
+) -> None:
     """What to send with a bug report: versions, platforms, devices, and whether results agree; exit code 1 if not.
 
-    Example: openmm-regflow doctor
+    Example: openmm-regflow doctor --output doctor.json
     """
-    from openmm_regflow.doctor import platform_rows, transfer_rows, version_rows
+    from openmm_regflow.doctor import platform_rows, torch_rows, transfer_rows, version_rows
 
-    show_table("Versions and devices", [("what", "found"), *version_rows()])
+    versions = [("what", "found"), *version_rows()]
+    show_table("Versions and devices", versions)
     rows, fine = platform_rows()
     show_table("OpenMM platforms on alanine dipeptide", rows)
+    devices, same = torch_rows()
+    show_table("TorchPotential against OpenMM's Reference platform, alanine dipeptide", devices)
     ways, unchanged = transfer_rows()
     show_table("Positions between an OpenMM Context and torch", ways)
+    if output:
+        tables = {"platforms": rows, "torch": devices, "positions": ways}
+        record: dict[str, Any] = {name: [dict(zip(t[0], row)) for row in t[1:]] for name, t in tables.items()}
+        found = {"versions": {row[0]: row[1] for row in versions[1:]}, "agrees": fine and same and unchanged}
+        output.write_text(json.dumps(found | record, indent=1))
     if not unchanged:
         fail("error: positions come back changed; use way='host', and send this output with a bug report", 1)
+    if not same:
+        fail("error: TorchPotential disagrees with OpenMM on a device; use another, and send this output", 1)
     if not fine:
         fail("error: a platform disagrees with the batched potential; choose another with platform=...", 1)
 
