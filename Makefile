@@ -37,7 +37,7 @@ lint: $(STAMP)
 benchmark: $(STAMP)
 	$(BIN)/python tests/benchmarks/make_page.py
 
-# The goals of the benchmarks, as pass or fail.
+# The goals of the benchmarks as pass or fail; of couplings limits, since their goals are not all met (docs/speed.md).
 benchmark-goals: $(STAMP)
 	$(BIN)/python -m pytest tests/benchmarks -o addopts="" --benchmark-only
 
