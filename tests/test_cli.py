@@ -301,6 +301,14 @@ def test_the_device_flag_of_every_command(name, request, capsys, tmp_path):
     assert not list((tmp_path / "none").iterdir())
 
 
+def test_workers_do_not_share_a_gpu(capsys, teacher_file, tmp_path, monkeypatch):
+    from openmm_regflow.cli import data
+
+    monkeypatch.setattr(data, "use_device", lambda name: torch.device("cuda"))
+    line = refused(capsys, "pairs", teacher_file, "-n", 50, "--workers", 2, "--device", "auto", "-o", tmp_path / "x")
+    assert "2 workers" in line and "--device cpu" in line and not (tmp_path / "x").exists()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", list(DEVICE_COMMANDS))
 def test_every_command_on_a_gpu(name, request, capsys, tmp_path):

@@ -146,7 +146,7 @@ def mcmc(
 ) -> None:
     """An openmmtools chain of Langevin dynamics and flow moves: a DCD trajectory and statistics.
 
-    On a GPU the dynamics run on OpenMM's CUDA platform; molecules of a hundred atoms are faster on the CPU.
+    On a GPU the dynamics run on OpenMM's CUDA platform; a molecule of a hundred atoms may well be faster on the CPU.
 
     Example: openmm-regflow mcmc systems/alanine-dipeptide/flow.safetensors --iterations 1000 --output runs/mcmc
     """
