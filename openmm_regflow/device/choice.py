@@ -78,19 +78,17 @@ def openmm_remedy() -> str:
 
 def memory_line(error: BaseException) -> str | None:
     """One line for a GPU that is out of memory, missing, or does not fit torch's or OpenMM's CUDA; else None."""
-    from openmm import OpenMMException  # here: whoever chooses a device may do without OpenMM
-
+    # By its name: this module serves the learning side, too, which never imports OpenMM.
+    of_openmm = type(error).__name__ == "OpenMMException"
     text, first = " ".join(str(error).split()), str(error).strip().partition("\n")[0]
-    if isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, OpenMMException) and re.search("OUT_OF_MEMORY|out of memory", text)
-    ):
+    if isinstance(error, torch.OutOfMemoryError) or (of_openmm and re.search("OUT_OF_MEMORY|out of memory", text)):
         return (
             "the GPU is out of memory; take fewer samples at a time (-n, batch_size, pool), or --device cpu, or "
             "--device auto to go on there"
         )
     if isinstance(error, RuntimeError) and "CUDA" in first:
         return f"the GPU failed: {first.rstrip('.')}; see openmm-regflow doctor, or take --device cpu"
-    if not isinstance(error, OpenMMException):
+    if not of_openmm:
         return None
     if missing := re.search(r"no registered Platform called \"?(\w+)", text):
         return (
