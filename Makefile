@@ -37,12 +37,16 @@ lint: $(STAMP)
 benchmark: $(STAMP)
 	$(BIN)/python tests/benchmarks/make_page.py
 
-# The goals of the benchmarks, as pass or fail.
+# The goals of the benchmarks as pass or fail; of couplings limits, since their goals are not all met (docs/speed.md).
 benchmark-goals: $(STAMP)
 	$(BIN)/python -m pytest tests/benchmarks -o addopts="" --benchmark-only
 
-# Tests and measurements on a GPU; says so and stops where there is none.
+# Major version of the CUDA that torch was built for; nothing for a build for CPUs.
+CUDA = $(shell $(BIN)/python -c 'import torch; print((torch.version.cuda or "").partition(".")[0])')
+
+# Tests and measurements on a GPU, with the CUDA platform of OpenMM that goes with torch; says so and stops without one.
 gpu-check: $(STAMP)
+	$(if $(CUDA),$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cuda$(CUDA)]')
 	$(BIN)/python tests/benchmarks/gpu.py
 
 clean:

@@ -2,10 +2,12 @@
 
 import platform
 import shutil
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import openmm
@@ -13,12 +15,14 @@ import torch
 
 from openmm_regflow._version import __version__
 from openmm_regflow.device import (
+    Transfer,
     choose_way,
     openmm_properties,
     read_positions,
     why_no_gpu,
     write_positions,
 )
+from openmm_regflow.device.choice import openmm_remedy
 from openmm_regflow.potentials import TorchPotential
 from openmm_regflow.products import onednn_is_quicker
 from openmm_regflow.systems import load_system
@@ -28,6 +32,8 @@ PACKAGES = ("openmm", "openmmtools", "torch", "numpy", "mdtraj", "pymbar", "POT"
 #: Largest differences [kJ/mol] between two ways to an energy that count as agreement, by precision: rounding of the
 #: sum of absolute energies of alanine dipeptide, about 2e3 kJ/mol, with a margin of ten.
 AGREEMENT = {"double": 2e3 * 1e-14, "mixed": 2e3 * 1e-5, "single": 2e3 * 1e-5}
+#: The same for `TorchPotential` on any device: a GPU has other exponentials and another order of its sums.
+TORCH_AGREEMENT = {torch.float64: 2e3 * 1e-12, torch.float32: 2e3 * 1e-5}
 
 
 def seconds_per_call(call: Callable[[], Any], budget: float = 0.1) -> float:
@@ -50,18 +56,45 @@ def version_rows() -> Rows:
         except PackageNotFoundError:
             rows.append((name, "missing"))
     rows.append(("OpenMM library", openmm.Platform.getOpenMMVersion()))
-    failures = openmm.Platform.getPluginLoadFailures()
-    rows.append(("OpenMM plugins that failed to load", "; ".join(" ".join(f.split()) for f in failures) or "none"))
+    names = [openmm.Platform.getPlatform(k).getName() for k in range(openmm.Platform.getNumPlatforms())]
+    lacking = torch.cuda.is_available() and "CUDA" not in names
+    rows.append(("OpenMM platforms", ", ".join(names) + (f"; no CUDA: {openmm_remedy()}" if lacking else "")))
+    rows.append(("OpenMM plugins that failed to load", plugin_failures(openmm.Platform.getPluginLoadFailures())))
     compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
     rows.append(("C++ compiler for compile=True", "found" if compiler else "missing; everything runs eagerly"))
     rows.append(("torch threads", str(torch.get_num_threads())))
+    rows.append(("CUDA of torch", torch.version.cuda or "none: a build for CPUs"))
+    rows.append(("NVIDIA driver", driver_version() or "none found"))
     if torch.cuda.is_available():
-        names = (torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-        rows.append(("CUDA devices seen by torch", ", ".join(names)))
+        devices = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        rows.append(("CUDA devices seen by torch", devices))
     else:
         rows.append(("CUDA devices seen by torch", f"none: {why_no_gpu()}"))
     rows.append(("products of float32 matrices on the CPU", "oneDNN" if onednn_is_quicker() else "torch's default"))
     return rows
+
+
+def plugin_failures(messages: Iterable[str]) -> str:
+    """OpenMM's words on plugins that it could not load, without their folders, those of one cause together."""
+    causes: dict[str, list[str]] = {}
+    for message in messages:
+        path, _, cause = _one_line(message).removeprefix("Error loading library ").partition(": ")
+        causes.setdefault(cause, []).append(Path(path).stem)
+    return "; ".join(f"{', '.join(names)}: {cause}" for cause, names in causes.items()) or "none"
+
+
+def driver_version() -> str | None:
+    """Version of the NVIDIA driver, and the newest CUDA that it runs where it says so; None where there is none."""
+    if program := shutil.which("nvidia-smi"):
+        try:
+            asked = subprocess.run([program, "-q"], capture_output=True, text=True, timeout=30)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        said = dict(line.split(":", 1) for line in asked.stdout.splitlines() if ":" in line)
+        found = {key.strip(): value.strip() for key, value in said.items()}
+        if driver := found.get("Driver Version"):
+            return f"{driver}, for CUDA up to {found['CUDA Version']}" if "CUDA Version" in found else driver
+    return None
 
 
 def platform_rows() -> tuple[Rows, bool]:
@@ -78,7 +111,7 @@ def platform_rows() -> tuple[Rows, bool]:
         try:
             context = _context(molecule.system, engine)
         except openmm.OpenMMException as error:
-            rows.append((engine.getName(), "", "", "", f"cannot run: {' '.join(str(error).split())}"))
+            rows.append((engine.getName(), "", "", "", f"cannot run: {_one_line(error)}"))
             continue
         write_positions(context, torch.as_tensor(molecule.positions))
         difference = abs(_energy(context) - expected)
@@ -95,10 +128,10 @@ def platform_rows() -> tuple[Rows, bool]:
 def transfer_rows(n_large: int = 50_000) -> tuple[Rows, bool]:
     """How positions travel between every platform and every torch device; False where they come back changed.
 
-    A row is (platform, device, way, latency, bandwidth, verdict): time there and back of three atoms [µs], and float64
-    bytes per second of ``n_large`` atoms, both directions counted.
+    A row is (platform, device, way, latency, bandwidth, why, verdict): time there and back of three atoms [µs], and
+    float64 bytes per second of ``n_large`` atoms, both directions counted.
     """
-    rows: Rows = [("platform", "torch device", "way", "latency [µs]", "bandwidth [MB/s]", "verdict")]
+    rows: Rows = [("platform", "torch device", "way", "latency [µs]", "bandwidth [MB/s]", "why this way", "verdict")]
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     fine = True
     for index in range(openmm.Platform.getNumPlatforms()):
@@ -108,16 +141,63 @@ def transfer_rows(n_large: int = 50_000) -> tuple[Rows, bool]:
                 small, large = (_context(_particles(n), engine, device) for n in (3, n_large))
             except openmm.OpenMMException:  # said in the table of platforms
                 continue
-            x = torch.rand(n_large, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
-            write_positions(large, x)
-            write_positions(small, x[:3])
-            same = float((read_positions(large, device) - x).abs().max()) < 1e-6
-            transfer = choose_way(large, device)
-            latency, long = (seconds_per_call(partial(_there_and_back, c, device)) for c in (small, large))
-            verdict = "agrees" if same else "COMES BACK CHANGED: do not use it"
-            bandwidth = 2 * x.numel() * 8 / long / 1e6
-            rows.append((engine.getName(), device, transfer.way, f"{1e6 * latency:.0f}", f"{bandwidth:,.0f}", verdict))
+            try:
+                row, same = _transfer(small, large, device)
+            except RuntimeError as error:  # of a GPU: the others are looked at all the same
+                row, same = ("", "", "", "", f"cannot run: {_one_line(error)}"), True
+            rows.append((engine.getName(), device, *row))
             fine &= same
+    return rows, fine
+
+
+def _transfer(small: openmm.Context, large: openmm.Context, device: str) -> tuple[tuple[str, ...], bool]:
+    """(way, latency, bandwidth, why, verdict) between two Contexts of one platform and a device; False: changed."""
+    n = large.getSystem().getNumParticles()
+    x = torch.rand(n, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
+    write_positions(large, x)
+    write_positions(small, x[:3])
+    same = float((read_positions(large, device) - x).abs().max()) < 1e-6
+    transfer = choose_way(large, device)
+    latency, long = (seconds_per_call(partial(_there_and_back, c, device)) for c in (small, large))
+    bandwidth = f"{2 * x.numel() * 8 / long / 1e6:,.0f}"
+    verdict = "agrees" if same else "COMES BACK CHANGED: do not use it"
+    return (transfer.way, f"{1e6 * latency:.0f}", bandwidth, why_this_way(transfer), verdict), same
+
+
+def why_this_way(transfer: Transfer) -> str:
+    """Why positions travel as they do, in words, with the readings that decided where both ways were timed."""
+    timed = ", ".join(f"{name} {value:.0f} µs" for name, value in transfer.microseconds.items())
+    words = transfer.reason or "the quicker one"
+    return f"{words} ({timed})" if timed else words
+
+
+def torch_rows(n: int = 4096, n_compared: int = 32) -> tuple[Rows, bool]:
+    """`TorchPotential` on every torch device against OpenMM's Reference platform; False if one disagrees.
+
+    A row is (device, precision, configurations of alanine dipeptide per second in batches of ``n``, largest difference
+    [kJ/mol] of ``n_compared`` of them, verdict).
+    """
+    molecule = load_system("alanine-dipeptide")
+    noise = torch.randn(n, molecule.n_atoms, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.as_tensor(molecule.positions) + 0.003 * noise
+    context = _context(molecule.system, openmm.Platform.getPlatformByName("Reference"))
+    expected = torch.tensor([_energy_at(context, frame) for frame in x[:n_compared]], dtype=torch.float64)
+    rows: Rows = [("torch device", "precision", "energies per second", "difference [kJ/mol]", "verdict")]
+    fine = True
+    for device in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
+        for dtype, allowed in TORCH_AGREEMENT.items():
+            name = str(dtype).removeprefix("torch.")
+            try:
+                potential, there = TorchPotential(molecule.system, dtype=dtype, device=device), x.to(device)
+                difference = float((potential(there)[:n_compared].cpu().double() - expected).abs().max())
+                # The sum comes back to the host, so that a GPU has done its work when the clock stops.
+                rate = n / seconds_per_call(lambda: float(potential(there).sum()))  # noqa: B023
+            except RuntimeError as error:
+                rows.append((device, name, "", "", f"cannot run: {_one_line(error)}"))
+                continue
+            verdict = "agrees" if difference <= allowed else "DISAGREES: do not use it"
+            rows.append((device, name, f"{rate:,.0f}", f"{difference:.1e}", verdict))
+            fine &= difference <= allowed
     return rows, fine
 
 
@@ -138,6 +218,15 @@ def _context(system: openmm.System, engine: openmm.Platform, device: str | None 
     on_gpu = None if device in (None, "cpu") else device
     properties = openmm_properties(engine.getName(), on_gpu)
     return openmm.Context(system, openmm.VerletIntegrator(0.001), engine, properties)
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def _energy_at(context: openmm.Context, positions: torch.Tensor) -> float:
+    write_positions(context, positions)
+    return _energy(context)
 
 
 def _energy(context: openmm.Context) -> float:

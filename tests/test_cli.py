@@ -12,12 +12,14 @@ import mdtraj
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from openmm_regflow import flows
 from openmm_regflow.cli import app, main
 from openmm_regflow.flows import FlowMetadata
-from openmm_regflow.recipes import RunConfig, print_config
+from openmm_regflow.recipes import RunConfig, print_config, save_teacher
 from openmm_regflow.systems import load_system
+from openmm_regflow.teachers import VectorField
 
 COMMANDS = [
     "systems", "simulate", "pairs", "train", "refine", "sample", "evaluate", "check", "mcmc", "tfep", "benchmark",
@@ -161,6 +163,16 @@ def test_seed_decides(capsys, flow_file, tmp_path):
     assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
 
 
+def test_seed_decides_the_flow_moves_of_a_chain(capsys, shipped, tmp_path):
+    """Without dynamics, whose noise OpenMM seeds by itself."""
+    command = ["mcmc", shipped, "--iterations", 3, "--md-steps", 0]
+    frames = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert run(capsys, *command, "--seed", seed, "-o", tmp_path / name)[0] == 0
+        frames.append(mdtraj.load(tmp_path / name / "chain.dcd", top=tmp_path / name / "chain.pdb").xyz)
+    assert np.array_equal(frames[0], frames[1]) and not np.array_equal(frames[0], frames[2])
+
+
 def test_simulate_resumes(capsys, tmp_path):
     short = ["simulate", "alanine-dipeptide", "--steps", 10, "--replicas", 2, "--max-temperature", 350, "-o", tmp_path]
     assert run(capsys, *short, "--iterations", 4, "--burn-in", 1)[0] == 0
@@ -204,6 +216,118 @@ def test_trajectory_of_another_molecule(capsys, tmp_path):
     frame.save_hdf5(str(path))
     line = refused(capsys, "train", "alanine-dipeptide", "--data", path, "-o", tmp_path / "x")
     assert "42" in line and "22" in line and not (tmp_path / "x").exists()
+
+
+@pytest.fixture(scope="module")
+def shipped(molecule):
+    return molecule.folder / "flow.safetensors"
+
+
+@pytest.fixture(scope="module")
+def teacher_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    save_teacher(path, VectorField(torch.tensor([True, False, False]), "mlp", 16, 2))
+    return path
+
+
+@pytest.fixture(scope="module")
+def states_file(molecule, tmp_path_factory):
+    """Two halves of a trajectory at one temperature, and a map that is learned between them."""
+    folder = tmp_path_factory.mktemp("states")
+    topology = mdtraj.Topology.from_openmm(molecule.topology)
+    frames = molecule.reference("validation")[:400]
+    state = '[{0}]\nsystem = "alanine-dipeptide"\ntrajectory = "{0}.dcd"\n'
+    for name, part in (("a", frames[::2]), ("b", frames[1::2])):
+        mdtraj.Trajectory(part, topology).save_dcd(str(folder / f"{name}.dcd"))
+    path = folder / "states.toml"
+    path.write_text('map = "nearby"\nfolds = 2\nn_resamples = 20\n' + state.format("a") + state.format("b"))
+    return path
+
+
+#: Every command with a device: small arguments (files by the names of their fixtures), and what it writes.
+SHORT = ["--steps", 5, "--replicas", 2, "--max-temperature", 350, "--iterations", 3, "--burn-in", 1, "--scramble", 5]
+DEVICE_COMMANDS = {
+    # Without dynamics, whose noise OpenMM seeds by itself.
+    "mcmc": (["mcmc", "shipped", "--iterations", 3, "--md-steps", 0], "chain.dcd"),
+    "pairs": (["pairs", "teacher_file", "-n", 50, "--n-steps", 2], None),
+    "simulate": (["simulate", "alanine-dipeptide", *SHORT], "trajectory.h5"),
+    "simulate, batched": (
+        ["simulate", "alanine-dipeptide", "--engine", "batched", "--copies", 2, *SHORT], "trajectory.h5"
+    ),
+    "tfep": (["tfep", "states_file"], "tfep.json"),
+    "sample": (["sample", "flow_file", "-n", 50], "samples.npz"),
+    "check": (["check", "alanine-dipeptide", "flow_file", "-n", 60], ""),
+}  # fmt: skip
+
+
+def outcome(request, capsys, name, folder, *device):
+    """Exit code and result of a command of the table: what it printed, arrays, or the JSON that it wrote."""
+    arguments, written = DEVICE_COMMANDS[name]
+    files = ("flow_file", "teacher_file", "states_file", "shipped")
+    arguments = [request.getfixturevalue(a) if a in files else a for a in arguments]
+    target = folder / "report.json" if written == "" else folder
+    code, _, err = run(capsys, *arguments, "-o", target, *device)
+    if written == "":
+        return code, json.loads(target.read_text()) if target.is_file() else err
+    if written is None:
+        shards = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
+        return code, np.concatenate([shard["y"] for shard in shards]) if shards else err
+    path = folder / written
+    if not path.is_file():
+        return code, err
+    if path.suffix == ".json":
+        return code, json.loads(path.read_text())["result"]["delta_f"]
+    if path.suffix == ".npz":
+        return code, np.load(path)["log_q"]
+    topology = {"top": path.with_suffix(".pdb")} if path.suffix == ".dcd" else {}
+    return code, mdtraj.load(path, **topology).xyz
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+@pytest.mark.parametrize("name", list(DEVICE_COMMANDS))
+def test_the_device_flag_of_every_command(name, request, capsys, tmp_path):
+    """The CPU is the default, "auto" takes it where there is no GPU, and a GPU that is not there is one line."""
+    found = []
+    for flag in ((), ("--device", "cpu"), ("--device", "auto")):
+        folder = tmp_path / (flag[-1] if flag else "default")
+        folder.mkdir()
+        found.append(outcome(request, capsys, name, folder, *flag))
+    assert all(code in (0, 1) for code, _ in found), found  # `check` finds fault with a poor flow: 1
+    for _, result in found[1:]:
+        np.testing.assert_equal(result, found[0][1])
+    (tmp_path / "none").mkdir()
+    code, err = outcome(request, capsys, name, tmp_path / "none", "--device", "cuda")
+    assert code == 2 and err.startswith("error: no CUDA device") and err.count("\n") == 1
+    assert not list((tmp_path / "none").iterdir())
+
+
+def test_workers_do_not_share_a_gpu(capsys, teacher_file, tmp_path, monkeypatch):
+    from openmm_regflow.cli import data
+
+    monkeypatch.setattr(data, "use_device", lambda name: torch.device("cuda"))
+    line = refused(capsys, "pairs", teacher_file, "-n", 50, "--workers", 2, "--device", "auto", "-o", tmp_path / "x")
+    assert "2 workers" in line and "--device cpu" in line and not (tmp_path / "x").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", list(DEVICE_COMMANDS))
+def test_every_command_on_a_gpu(name, request, capsys, tmp_path):
+    code, result = outcome(request, capsys, name, tmp_path, "--device", "cuda")
+    assert code in (0, 1) and not isinstance(result, str), result
+
+
+@pytest.mark.gpu
+def test_openmm_follows_the_device_by_the_platforms_name():
+    import openmm
+
+    from openmm_regflow.cli import shell
+
+    name = f"cuda:{torch.cuda.device_count() - 1}"
+    assert shell.use_platform(name) == "CUDA" and torch.cuda.current_device() == torch.cuda.device_count() - 1
+    platform = openmm.Platform.getPlatformByName("CUDA")
+    context = openmm.Context(load_system("alanine-dipeptide").system, openmm.VerletIntegrator(0.001), platform)
+    assert platform.getPropertyValue(context, "Precision") == "mixed"
+    assert platform.getPropertyValue(context, "DeviceIndex") == name.partition(":")[2]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")

@@ -1,13 +1,16 @@
 """The device flag, and positions between a Context and torch: every way on every platform that is here."""
 
+import json
+
 import openmm
 import pytest
 import torch
 from openmm import unit
 
 from openmm_regflow import OpenMMPotential, device, doctor
-from openmm_regflow.cli import main
+from openmm_regflow.cli import main, shell
 from openmm_regflow.device import (
+    Transfer,
     choose_way,
     host,
     memory_line,
@@ -60,8 +63,34 @@ def test_lines_for_a_gpu_that_fails():
     assert memory_line(RuntimeError("shapes cannot be multiplied")) is None and memory_line(ValueError("CUDA")) is None
 
 
+#: Words of OpenMM 8, and what the line must name.
+OPENMM_TROUBLES = [
+    ("Error creating array savedForces: CUDA_ERROR_OUT_OF_MEMORY (2) at CudaArray.cpp:76", "out of memory"),
+    ("Error creating context: CUDA_ERROR_OUT_OF_MEMORY (2)\nat CudaContext.cpp:140", "out of memory"),
+    ("No compatible CUDA device is available", "cannot use the GPU"),
+    ("Error initializing CUDA: CUDA_ERROR_NO_DEVICE (100) at CudaContext.cpp:92", "CUDA_ERROR_NO_DEVICE"),
+    ("Error loading CUDA module: CUDA_ERROR_UNSUPPORTED_PTX_VERSION (222)", "UNSUPPORTED_PTX"),
+    ("Illegal value for DeviceIndex: 7", "DeviceIndex: 7"),
+]
+
+
+@pytest.mark.parametrize(("words", "named"), OPENMM_TROUBLES)
+def test_lines_for_a_gpu_that_openmm_cannot_use(words, named):
+    line = memory_line(openmm.OpenMMException(words))
+    assert named in line and "--device cpu" in line and "\n" not in line
+
+
+def test_a_platform_that_is_not_installed_names_the_package():
+    with pytest.raises(openmm.OpenMMException) as caught:
+        openmm.Platform.getPlatformByName("Abacus")
+    line = memory_line(caught.value)
+    assert "no platform Abacus" in line and "openmm-regflow[cuda" in line
+    assert memory_line(openmm.OpenMMException("Particle coordinate is NaN")) is None
+
+
 @pytest.mark.parametrize(("name", "code"), [("auto", 0), ("cpu", 2)])
-def test_out_of_memory_goes_on_on_the_cpu_if_asked(name, code, capsys, monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), openmm.OpenMMException(OPENMM_TROUBLES[0][0])])
+def test_out_of_memory_goes_on_on_the_cpu_if_asked(error, name, code, capsys, monkeypatch):
     from openmm_regflow import demo
 
     tried = []
@@ -69,14 +98,46 @@ def test_out_of_memory_goes_on_on_the_cpu_if_asked(name, code, capsys, monkeypat
     def speed_table(*arguments):
         tried.append(arguments)
         if len(tried) == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return [("energies", "1")]
 
     monkeypatch.setattr(demo, "speed_table", speed_table)
     with pytest.raises(SystemExit) as exit_:
         main(["benchmark", "--device", name])
     assert exit_.value.code == code and len(tried) == (2 if name == "auto" else 1)
-    assert "out of memory" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "out of memory" in err and err.count("\n") == 1
+
+
+def test_an_error_that_is_no_gpus_stays_an_error(monkeypatch):
+    from openmm_regflow import demo
+
+    def speed_table(*arguments):
+        raise openmm.OpenMMException("Particle coordinate is NaN")
+
+    monkeypatch.setattr(demo, "speed_table", speed_table)
+    with pytest.raises(openmm.OpenMMException, match="NaN"):
+        main(["benchmark"])
+
+
+@pytest.mark.skipif("CUDA" in PLATFORMS, reason="this OpenMM has its CUDA platform")
+def test_a_gpu_of_torch_alone_is_refused_or_left_to_torch(capsys, monkeypatch):
+    """torch sees a GPU and OpenMM was installed without its plugin, as pip does unless told otherwise."""
+    monkeypatch.setattr(device, "resolve_device", lambda name: torch.device("cuda"))
+    with pytest.raises(InputError, match=r"no platform CUDA here: pip install 'openmm-regflow\[cuda"):
+        shell.use_platform("cuda")
+    assert shell.use_platform("auto") is None
+    assert "OpenMM has no platform CUDA here: its part goes on on the CPU" in capsys.readouterr().err
+
+
+def test_no_gpu_is_used_where_the_cpu_was_asked_for():
+    systems = {name: load_system(name).system for name in ("alanine-dipeptide", "alanine-tripeptide")}
+    assert shell.use_platform("cpu") is None
+    chosen = [shell.cpu_platform(system) for system in systems.values()]
+    if set(PLATFORMS) & {"CUDA", "HIP", "OpenCL"}:
+        assert chosen == ["Reference", "CPU"]
+    else:
+        assert chosen == [None, None]  # the probe chooses, and has no GPU to choose
 
 
 def test_precision_and_device_of_openmm():
@@ -244,11 +305,62 @@ def test_doctor_finds_agreement_and_notices_its_absence(capsys, monkeypatch):
         main(["doctor"])
     out = capsys.readouterr().out
     assert exit_.value.code == 0 and "Reference" in out and "agrees" in out and openmm.version.short_version in out
-    assert "bandwidth" in out and "host" in out
+    assert "bandwidth" in out and "host" in out and "float32" in out
+    assert "CUDA of torch" in out and "NVIDIA driver" in out and "OpenMM plugins that failed to load" in out
     monkeypatch.setattr(doctor, "_energy", lambda context: 0.0)
     with pytest.raises(SystemExit) as exit_:
         main(["doctor"])
     assert exit_.value.code == 1 and "DISAGREES" in capsys.readouterr().out
+
+
+def test_doctor_notices_a_device_that_disagrees_and_writes_what_it_shows(tmp_path, capsys, monkeypatch):
+    with pytest.raises(SystemExit) as exit_:
+        main(["doctor", "-o", str(tmp_path / "a.json")])
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert exit_.value.code == 0 and found["agrees"] and found["versions"]["torch"] == torch.__version__
+    assert {row["precision"] for row in found["torch"]} == {"float64", "float32"}
+    assert {row["platform"] for row in found["positions"]} <= set(PLATFORMS)
+    true = doctor._energy_at
+    monkeypatch.setattr(doctor, "_energy_at", lambda context, x: true(context, x) + 1e-6)  # seen in float64 alone
+    rows, fine = doctor.torch_rows()
+    assert not fine and [row[-1] for row in rows[1:3]] == ["DISAGREES: do not use it", "agrees"]
+    with pytest.raises(SystemExit) as exit_:
+        main(["doctor", "-o", str(tmp_path / "b.json")])
+    assert exit_.value.code == 1 and "TorchPotential disagrees" in capsys.readouterr().err
+    assert not json.loads((tmp_path / "b.json").read_text())["agrees"]
+
+
+def test_why_positions_travel_as_they_do():
+    assert doctor.why_this_way(Transfer("host", "no compiler")) == "no compiler"
+    timed = {"host": 31.4, "native": 12.2}
+    assert doctor.why_this_way(Transfer("native", "", timed)) == "the quicker one (host 31 µs, native 12 µs)"
+    rows, _ = doctor.transfer_rows(100)
+    assert all(row[5] for row in rows[1:])
+
+
+def test_plugins_of_one_cause_are_named_together():
+    words = "Error loading library /somewhere/libOpenMM{}.so: libcuda.so.1: cannot open shared object file"
+    shown = doctor.plugin_failures([words.format("CUDA"), words.format("RPMDCUDA")])
+    assert shown == "libOpenMMCUDA, libOpenMMRPMDCUDA: libcuda.so.1: cannot open shared object file"
+    assert doctor.plugin_failures([]) == "none"
+
+
+def test_the_driver_is_asked_for_its_version(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor.driver_version() is None
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'Driver Version     : 580.95.05'\necho 'CUDA Version       : 13.0'\n")
+    program.chmod(0o755)
+    assert doctor.driver_version() == "580.95.05, for CUDA up to 13.0"
+    program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed because it could not talk to the driver'\nexit 9\n")
+    assert doctor.driver_version() is None
+
+
+@pytest.mark.gpu
+def test_doctor_finds_agreement_on_the_gpu():
+    rows, fine = doctor.torch_rows()
+    assert fine and {row[0] for row in rows[1:]} >= {"cpu", "cuda:0"} and doctor.driver_version()
+    assert all(row[-1] == "agrees" for row in rows[1:])
 
 
 @pytest.mark.gpu

@@ -44,16 +44,18 @@ def run_checks(
     seed: int = 0,
     progress: Progress | None = None,
     atom_subset: Sequence[int] | None = None,
+    platform: str | None = None,
 ) -> CheckReport:
     """All checks of a flow on a molecule, or on a part of a System.
 
     Args:
-        flow: an ``openmm_regflow.Flow``.
+        flow: an ``openmm_regflow.Flow``, on any device; it draws and is evaluated there.
         molecule: System, topology, positions and temperature.
         n: flow samples for the kernel test.
         seed: of every random number.
         progress: called with (trajectories done, in total, figures) during the kernel test.
         atom_subset: indices of the atoms that the flow moves, in the flow's order; None for all.
+        platform: OpenMM platform of energies and dynamics; default Reference for small molecules, else the fastest.
 
     Returns:
         The findings; failures are in there, not raised.
@@ -71,7 +73,7 @@ def run_checks(
         return CheckReport(tuple(findings))
     allowed, own = CheckReport(tuple(findings)).passed, np.asarray(molecule.positions)
     if allowed:
-        potential = OpenMMPotential(molecule.system, small_platform(molecule.system))
+        potential = OpenMMPotential(molecule.system, platform or small_platform(molecule.system))
         proposal = _proposal(flow, potential, molecule.temperature, subset)
         own = whole_positions(proposal, molecule)[0].numpy()
     exact = copy.deepcopy(flow).cpu().double()
@@ -284,14 +286,14 @@ def _energies(proposal: FlowProposal, molecule: MolecularSystem, seed: int) -> F
     n = min(100, max(5, 20_000 // molecule.n_atoms))  # Ewald sums of a box take that platform a second
     own = whole_positions(proposal, molecule)
     drawn = proposal.draw(n, torch.Generator(device=proposal.device).manual_seed(seed + 3)).positions
-    x = proposal.in_place(drawn, own).cpu()
-    x = torch.cat([own.cpu(), x[torch.isfinite(x).flatten(1).all(1)]])
+    x = proposal.in_place(drawn, own.to(proposal.device)).cpu()
+    x = torch.cat([own, x[torch.isfinite(x).flatten(1).all(1)]])
     context = new_context(molecule.system, openmm.VerletIntegrator(0.001), "Reference")
     expected = torch.tensor([_energy(context, frame) for frame in x.numpy()], dtype=torch.float64)
     potentials: dict[str, Any] = {"OpenMMPotential": proposal.potential}
     words = []
     try:
-        potentials["TorchPotential"] = TorchPotential(molecule.system)
+        potentials["TorchPotential"] = TorchPotential(molecule.system, device=proposal.device)
     except UnsupportedForceError as error:
         words.append(f"TorchPotential does not cover it ({error})")
     passed = True

@@ -159,7 +159,7 @@ def kernel_test(
     own = whole_positions(proposal, molecule)
     batch = proposal.sample(n, generator)
     if proposal.atom_subset is not None:
-        placed = proposal.in_place(batch.positions, own)
+        placed = proposal.in_place(batch.positions, own.to(proposal.device))
         batch = ProposalBatch(placed, batch.log_q, proposal.reduced_potential(placed))
     every = proposal_log_weights(batch).cpu()
     if not bool(torch.isfinite(every).any()):
@@ -176,7 +176,7 @@ def kernel_test(
     stages = [batch.positions[rows].double(), *_moved(proposal, batch.positions[rows], generator)]
     observed = _observables(molecule, proposal)
     engine = _engine(proposal, molecule, seed)
-    engine.find_timestep(own[0].cpu().numpy(), N_LEAPS)
+    engine.find_timestep(own[0].numpy(), N_LEAPS)
     relaxed = list(_relaxed(engine, stages[-1].cpu().numpy(), progress))
     stages.append(torch.as_tensor(np.array(relaxed)))
     values = [observed(x.cpu(), proposal.reduced_potential(x).cpu()) for x in stages]
@@ -242,7 +242,7 @@ def _moved(proposal: FlowProposal, positions: Tensor, generator: torch.Generator
     for n_proposals in (1, 8):
         if proposal.atom_subset is not None:
             step = FlowStep(proposal, n_proposals, 4096, generator)
-            positions = torch.stack([_stepped(step, x, half) for x in positions])
+            positions = torch.stack([_stepped(step, x, half) for x in positions.cpu()])
             continue
         chain = run_chain(proposal, positions, half, generator=generator, n_proposals=n_proposals, thin=half)
         positions = chain.positions[-1]
@@ -356,7 +356,7 @@ def _observables(molecule: MolecularSystem, proposal: FlowProposal) -> Callable[
 
 
 def whole_positions(proposal: FlowProposal, molecule: MolecularSystem) -> Tensor:
-    """The molecule's own structure `(1, n_atoms, 3)`, a subset not split by the box."""
+    """The molecule's own structure `(1, n_atoms, 3)`, float64 on the CPU, a subset not split by the box."""
     box = None
     if molecule.system.usesPeriodicBoundaryConditions():
         vectors = molecule.system.getDefaultPeriodicBoxVectors()

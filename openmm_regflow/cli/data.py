@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from openmm_regflow.cli.shell import Output, Seed, bars, command, show_table
+from openmm_regflow.cli.shell import Device, Output, Seed, bars, command, show_table, use_device, use_platform
 from openmm_regflow.errors import InputError
 
 
@@ -42,8 +42,11 @@ def simulate(
     frames: Annotated[int | None, typer.Option(help="Most frames to export, evenly spaced.")] = None,
     burn_in: Annotated[int, typer.Option(help="Iterations left out of the export.")] = 100,
     seed: Seed = 0,
+    device: Device = "cpu",
 ) -> None:
     """Reference data: parallel tempering, resumable, exported to float32 HDF5.
+
+    On a GPU the replicas of openmmtools run on OpenMM's CUDA platform, those of the batched engine in torch.
 
     Example: openmm-regflow simulate alanine-dipeptide --iterations 10000 --output runs/aldp
     """
@@ -52,6 +55,12 @@ def simulate(
     from openmm_regflow import simulate as engines
     from openmm_regflow.systems import load_system
 
+    if engine not in ("openmmtools", "batched"):
+        raise InputError(f"unknown engine {engine!r}; known: openmmtools, batched")
+    where: dict[str, Any] = {"device": str(use_device(device))}
+    if engine == "openmmtools":
+        platform = use_platform(device)
+        where = {} if platform is None else {"platform": platform}
     mol = load_system(system)
     values: dict[str, Any] = {
         "n_iterations": iterations,
@@ -61,7 +70,7 @@ def simulate(
         "max_temperature": max_temperature,
         "scramble_steps": scramble,
         "seed": seed,
-    }
+    } | where
     with bars() as bar:
         update = bar("tempering", iterations)
 
@@ -71,11 +80,9 @@ def simulate(
         if engine == "batched":
             many = engines.BatchedSettings.create(**values, n_copies=copies)
             engines.batched_tempering(mol, output, many, progress=progress)
-        elif engine == "openmmtools":
+        else:
             one = engines.TemperingSettings.create(**values)
             engines.parallel_tempering(mol, output, one, resume=True, progress=progress)
-        else:
-            raise InputError(f"unknown engine {engine!r}; known: openmmtools, batched")
     runs = [run.after(min(burn_in, len(run.positions) // 2)) for run in engines.load_runs(output)]
     positions = np.concatenate([engines.target_frames(run) for run in runs])
     path = engines.export_hdf5(engines.thin(positions, frames), mol.topology, output / "trajectory.h5")
@@ -105,8 +112,9 @@ def pairs(
     n_steps: Annotated[int, typer.Option(help="ODE steps.")] = 10,
     method: Annotated[str, typer.Option(help="ODE method of torchdiffeq.")] = "midpoint",
     log_det: Annotated[str, typer.Option(help="none, exact or hutchinson.")] = "none",
-    workers: Annotated[int, typer.Option(help="Processes.")] = 1,
+    workers: Annotated[int, typer.Option(help="Processes on the CPU.")] = 1,
     seed: Seed = 0,
+    device: Device = "cpu",
 ) -> None:
     """Reflow pairs from a teacher, in resumable shards.
 
@@ -118,7 +126,10 @@ def pairs(
     from openmm_regflow.recipes import load_teacher
     from openmm_regflow.targets import reflow_pairs
 
-    field = load_teacher(teacher)
+    where = use_device(device)
+    if workers > 1 and where.type == "cuda":
+        raise InputError(f"{workers} workers would share one GPU; leave --workers out, or take --device cpu")
+    field = load_teacher(teacher, where)
     executor = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else None
     with bars() as bar:
         progress = bar("pairs", n)

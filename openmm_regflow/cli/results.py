@@ -15,10 +15,13 @@ from openmm_regflow.cli.shell import (
     System,
     bars,
     command,
+    cpu_platform,
     finish_output,
     open_proposal,
     prepare_output,
     show_table,
+    use_device,
+    use_platform,
 )
 
 RefineSamples = Annotated[
@@ -97,6 +100,7 @@ def check(
     n: Annotated[int, typer.Option("-n", help="Flow samples for the kernel test.")] = 2000,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the findings.")] = None,
     seed: Seed = 0,
+    device: Device = "cpu",
 ) -> None:
     """Is this flow exact on this System? Round trip, log-determinant, energies, what the System has, the kernel.
 
@@ -110,11 +114,16 @@ def check(
     from openmm_regflow.flows import Flow
     from openmm_regflow.systems import load_system, select_atoms
 
+    platform = use_platform(device)
     molecule = load_system(system)
-    loaded = Flow.load(flow)
+    platform = platform or cpu_platform(molecule.system)
+    loaded = Flow.load(flow, use_device(device))
     subset = None if atoms is None else select_atoms(molecule.topology, atoms)
     with bars() as bar:
-        report = run_checks(loaded, molecule, n=n, seed=seed, progress=bar("kernel", n), atom_subset=subset)
+        progress = bar("kernel", n)
+        report = run_checks(
+            loaded, molecule, n=n, seed=seed, progress=progress, atom_subset=subset, platform=platform
+        )
     show_table(f"{flow} on {molecule.name}", [("what", "found", ""), *report.rows()])
     print(report.verdict)
     if output:
@@ -132,9 +141,12 @@ def mcmc(
     md_steps: Annotated[int, typer.Option(help="Langevin steps per iteration.")] = 250,
     n_proposals: Annotated[int, typer.Option(help="1: Metropolis-Hastings; more: i-SIR.")] = 1,
     seed: Seed = 0,
+    device: Device = "cpu",
     overwrite: Overwrite = False,
 ) -> None:
     """An openmmtools chain of Langevin dynamics and flow moves: a DCD trajectory and statistics.
+
+    On a GPU the dynamics run on OpenMM's CUDA platform; a molecule of a hundred atoms may well be faster on the CPU.
 
     Example: openmm-regflow mcmc systems/alanine-dipeptide/flow.safetensors --iterations 1000 --output runs/mcmc
     """
@@ -142,15 +154,17 @@ def mcmc(
     from openmm_regflow.chains import run_chain, write_trajectory
     from openmm_regflow.moves import FlowMove
 
-    _, mol, proposal = open_proposal(flow, system, "cpu")
+    _, mol, proposal = open_proposal(flow, system, device)
+    platform = use_platform(device) or "Reference"
     settings = {"flow": str(flow), "system": system, "iterations": iterations, "md_steps": md_steps, "seed": seed}
     prepare_output(output, "mcmc", settings | {"n_proposals": n_proposals}, overwrite)
     with bars() as bar:
         trace = run_chain(
             mol,
-            FlowMove(proposal, n_proposals=n_proposals),
+            FlowMove(proposal, n_proposals=n_proposals, seed=seed),
             n_iterations=iterations,
             n_md_steps=md_steps,
+            platform=platform,
             seed=seed,
             progress=bar("chain", iterations),
         )
@@ -183,10 +197,11 @@ def tfep(
     if source.suffix == ".toml":
         from openmm_regflow.tfep import load_states, run_states
 
+        where = use_device(device)
         config = load_states(source)
         config = config if seed is None else config.model_copy(update={"seed": seed})
         prepare_output(output, "tfep", config.model_dump(mode="json"), overwrite)
-        result = run_states(config, source.parent, output)
+        result = run_states(config, source.parent, output, device=where)
     else:
         import torch
 

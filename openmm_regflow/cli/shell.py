@@ -43,7 +43,11 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             function(*arguments, **options)
         except RegflowError as error:
             fail(f"error: {' '.join(str(error).split())}", 2)
-        except RuntimeError as error:
+        except OSError as error:
+            fail(f"error: {error}; check the path, its permissions and the free space", 2)
+        except KeyboardInterrupt:
+            fail("interrupted; the same command continues where it stopped", 130)
+        except Exception as error:  # torch and OpenMM name the troubles of a GPU by text alone
             from openmm_regflow.device import memory_line
 
             line = memory_line(error)
@@ -53,10 +57,6 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                 fail(f"error: {line}", 2)
             print(f"{line.split(';')[0]}: going on on the CPU", file=sys.stderr)
             guarded(*arguments, **options | {"device": "cpu"})
-        except OSError as error:
-            fail(f"error: {error}; check the path, its permissions and the free space", 2)
-        except KeyboardInterrupt:
-            fail("interrupted; the same command continues where it stopped", 130)
 
     return app.command()(guarded)
 
@@ -147,20 +147,88 @@ def finish_output(folder: Path) -> None:
     marker.write_text(json.dumps(json.loads(marker.read_text()) | {"finished": True}, indent=1))
 
 
-def open_proposal(flow_file: Path, system: str, device: str, allow_mismatch: bool = False) -> tuple[Any, Any, Any]:
-    """(flow, molecule, proposal) for a flow file and a system."""
+def use_device(device: str) -> Any:
+    """The torch device that a command was given; it becomes torch's current one, which OpenMM's Contexts follow.
+
+    Raises:
+        InputError: an unknown name, or a GPU that is not there.
+    """
+    import torch
+
     from openmm_regflow.device import resolve_device
+
+    where = resolve_device(device)
+    if where.index is not None and where.type == "cuda":
+        torch.cuda.set_device(where)
+    return where
+
+
+def use_platform(device: str) -> str | None:
+    """OpenMM's platform beside the torch device: CUDA on a GPU, on the same one and in mixed precision by default.
+
+    Returns:
+        None on the CPU, where the right platform depends on the System; and for "auto" where OpenMM has none for CUDA,
+        which is said.
+
+    Raises:
+        InputError: a GPU was asked for that OpenMM cannot use.
+    """
+    import openmm
+
+    from openmm_regflow.device import memory_line, openmm_properties
+
+    where = use_device(device)
+    if where.type != "cuda":
+        return None
+    try:
+        platform = openmm.Platform.getPlatformByName("CUDA")
+    except openmm.OpenMMException as error:
+        line = memory_line(error) or str(error)
+        if device != "auto":
+            raise InputError(line) from error
+        print(f"{line.split(':')[0]}: its part goes on on the CPU", file=sys.stderr)
+        return None
+    # As defaults of the platform: openmmtools and others make Contexts by its name alone.
+    for name, value in openmm_properties("CUDA", where).items():
+        platform.setPropertyDefaultValue(name, value)
+    return "CUDA"
+
+
+def cpu_platform(system: Any) -> str | None:
+    """OpenMM's platform for a System where no GPU is to be used; None: the faster one, and none needs a GPU."""
+    import openmm
+
+    from openmm_regflow.check import small_platform
+    from openmm_regflow.device.choice import GPU_PLATFORMS
+
+    names = {openmm.Platform.getPlatform(k).getName() for k in range(openmm.Platform.getNumPlatforms())}
+    return small_platform(system) or "CPU" if names & set(GPU_PLATFORMS) else None
+
+
+def open_proposal(flow_file: Path, system: str, device: str, allow_mismatch: bool = False) -> tuple[Any, Any, Any]:
+    """(flow, molecule, proposal) for a flow file and a system; flow and energies on the device."""
     from openmm_regflow.flows import Flow
-    from openmm_regflow.potentials import OpenMMPotential, TorchPotential
     from openmm_regflow.proposals import FlowProposal
     from openmm_regflow.systems import load_system
 
-    where = resolve_device(device)
-    flow = Flow.load(flow_file, where)
+    flow = Flow.load(flow_file, use_device(device))
     molecule = load_system(system)
-    on_gpu = where.type == "cuda"
-    potential = TorchPotential(molecule.system, device=where) if on_gpu else OpenMMPotential(molecule.system)
+    potential = _potential(molecule.system, device)
     return flow, molecule, FlowProposal(flow, potential, molecule.temperature, allow_mismatch=allow_mismatch)
+
+
+def _potential(system: Any, device: str) -> Any:
+    """Energies on the device: in torch on a GPU, by OpenMM on the CPU and for forces that have no torch form."""
+    from openmm_regflow.errors import UnsupportedForceError
+    from openmm_regflow.potentials import OpenMMPotential, TorchPotential
+
+    where = use_device(device)
+    if where.type == "cpu":
+        return OpenMMPotential(system, cpu_platform(system))
+    try:
+        return TorchPotential(system, device=where)
+    except UnsupportedForceError:
+        return OpenMMPotential(system, use_platform(device))
 
 
 def show_table(title: str, rows: list[tuple[str, ...]]) -> None:

@@ -18,6 +18,7 @@ from openmm_regflow.cli.shell import (
     finish_output,
     prepare_output,
     show_table,
+    use_device,
 )
 from openmm_regflow.errors import InputError
 
@@ -60,18 +61,16 @@ def benchmark(
     if what != "speed":
         raise InputError(f"unknown benchmark {what!r}; known: speed, paper")
     from openmm_regflow.demo import speed_table
-    from openmm_regflow.device import resolve_device
     from openmm_regflow.systems import load_system
 
     n = n or 4096
-    rows = speed_table(load_system(system), n, resolve_device(device), seed)
+    rows = speed_table(load_system(system), n, use_device(device), seed)
     show_table(f"{system}, {n} samples, {torch.get_num_threads()} threads, {device}", [("what", "per second"), *rows])
     if output:
         output.write_text(json.dumps(dict(rows), indent=1))
 
 
 def _paper(output: Path, given: dict[str, Any], settings: list[str], device: str) -> None:
-    from openmm_regflow.device import resolve_device
     from openmm_regflow.paper import load_config, run_table
 
     config = load_config(given, settings)
@@ -84,26 +83,38 @@ def _paper(output: Path, given: dict[str, Any], settings: list[str], device: str
             if name:
                 print(f"{name} ({done + 1} of {total})", flush=True)
 
-        rows = run_table(output, config, device=resolve_device(device), report=report)
+        rows = run_table(output, config, device=use_device(device), report=report)
     show_table("One budget of training for every run", rows)
     print(f"wrote {output / 'table.md'} and {output / 'table.csv'}")
 
 
 @command
-def doctor() -> None:
+def doctor(
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the same tables.")] = None,
+) -> None:
     """What to send with a bug report: versions, platforms, devices, and whether results agree; exit code 1 if not.
 
-    Example: openmm-regflow doctor
+    Example: openmm-regflow doctor --output doctor.json
     """
-    from openmm_regflow.doctor import platform_rows, transfer_rows, version_rows
+    from openmm_regflow.doctor import platform_rows, torch_rows, transfer_rows, version_rows
 
-    show_table("Versions and devices", [("what", "found"), *version_rows()])
+    versions = [("what", "found"), *version_rows()]
+    show_table("Versions and devices", versions)
     rows, fine = platform_rows()
     show_table("OpenMM platforms on alanine dipeptide", rows)
+    devices, same = torch_rows()
+    show_table("TorchPotential against OpenMM's Reference platform, alanine dipeptide", devices)
     ways, unchanged = transfer_rows()
     show_table("Positions between an OpenMM Context and torch", ways)
+    if output:
+        tables = {"platforms": rows, "torch": devices, "positions": ways}
+        record: dict[str, Any] = {name: [dict(zip(t[0], row)) for row in t[1:]] for name, t in tables.items()}
+        found = {"versions": {row[0]: row[1] for row in versions[1:]}, "agrees": fine and same and unchanged}
+        output.write_text(json.dumps(found | record, indent=1))
     if not unchanged:
         fail("error: positions come back changed; use way='host', and send this output with a bug report", 1)
+    if not same:
+        fail("error: TorchPotential disagrees with OpenMM on a device; use another, and send this output", 1)
     if not fine:
         fail("error: a platform disagrees with the batched potential; choose another with platform=...", 1)
 
@@ -121,9 +132,8 @@ def demo(
     Example: openmm-regflow demo --pretrained --output demo
     """
     from openmm_regflow.demo import Monitor, run_demo
-    from openmm_regflow.device import resolve_device
 
-    resolve_device(device)
+    use_device(device)
     prepare_output(output, "demo", {"pretrained": pretrained, "seed": seed}, overwrite)
     began = time.monotonic()
     with bars() as bar:

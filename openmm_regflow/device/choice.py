@@ -1,5 +1,7 @@
 """Which torch device, and which OpenMM device and precision go with it."""
 
+import re
+
 import torch
 
 from openmm_regflow.errors import InputError
@@ -7,6 +9,8 @@ from openmm_regflow.errors import InputError
 KNOWN = "known: cpu, cuda, cuda:N, auto"
 #: OpenMM platforms that take a device and a precision.
 GPU_PLATFORMS = ("CUDA", "HIP", "OpenCL")
+#: What OpenMM says when a GPU, its driver or its compiler is at fault, and not the System or its positions.
+GPU_TROUBLE = "CUDA|OpenCL|HIP|[Nn]o compatible|[Cc]reating [Cc]ontext|DeviceIndex"
 
 
 def resolve_device(name: str = "cpu") -> torch.device:
@@ -66,14 +70,31 @@ def openmm_properties(platform: str, device: torch.device | str | None = None) -
     return properties
 
 
+def openmm_remedy() -> str:
+    """How to install OpenMM's CUDA platform for the CUDA that this torch was built for."""
+    major = (torch.version.cuda or "12").split(".")[0]
+    return f"pip install 'openmm-regflow[cuda{major}]' (the same as openmm[cuda{major}])"
+
+
 def memory_line(error: BaseException) -> str | None:
-    """One line for a GPU that is out of memory or does not fit torch's CUDA; None for any other error."""
-    if isinstance(error, torch.OutOfMemoryError):
+    """One line for a GPU that is out of memory, missing, or does not fit torch's or OpenMM's CUDA; else None."""
+    # By its name: this module serves the learning side, too, which never imports OpenMM.
+    of_openmm = type(error).__name__ == "OpenMMException"
+    text, first = " ".join(str(error).split()), str(error).strip().partition("\n")[0]
+    if isinstance(error, torch.OutOfMemoryError) or (of_openmm and re.search("OUT_OF_MEMORY|out of memory", text)):
         return (
             "the GPU is out of memory; take fewer samples at a time (-n, batch_size, pool), or --device cpu, or "
             "--device auto to go on there"
         )
-    text = str(error).strip().splitlines()
-    if isinstance(error, RuntimeError) and text and "CUDA" in text[0]:
-        return f"the GPU failed: {text[0].rstrip('.')}; see openmm-regflow doctor, or take --device cpu"
+    if isinstance(error, RuntimeError) and "CUDA" in first:
+        return f"the GPU failed: {first.rstrip('.')}; see openmm-regflow doctor, or take --device cpu"
+    if not of_openmm:
+        return None
+    if missing := re.search(r"no registered Platform called \"?(\w+)", text):
+        return (
+            f"OpenMM has no platform {missing[1]} here: {openmm_remedy()}, or take --device cpu; openmm-regflow doctor "
+            "says which plugins failed to load"
+        )
+    if re.search(GPU_TROUBLE, text):
+        return f"OpenMM cannot use the GPU: {text.rstrip('.')}; see openmm-regflow doctor, or take --device cpu"
     return None

@@ -18,10 +18,10 @@ SAME_LENGTH = 1e-9
 ON_SURFACE = 1e-3
 
 
-def potential_of(system: openmm.System) -> Potential:
-    """The batched torch potential, or OpenMM's own where a force has no torch form."""
+def potential_of(system: openmm.System, device: torch.device | str = "cpu") -> Potential:
+    """The batched torch potential on a device, or OpenMM's own where a force has no torch form."""
     try:
-        return TorchPotential(system)
+        return TorchPotential(system, device=device)
     except UnsupportedForceError:
         return OpenMMPotential(system)
 
@@ -71,18 +71,21 @@ class ConstrainedEnergy:
             )
 
 
-def state_of(system: openmm.System, temperature: Any, basin: Basin | None = None) -> State:
+def state_of(
+    system: openmm.System, temperature: Any, basin: Basin | None = None, device: torch.device | str = "cpu"
+) -> State:
     """The state that dynamics of a System sample at one temperature.
 
     Args:
         system: non-periodic where a map is learned.
         temperature: [K or Quantity].
         basin: indicator, or None for the whole space.
+        device: of the energies.
 
     Returns:
         A :class:`State`; its potential carries the metric term of the constraints, if there are any.
     """
-    potential = potential_of(system)
+    potential = potential_of(system, device)
     if not system.getNumConstraints():
         return State(potential, temperature, basin)
     return State(ConstrainedEnergy(system, temperature, potential), temperature, basin)

@@ -62,7 +62,7 @@ class WorkLoss:
         fine = torch.isfinite(positions).flatten(1).all(1)
         if not bool(fine.any()):
             raise InsufficientDataError("the map carries a whole batch outside the coordinates; train it longer first")
-        u = torch.as_tensor(state.potential(positions[fine])) / thermal_energy(state.temperature)
+        u = torch.as_tensor(state.potential(positions[fine])).to(log_volume) / thermal_energy(state.temperature)
         u = torch.where(u > self.cap, self.cap + torch.log1p((u - self.cap).clamp_min(0.0)), u)
         return u[torch.isfinite(u)].mean() - log_volume[fine].mean()
 
@@ -146,7 +146,7 @@ def reflow_between(
     Raises:
         DivergenceError: training did not recover.
     """
-    teacher = VectorField(circular, "mlp", hidden, depth, config.seed)
+    teacher = VectorField(circular.cpu(), "mlp", hidden, depth, config.seed).to(circular.device)
     generator = torch.Generator().manual_seed(config.seed)
     n = max(len(a), len(b))
     data = _matched(n, a, generator), _matched(n, b, generator)
@@ -213,7 +213,7 @@ def fit_map(
     size = {"name": architecture, "n_layers": n_layers, "hidden": hidden, "depth": 2, "seed": config.seed}
     if architecture == "spline":
         size |= {"n_bins": 8, "bound": 6.0}
-    bijection = flows.build(coordinates, size).bijection
+    bijection = flows.build(coordinates, size).bijection.to(coordinates.circular.device)
     a, b = (coordinates.to_features(x)[0].float() for x in (x_a, x_b))
     generator = torch.Generator().manual_seed(config.seed)
     if coupling == "reflow":

@@ -83,7 +83,7 @@ class NearbyMap(Bijection):
         a, b = a.double(), b.double()
         stiff, both = ~circular, torch.cat([a, b])
         design = harmonics(both[:, circular])
-        ridge = torch.eye(design.shape[1], dtype=design.dtype)
+        ridge = torch.eye(design.shape[1]).to(design)
         mean = torch.linalg.solve(design.T @ design + ridge, design.T @ both[:, stiff])
         rests = [v[:, stiff] - harmonics(v[:, circular]) @ mean for v in (a, b)]
         var_a, var_b = (r.var(0) for r in rests)
@@ -163,7 +163,7 @@ class WorkSpread:
         positions, log_volume = self.coordinates.to_positions(features.double())
         fine = torch.isfinite(positions).flatten(1).all(1)
         u = torch.full_like(log_volume, math.nan)
-        u[fine] = torch.as_tensor(state.potential(positions[fine])) / thermal_energy(state.temperature)
+        u[fine] = torch.as_tensor(state.potential(positions[fine])).to(u) / thermal_energy(state.temperature)
         return u - log_volume
 
     def _spread(self, works: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ def fit_nearby_map(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         torsions = torsion_flow(int(coordinates.circular.sum())) if states is not None else None
-    bijection = NearbyMap.fit(coordinates.circular, a, b, torsions)
+    bijection = NearbyMap.fit(coordinates.circular, a, b, torsions).to(a.device)
     if states is not None:
         _train(bijection, WorkSpread(coordinates, *states), a, b, config)
     return CoordinatesMap(coordinates, bijection.double().eval(), (positions_a, positions_b))

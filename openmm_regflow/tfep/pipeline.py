@@ -81,7 +81,7 @@ class AffineMap:
                 f"{len(x)} and {len(y)} samples cannot fix a covariance in {x.shape[1]} dimensions; give more"
             )
         c_a, c_b = (torch.atleast_2d(torch.cov(v.T)) for v in (x, y))
-        c_a, c_b = (c + ridge * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype) for c in (c_a, c_b))
+        c_a, c_b = (c + ridge * c.diagonal().mean() * torch.eye(len(c)).to(c) for c in (c_a, c_b))
         root, inverse = _power(c_a, 0.5), _power(c_a, -0.5)
         fitted = cls(x.mean(0), y.mean(0), inverse @ _power(root @ c_b @ root, 0.5) @ inverse)
         fitted.trained_on = (a, b)
@@ -304,7 +304,7 @@ def _refuse_free_centre(one: Any, state: State, x: Tensor, shift: float = 0.3) -
 
 
 def _row_keys(positions: Any, dtype: torch.dtype) -> set[bytes]:
-    return {row.tobytes() for row in _tensor(positions).to(dtype).numpy()}
+    return {row.tobytes() for row in _tensor(positions).to("cpu", dtype).numpy()}
 
 
 def check_disjoint(positions: Any, trained_on: Any, name: str, dtype: torch.dtype = torch.float32) -> None:

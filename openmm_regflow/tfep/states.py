@@ -177,13 +177,16 @@ def read_positions(path: Path, molecule: MolecularSystem, stride: int = 1) -> np
     return trajectory.xyz
 
 
-def open_state(config: StateConfig, folder: Path, run_folder: Path) -> tuple[State, np.ndarray, MolecularSystem]:
+def open_state(
+    config: StateConfig, folder: Path, run_folder: Path, device: torch.device | str = "cpu"
+) -> tuple[State, np.ndarray, MolecularSystem]:
     """The state, its samples inside the basin `(n, n_atoms, 3)` [nm], and its molecule.
 
     Args:
         config: the state.
         folder: that relative paths start from.
         run_folder: for the state's own simulation, if it asks for one.
+        device: of the energies, and of that simulation unless its settings name one.
 
     Raises:
         InputError: missing or unfitting files or settings.
@@ -196,7 +199,7 @@ def open_state(config: StateConfig, folder: Path, run_folder: Path) -> tuple[Sta
         system_xml=None if config.system_xml is None else folder / config.system_xml,
         temperature=config.temperature,
     )
-    state, x = _source(config, folder, run_folder, molecule)
+    state, x = _source(config, folder, run_folder, molecule, device)
     if config.basin is not None:
         low, high = np.radians(config.basin.range)
         basin = torsion_basin(config.basin.torsion, (float(low), float(high)))
@@ -208,11 +211,13 @@ def open_state(config: StateConfig, folder: Path, run_folder: Path) -> tuple[Sta
     return state, x, molecule
 
 
-def _source(config: StateConfig, folder: Path, run_folder: Path, molecule: MolecularSystem) -> tuple[State, np.ndarray]:
+def _source(
+    config: StateConfig, folder: Path, run_folder: Path, molecule: MolecularSystem, device: torch.device | str
+) -> tuple[State, np.ndarray]:
     """The state without its basin, and its frames, from whichever source the file names."""
     if config.storage is not None:
         state, x = state_from_storage(
-            folder / config.storage, config.state, burn_in=config.burn_in, stride=config.stride
+            folder / config.storage, config.state, burn_in=config.burn_in, stride=config.stride, device=device
         )
         if x.shape[1] != molecule.n_atoms:
             raise InputError(f"{config.storage} holds {x.shape[1]} atoms, {config.system} has {molecule.n_atoms}")
@@ -222,15 +227,17 @@ def _source(config: StateConfig, folder: Path, run_folder: Path, molecule: Molec
                 f"{config.temperature} K; leave temperature out"
             )
         return state, x
-    state = state_of(molecule.system, molecule.temperature)
+    state = state_of(molecule.system, molecule.temperature, device=device)
     if config.simulate is None:
         return state, read_positions(folder / str(config.trajectory), molecule, config.stride)
-    batched_tempering(molecule, run_folder, BatchedSettings.create(**config.simulate))
+    batched_tempering(molecule, run_folder, BatchedSettings.create(**{"device": str(device)} | config.simulate))
     ladders = load_runs(run_folder, config.burn_in)
     return state, np.concatenate([run.at_temperature(run.positions)[:: config.stride] for run in ladders])
 
 
-def run_states(config: StatesConfig, folder: str | Path, output: str | Path) -> TargetedFreeEnergy:
+def run_states(
+    config: StatesConfig, folder: str | Path, output: str | Path, device: torch.device | str = "cpu"
+) -> TargetedFreeEnergy:
     """Compute the free energy difference that a states file describes and write it.
 
     Args:
@@ -238,6 +245,7 @@ def run_states(config: StatesConfig, folder: str | Path, output: str | Path) -> 
         folder: that relative paths start from.
         output: folder for ``tfep.json``, ``works.npz``, ``works.png`` and ``convergence.png``, and for the runs of
             states that are simulated.
+        device: of energies, simulations and the training of a map.
 
     Returns:
         The result; with a learned map, plain perturbation on the same samples is ``.plain``.
@@ -248,14 +256,15 @@ def run_states(config: StatesConfig, folder: str | Path, output: str | Path) -> 
     """
     folder, output = Path(folder), Path(output)
     (state_a, x_a, molecule), (state_b, x_b, other) = (
-        open_state(c, folder, output / f"run-{name}") for name, c in (("a", config.a), ("b", config.b))
+        open_state(c, folder, output / f"run-{name}", device) for name, c in (("a", config.a), ("b", config.b))
     )
     names = [[atom.element.symbol for atom in m.topology.atoms()] for m in (molecule, other)]
     if names[0] != names[1]:
         raise InputError(
             f"{config.a.system} and {config.b.system} differ in their atoms; both states need one molecule"
         )
-    result, mapped = _solve(config, molecule, state_a, state_b, x_a, x_b)
+    frames = (torch.as_tensor(x, dtype=torch.float64, device=device) for x in (x_a, x_b))
+    result, mapped = _solve(config, molecule, state_a, state_b, *frames)
     output.mkdir(parents=True, exist_ok=True)
     record = {"result": result.to_dict(), "settings": config.model_dump(mode="json")}
     (output / "tfep.json").write_text(json.dumps(record, indent=1))
@@ -267,7 +276,12 @@ def run_states(config: StatesConfig, folder: str | Path, output: str | Path) -> 
 
 
 def _solve(
-    config: StatesConfig, molecule: MolecularSystem, state_a: State, state_b: State, x_a: np.ndarray, x_b: np.ndarray
+    config: StatesConfig,
+    molecule: MolecularSystem,
+    state_a: State,
+    state_b: State,
+    x_a: torch.Tensor,
+    x_b: torch.Tensor,
 ) -> tuple[TargetedFreeEnergy, Works]:
     fixed = shared_bonds(state_a, state_b)
     options: dict[str, Any] = {"method": config.method, "n_resamples": config.n_resamples, "generator": config.seed}
@@ -276,7 +290,8 @@ def _solve(
         return estimate(same.forward, same.reverse, temperature=state_a.temperature, **options), same
 
     def fit(a: torch.Tensor, b: torch.Tensor) -> CoordinatesMap:
-        coordinates = coordinates_for(molecule.topology, torch.cat([a, b]), config.coordinates, fixed)
+        coordinates = coordinates_for(molecule.topology, torch.cat([a, b]).cpu(), config.coordinates, fixed)
+        coordinates = coordinates.to(a.device)
         if config.map == "nearby":
             return fit_nearby_map(coordinates, a, b, (state_a, state_b))
         return fit_map(

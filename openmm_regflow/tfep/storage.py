@@ -7,6 +7,7 @@ restraint on and off. :func:`storage_reference` gives MBAR over all of its state
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from openmm_regflow.errors import InsufficientDataError
 from openmm_regflow.reweighting import Seed
@@ -17,7 +18,12 @@ from openmm_regflow.tfep.pipeline import State
 
 
 def state_from_storage(
-    storage: str | Path | MultistateRun, index: int, *, burn_in: int = 0, stride: int = 1
+    storage: str | Path | MultistateRun,
+    index: int,
+    *,
+    burn_in: int = 0,
+    stride: int = 1,
+    device: torch.device | str = "cpu",
 ) -> tuple[State, np.ndarray]:
     """One thermodynamic state of an openmmtools sampler, and the frames that its replicas left there.
 
@@ -26,6 +32,7 @@ def state_from_storage(
         index: of the state; negative counts from the last.
         burn_in: iterations left out at the start.
         stride: keep every so many of the stored frames.
+        device: of the energies.
 
     Returns:
         The state, its potential with all global parameters set, and positions `(n, n_atoms, 3)` [nm] in time.
@@ -37,7 +44,7 @@ def state_from_storage(
     """
     run = storage if isinstance(storage, MultistateRun) else load_multistate(storage)
     frames = run.frames(index, burn_in, stride)
-    return state_of(run.system(index), run.temperature(index)), frames
+    return state_of(run.system(index), run.temperature(index), device=device), frames
 
 
 def storage_reference(

@@ -2,7 +2,8 @@
 
     python tests/benchmarks/gpu.py --skip-tests
 
-Where torch finds no GPU it says so in one line, writes nothing and ends with exit code 0: nothing was checked.
+The file is written after every part, so that one which fails or is stopped takes nothing along; exit code 1 if one
+failed. Where torch finds no GPU it says so in one line, writes nothing and ends with exit code 0: nothing was checked.
 """
 
 import argparse
@@ -10,8 +11,11 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import openmm
 import torch
@@ -21,23 +25,94 @@ from speed.likelihoods import features
 
 from openmm_regflow import Flow, FlowProposal, TorchPotential, flows, load_system
 from openmm_regflow.device import choose_way, openmm_properties, read_positions, why_no_gpu, write_positions
-from openmm_regflow.doctor import transfer_rows
+from openmm_regflow.doctor import driver_version, platform_rows, plugin_failures, torch_rows, transfer_rows
 from openmm_regflow.objectives import LikelihoodLoss, RegFlowLoss
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "results"
 DEVICE = "cuda"
 N_LIKELIHOODS, N_ENERGIES, BATCH, POOL = 200_000, 100_000, 8192, 10_000
 
 
-def measure() -> dict[str, Any]:
-    """All figures of the GPU that torch has chosen."""
-    parts = (likelihoods, architectures, energies, pool, context)
-    found: dict[str, Any] = {"chip": torch.cuda.get_device_name(), "CUDA of torch": torch.version.cuda}
-    for part in parts:
+class Record:
+    """Figures of several parts in one JSON file, whole after every part.
+
+    Args:
+        path: of the file.
+        header: what all parts have in common.
+
+    Attributes:
+        found: what the file holds.
+        failed: names of the parts that failed.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        self.path, self.found, self.failed = path, dict(header), []
+        self._write()
+
+    def add(self, part: Callable[[], Any]) -> None:
+        """Run a part and write what it found, or how it failed, with its own peak of the GPU's memory."""
         print(part.__doc__.splitlines()[0], flush=True)
-        found[part.__name__] = part()
-        print(json.dumps(found[part.__name__], indent=1), flush=True)
-    return found | {"conditions": conditions()}
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            figures = part()
+        except Exception as error:
+            figures = {"FAILED": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+            self.failed.append(part.__name__)
+        print(json.dumps(figures, indent=1), flush=True)
+        self.found[part.__name__] = figures
+        if torch.cuda.is_available():
+            peaks = self.found.setdefault("peak memory [MB]", {})
+            peaks[part.__name__] = torch.cuda.max_memory_allocated() / 1e6
+        self._write()
+
+    def _write(self) -> None:
+        self.path.write_text(json.dumps(self.found, indent=1) + "\n")
+
+
+def header() -> dict[str, Any]:
+    """Chip, driver, versions and commit."""
+    chip = torch.cuda.get_device_properties(torch.cuda.current_device())
+    platforms = [openmm.Platform.getPlatform(k).getName() for k in range(openmm.Platform.getNumPlatforms())]
+    return {
+        "chip": chip.name,
+        "memory [GB]": chip.total_memory / 1e9,
+        "compute capability": f"{chip.major}.{chip.minor}",
+        "driver": driver_version(),
+        "CUDA of torch": torch.version.cuda,
+        "OpenMM platforms": platforms,
+        "OpenMM plugins that failed to load": plugin_failures(openmm.Platform.getPluginLoadFailures()),
+        "conditions": conditions(),
+    }
+
+
+def tests() -> dict[str, Any]:
+    """The tests with the marker gpu: how many passed, failed or were skipped, and why."""
+    counts = outcomes(["-m", "gpu", "tests"], ROOT)
+    if counts["failed"] or not counts["passed"]:
+        raise RuntimeError(json.dumps(counts))
+    return counts
+
+
+def outcomes(arguments: list[str], folder: Path) -> dict[str, Any]:
+    """Counts of a run of pytest in a process of its own: passed, failed (errors included), skipped, with reasons."""
+    with tempfile.TemporaryDirectory() as place:
+        report = Path(place) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-o", "addopts=", f"--junitxml={report}", *arguments]
+        done = subprocess.run(command, cwd=folder)
+        if not report.is_file():
+            raise RuntimeError(f"pytest ended with exit code {done.returncode} before its first test")
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    failed = [case.get("name") for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    skipped = [case.find("skipped") for case in cases if case.find("skipped") is not None]
+    return {
+        "passed": len(cases) - len(failed) - len(skipped),
+        "failed": failed,
+        "skipped": len(skipped),
+        "reasons": sorted({str(case.get("message")) for case in skipped}),
+    }
 
 
 def shipped() -> tuple[Any, Flow]:
@@ -113,8 +188,15 @@ def pool() -> dict[str, Any]:
         "seconds": best,
         "samples per second": POOL / best,
         "on the device": all(t.device.type == DEVICE for t in batch),
-        "peak memory since the start [MB]": torch.cuda.max_memory_allocated() / 1e6,
     }
+
+
+def agreement() -> dict[str, Any]:
+    """Energies by every OpenMM platform and by torch on every device against each other."""
+    (platforms, agree), (devices, same) = platform_rows(), torch_rows()
+    if not (agree and same):
+        raise RuntimeError(json.dumps([platforms, devices]))
+    return {"platforms": platforms, "torch": devices}
 
 
 def context() -> dict[str, Any]:
@@ -122,10 +204,7 @@ def context() -> dict[str, Any]:
     rows, fine = transfer_rows()
     found: dict[str, Any] = {"table": rows, "agrees": fine}
     molecule = load_system("alanine-dipeptide")
-    try:
-        platform = openmm.Platform.getPlatformByName("CUDA")
-    except openmm.OpenMMException as error:
-        return found | {"OpenMM": f"has no CUDA platform here: {error}"}
+    platform = openmm.Platform.getPlatformByName("CUDA")
     made = openmm.Context(molecule.system, openmm.VerletIntegrator(0.001), platform, openmm_properties("CUDA"))
     made.setPositions(molecule.positions)
     transfer = choose_way(made, DEVICE)
@@ -142,16 +221,17 @@ def main() -> None:
     if not torch.cuda.is_available():
         print(f"NOT RUN: there is no GPU here ({why_no_gpu()}). Neither the GPU tests nor the GPU benchmarks were run.")
         return
-    tests = 0
-    if not options.skip_tests:
-        tests = subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu", "-o", "addopts="], cwd=ROOT).returncode
-    found = measure()
-    chip = re.sub(r"[^a-z0-9]+", "-", found["chip"].lower()).strip("-")
-    target = ROOT / "docs" / "results" / f"gpu-{chip}.json"
-    target.write_text(json.dumps(found | {"tests passed": None if options.skip_tests else tests == 0}, indent=1) + "\n")
-    print(f"wrote {target}")
-    sys.exit(tests)
+    chip = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    record = Record(RESULTS / f"gpu-{chip}.json", header())
+    for part in PARTS[options.skip_tests :]:
+        record.add(part)
+    print(f"wrote {record.path}")
+    if record.failed:
+        sys.exit(f"failed: {', '.join(record.failed)}")
 
+
+#: In this order; the tests first.
+PARTS = (tests, agreement, likelihoods, architectures, energies, pool, context)
 
 if __name__ == "__main__":
     main()

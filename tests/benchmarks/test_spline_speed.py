@@ -1,4 +1,4 @@
-"""Couplings against other libraries and against their own matrix products: the goals, as pass or fail.
+"""Couplings against other libraries and against their own matrix products: limits as pass or fail, goals as notes.
 
     pip install -e '.[peers]'
     pytest tests/benchmarks/test_spline_speed.py -o addopts="" --benchmark-only
@@ -12,9 +12,13 @@ import torch
 from speed.architectures import measure
 from speed.peers import CONTESTANTS, DIM, ENTRIES, installed
 
-#: What must hold for samples, densities and steps: ratio to the fastest torch peer, and to the bare products.
+#: Limits that samples, densities and steps must keep: ratio to the fastest torch peer, and to the bare products. They
+#: are what was reached, less a margin for a busy machine.
 LEAST_RATIO = {"real_nvp": 0.9, "res_nvp": 1.0, "spline": 1.5}
 LEAST_SHARE = {"real_nvp": 0.5, "res_nvp": 0.6, "spline": 0.35, "jet": 0.4}
+#: The goals, which are higher and not all met (docs/speed.md): whether they are goes into the report.
+GOAL_RATIO = {"spline": 3.0}
+GOAL_SHARE = {"real_nvp": 0.9, "res_nvp": 0.9, "spline": 0.5}
 PEERS = ("nflows", "zuko", "normflows", "bgflow")
 
 
@@ -23,10 +27,17 @@ def test_against_peers_and_products(benchmark, architecture):
     found = benchmark.pedantic(measure, (1.0, 1, (architecture,)), rounds=1)["per second"][architecture]
     own = found.get("this package, fused", found["this package"])
     benchmark.extra_info |= {name: {work: round(rate) for work, rate in rates.items()} for name, rates in found.items()}
+    floor = found["matrix products alone"]
+    fastest = {work: max((rates[work] for name, rates in found.items() if name in PEERS), default=0.0) for work in own}
+    benchmark.extra_info["goals met"] = [
+        work
+        for work, rate in own.items()
+        if rate >= GOAL_SHARE.get(architecture, 0.0) * floor[work]
+        and rate >= GOAL_RATIO.get(architecture, 0.0) * fastest[work]
+    ]
     for work, rate in own.items():
-        assert rate >= LEAST_SHARE[architecture] * found["matrix products alone"][work]
-        fastest = max((rates[work] for name, rates in found.items() if name in PEERS), default=0.0)
-        assert rate >= LEAST_RATIO.get(architecture, 0.0) * fastest
+        assert rate >= LEAST_SHARE[architecture] * floor[work]
+        assert rate >= LEAST_RATIO.get(architecture, 0.0) * fastest[work]
 
 
 @pytest.mark.parametrize("architecture", list(ENTRIES))

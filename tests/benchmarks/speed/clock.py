@@ -17,7 +17,10 @@ import torch
 
 Call = Callable[[], Any]
 ROOT = Path(__file__).parents[3]
-PACKAGES = ("openmm", "openmmtools", "numpy", "zuko", "nflows", "normflows", "flowjax", "jax", "bgflow")
+PACKAGES = (
+    "openmm", "OpenMM-CUDA-12", "OpenMM-CUDA-13", "openmmtools", "numpy", "zuko", "nflows", "normflows", "flowjax",
+    "jax", "bgflow",
+)  # fmt: skip
 
 
 def race(calls: Mapping[str, Call], seconds: float = 1.0, wall: bool = False, device: str = "cpu") -> dict[str, float]:

@@ -21,6 +21,8 @@ SYSTEMS = ("alanine-dipeptide", "alanine-tripeptide", "alanine-tetrapeptide", "a
 LONG = ("ACE", *("ALA",) * 19, "NME")
 BATCHES = (1, 10, 100, 1000, 10_000, 100_000)
 SIZE = 1024
+#: Weights are so small that memory, which the kernel counts in pages, shows only in a million of them.
+MANY_WEIGHTS = 1_000_000
 
 
 def long_peptide() -> Any:
@@ -45,11 +47,16 @@ def measure(seconds: float = 0.3, million: int = 1_000_000) -> dict[str, Any]:
     rows = [of_molecule(molecule, seconds) for molecule in molecules]
     atoms = [row["atoms"] for row in rows]
     fitted = {
-        what: {part: exponent(atoms, [row[what][part] for row in rows]) for part in rows[0][what]}
+        what: {part: slope(atoms, [row[what][part] for row in rows]) for part in rows[0][what]}
         for what in ("microseconds", "kilobytes")
     }
     found = {"batch": SIZE, "rows": rows, "exponents": fitted, "batches": batches(seconds)}
     return found | ({"million": many(million)} if million else {})
+
+
+def slope(atoms: list[int], values: list[float]) -> float | None:
+    """The exponent of a power law; None where a value is zero (memory below one page)."""
+    return exponent(atoms, values) if min(values) > 0 else None
 
 
 def of_molecule(molecule: Any, seconds: float) -> dict[str, Any]:
@@ -70,12 +77,17 @@ def of_molecule(molecule: Any, seconds: float) -> dict[str, Any]:
     times = race(calls, seconds)
     sizes = {"energies, OpenMM": 32}
     # Far more samples than one chunk would show the size of the chunk; these are within one.
-    memory = {name: peak_memory(calls[name]) for name in ("flow", "energies, torch")}
+    many_log_w = torch.randn(MANY_WEIGHTS)
+    calls |= {
+        "energies, OpenMM": lambda: engine(x),
+        "weights": lambda: reweighting.effective_sample_size(many_log_w),
+    }
+    memory = {name: peak_memory(call) for name, call in calls.items()}
     return {
         "atoms": molecule.n_atoms,
         "microseconds": {name: 1e6 * took / sizes.get(name, SIZE) for name, took in times.items()},
-        "kilobytes": {name: used / SIZE / 1024 for name, used in memory.items()},
-    }  # fmt: skip
+        "kilobytes": {k: used / (MANY_WEIGHTS if k == "weights" else SIZE) / 1024 for k, used in memory.items()},
+    }
 
 
 def batches(seconds: float) -> dict[str, dict[str, float]]:

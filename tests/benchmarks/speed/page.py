@@ -49,7 +49,11 @@ def number(value: float) -> str:
 def conditions(found: dict[str, Any]) -> str:
     """Where, when, with what; parts that were measured at another time say so."""
     first = next(iter(found.values()))["conditions"]
-    versions = ", ".join(f"{name} {v}" for name, v in first["versions"].items())
+    of_all: dict[str, set[str]] = {}  # a part knows the versions of what was installed when it ran
+    for part in found.values():
+        for name, v in part["conditions"]["versions"].items():
+            of_all.setdefault(name, set()).add(v)
+    versions = ", ".join(f"{name} {' and '.join(sorted(v))}" for name, v in of_all.items())
     loads = [part["conditions"]["load average at the start"] for part in found.values()]
     commits = sorted({part["conditions"]["commit"] for part in found.values()})
     minutes = sum(part["wall seconds of this part"] for part in found.values()) / 60
@@ -125,17 +129,22 @@ def pipeline(found: dict[str, Any]) -> str:
     """Effective samples per second and microseconds by part."""
     parts = list(found["rows"][0]["microseconds"])
     lines = [
-        [r["system"], r["way"], *(f"{r['microseconds'][p]:.3g}" for p in parts), f"{r['whole']:.3g}",
+        [r["system"], named(r), *(f"{r['microseconds'][p]:.3g}" for p in parts), f"{r['whole']:.3g}",
          f"{100 * r['ESS']:.1f} %", f"{r['effective samples']:,.0f}"]
         for r in found["rows"]
     ]  # fmt: skip
     header = ["system", "way", *(f"{p} [µs]" for p in parts), "whole [µs]", "ESS", "effective per second"]
-    return markdown(header, lines)
+    return markdown(header, lines) + beside(found)
+
+
+def named(row: dict[str, Any]) -> str:
+    """The way of a row of the pipeline, with OpenMM's platform where it computed the energies."""
+    return f"{row['way']} ({row['platform']})" if "platform" in row else row["way"]
 
 
 def bar_chart(found: dict[str, Any]) -> Any:
     """Where the time of the pipeline goes."""
-    bars = {f"{r['system'].removeprefix('alanine-')}, {r['way']}": r["microseconds"] for r in found["rows"]}
+    bars = {f"{r['system'].removeprefix('alanine-')}, {named(r)}": r["microseconds"] for r in found["rows"]}
     return plots.stacked(bars, label="CPU time per sample [µs]", title="Reweighting with the shipped flows, one thread")
 
 
@@ -147,9 +156,15 @@ def growth(found: dict[str, Any]) -> str:
         for r in found["rows"]
     ]
     e = found["exponents"]
-    last = [f"{e['microseconds'][t]:.2f}" for t in times] + [f"{e['kilobytes'][m]:.2f}" for m in memory]
-    lines.append(["*exponent*", *last])
-    return markdown(["atoms", *(f"{t} [µs]" for t in times), *(f"{m} [kB]" for m in memory)], lines)
+    fitted = [*(e["microseconds"][t] for t in times), *(e["kilobytes"][m] for m in memory)]
+    lines.append(["*exponent*", *("–" if value is None else f"{value:.2f}" for value in fitted)])
+    return markdown(["atoms", *(f"{t} [µs]" for t in times), *(f"{m} [kB]" for m in memory)], lines) + beside(found)
+
+
+def beside(found: dict[str, Any]) -> str:
+    """Says so where other jobs ran on the machine when a part began."""
+    load = found["conditions"]["load average at the start"]
+    return f"\nOther jobs ran beside it: load average {load:g} when it began.\n" if load >= 0.5 else ""
 
 
 def batches(found: dict[str, Any]) -> str:
@@ -202,10 +217,10 @@ def startup(found: dict[str, Any]) -> str:
     """Seconds until the first line is through."""
     rows = {k: v for k, v in found.items() if isinstance(v, dict) and "seconds" in v}
     return markdown(
-        ["command", "seconds", "prints nothing of its own"],
+        ["command", "seconds", "CPU seconds", "prints nothing of its own"],
         ([f"`{name}`" if ("import" in name and "," not in name) or "--" in name else name, f"{r['seconds']:.2f}",
-          "yes" if r["silent"] else "NO"] for name, r in rows.items()),
-    )  # fmt: skip
+          f"{r['CPU seconds']:.2f}", "yes" if r["silent"] else "NO"] for name, r in rows.items()),
+    ) + beside(found)  # fmt: skip
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
