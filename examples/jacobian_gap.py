@@ -78,9 +78,9 @@ class Bench:
         shipped = rf.Flow.load(self.molecule.folder / "flow.safetensors").fuse()
         self.log_z = self.log_evidence(shipped)
 
-    def flow(self) -> flows.Flow:
-        """A new flow."""
-        return flows.spline(self.coordinates, **FLOW).fuse()
+    def flow(self, **other: int) -> flows.Flow:
+        """A new flow, of other sizes if wished."""
+        return flows.spline(self.coordinates, **FLOW | other).fuse()
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """Features `(n, dim)` of frames."""
@@ -282,6 +282,8 @@ ROWS: dict[str, tuple[str | None, Any]] = {
     "... then 10 pools of annealed samples": (BOTH, lambda b, s: with_annealed_pools(b, s)),
     "... then 10 pools, no frames in them": (BOTH, lambda b, s: refined(b, s, 0)),
     "... then 10 pools with 10,000 frames": (BOTH, lambda b, s: refined(b, s, 10_000)),
+    "likelihood alone, 200,000 frames, 10 layers": (None, lambda b, s: likelihood(b, b.flow(n_layers=10), b.many)),
+    "the same, 6 layers of torsions, 6 of lines": (None, lambda b, s: likelihood(b, b.flow(torsion_layers=6), b.many)),
 }
 
 

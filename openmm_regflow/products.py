@@ -6,6 +6,8 @@ where it is known to win, and where a product is large enough to pay for its set
 devices and types, small products, autocast) stays with torch.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,24 @@ from torch import Tensor, nn
 
 #: Multiplications of the smallest product that is worth oneDNN's set-up of ten microseconds.
 LEAST_WORK = 128**3
+#: Whether `coarse_gradients` is on; autograd runs the backward pass of CPU tensors in the thread that asked for it.
+_coarse = False
+
+
+@contextmanager
+def coarse_gradients(enabled: bool = True) -> Iterator[None]:
+    """Within, products of a backward pass round their factors to bfloat16, with sums in float32.
+
+    Values, and so losses, stay those of float32; a gradient is off by a few thousandths of its length, far less than
+    one batch differs from another, at half the time. Nothing changes where `linear` leaves products to torch, on
+    processors that do not multiply bfloat16, and where the backward pass itself is differentiated.
+    """
+    global _coarse
+    before, _coarse = _coarse, enabled and torch.cpu._is_avx512_bf16_supported()
+    try:
+        yield
+    finally:
+        _coarse = before
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = False) -> Tensor:
@@ -108,11 +128,14 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (a, b), needs = grads, ctx.saved_tensors, ctx.needs_input_grad
-        of_a = _Linear.apply(g, b.T, None, 1) if needs[0] else None
+        of_bias = g.sum(1 - ctx.axis) if ctx.has_bias and needs[2] else None
+        if _coarse and not torch.is_grad_enabled():
+            g, a, b = g.bfloat16(), a.bfloat16(), b.bfloat16()
+        of_a = _Linear.apply(g, b.T, None, 1).float() if needs[0] else None
         # g^T a, as the transpose of a^T g: oneDNN takes its second factor as it lies but copies a first one that is
         # transposed, and a is several times smaller than the gradient of a spline's parameters.
-        of_b = _Linear.apply(a.T, g.T, None, 1).T.contiguous() if needs[1] else None
-        return of_a, of_b, g.sum(1 - ctx.axis) if ctx.has_bias and needs[2] else None, None
+        of_b = _Linear.apply(a.T, g.T, None, 1).T.float().contiguous() if needs[1] else None
+        return of_a, of_b, of_bias, None
 
     @staticmethod
     def jvp(ctx: Any, a_t: Tensor | None, b_t: Tensor | None, bias_t: Tensor | None, _: None) -> Tensor:

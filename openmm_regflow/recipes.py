@@ -416,10 +416,10 @@ def check_config(config: RunConfig) -> None:
         section = getattr(config, name).train
         if section.batch_size % size:
             raise InputError(f"{name}.train.batch_size is {section.batch_size}; make it a multiple of {size} processes")
-        if section.precision != "float32" and name != "teacher":
+        if section.precision == "bfloat16" and name != "teacher":
             raise InputError(
-                f'{name}.train.precision = "{section.precision}" would break the inverse of the flow; only the '
-                "teacher can be trained in mixed precision"
+                f'{name}.train.precision = "bfloat16" would break the inverse of the flow; only the '
+                'teacher can have it, take "mixed"'
             )
 
 

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from openmm_regflow.errors import IncompatibleFlowError, InputError
 from openmm_regflow.flows import Flow, read_safetensors, write_safetensors
 from openmm_regflow.frames import Indicator, Mover, inside, rare_frames
 from openmm_regflow.objectives import GeneralisedKLLoss
+from openmm_regflow.products import coarse_gradients
 from openmm_regflow.training import Batch, Batches, average_into, cosine, pack_optimizer, unpack_optimizer
 
 CHECKPOINT_KIND = "openmm_regflow.refinement"
@@ -55,6 +56,9 @@ class RefineConfig(BaseModel):
     clip_top: float = Field(0.0, ge=0, lt=1, description="fraction of the largest weights cut to the next ones")
     rare_share: float = Field(
         0.0, ge=0, lt=1, description="of the target that is trained for, at least this share in the watched sets"
+    )
+    precision: Literal["float32", "mixed"] = Field(
+        "float32", description="mixed: gradients by products in bfloat16, on CPUs that gain by it"
     )
     tolerance: float = Field(0.9, gt=0, le=1, description="undo a round if exp(-KL) is below this part of the best")
     seed: int = 0
@@ -134,7 +138,9 @@ class _Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        self.loss.of(self.live, batch)[0].backward()
+        loss = self.loss.of(self.live, batch)[0]
+        with coarse_gradients(self.config.precision == "mixed"):
+            loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.live.parameters(), self.config.clip)
         if bool(torch.isfinite(norm)):  # a batch that overflows teaches nothing; the next pool judges the rest
             self.optimizer.step()

@@ -25,6 +25,7 @@ from openmm_regflow import ranks
 from openmm_regflow.errors import DivergenceError, IncompatibleFlowError, InputError
 from openmm_regflow.flows import read_safetensors, write_safetensors
 from openmm_regflow.objectives import Loss, SplitLoss, describe
+from openmm_regflow.products import coarse_gradients
 
 Batch = tuple[Tensor, ...]
 #: (steps done, steps in total, figures of the last step)
@@ -55,8 +56,10 @@ class TrainConfig(BaseModel):
     validate_every: int = Field(100, ge=1)
     patience: int | None = Field(None, ge=1, description="stop after this many validations without improvement")
     checkpoint_every: int = Field(500, ge=1)
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="bfloat16: mixed precision, for teachers only; quicker on GPUs"
+    precision: Literal["float32", "mixed", "bfloat16"] = Field(
+        "float32",
+        description="mixed: gradients by products in bfloat16, values in float32, on CPUs that gain by it; "
+        "bfloat16: values too, for teachers only, quicker on GPUs",
     )
     max_rollbacks: int = Field(3, ge=0, description="divergences survived by rolling back and halving the rate")
     seed: int = 0
@@ -257,7 +260,8 @@ class _Run:
         value = float(figures[0])
         if not self._sane(value):
             return self._roll_back(value)
-        total.backward()
+        with coarse_gradients(self.config.precision == "mixed"):
+            total.backward()
         self.ranks.mean_([p.grad for p in self.module.parameters() if p.grad is not None])
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip)
         if not bool(torch.isfinite(norm)):

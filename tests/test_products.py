@@ -127,3 +127,33 @@ def test_what_stays_with_torch(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         assert not products._worth_it(large, weight, 1024)
         assert products.linear(large, weight).dtype == torch.bfloat16
+
+
+needs_bfloat16 = pytest.mark.skipif(
+    not torch.cpu._is_avx512_bf16_supported(), reason="this processor does not multiply bfloat16"
+)
+
+
+@needs_bfloat16
+def test_coarse_gradients_are_gradients(monkeypatch):
+    """Values are untouched, gradients off by thousandths; twice differentiated, nothing is rounded."""
+    monkeypatch.setattr(products, "onednn_is_quicker", lambda: True)
+    torch.manual_seed(0)
+    network = ResidualMLP(40, 300, hidden=64, depth=2, zero_init=False)
+    x, target = torch.randn(2, 1000, 300)
+    weights = list(network.parameters())
+
+    def gradient(coarse, rows=slice(None), twice=False):
+        loss = (torch.cat(network.columns(x[rows, :40], [100, 200])).T - target[rows]).square().mean()
+        with products.coarse_gradients(coarse):
+            found = torch.autograd.grad(loss, weights, create_graph=twice)
+        return loss.detach(), torch.cat([g.flatten() for g in found]).detach()
+
+    (value, exact), (same, coarse) = gradient(False), gradient(True)
+    assert torch.equal(value, same)
+    error = float((coarse - exact).norm() / exact.norm())
+    assert 1e-5 < error < 0.01, error  # eight bits of mantissa in each factor
+    halves = [gradient(False, rows)[1] for rows in (slice(0, 500), slice(500, 1000))]
+    assert error < 0.05 * float((halves[0] - halves[1]).norm() / exact.norm())  # what one batch differs from another
+    assert float((gradient(True, twice=True)[1] - exact).norm() / exact.norm()) < 1e-5
+    assert float((gradient(False)[1] - exact).norm()) == 0.0  # and outside it is off again

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from openmm_regflow import flows, recipes
+from openmm_regflow import flows, products, recipes
 from openmm_regflow.errors import IncompatibleFlowError, InputError
 from openmm_regflow.flows import FlowMetadata
 from openmm_regflow.potentials import TorchPotential
@@ -174,6 +174,24 @@ def test_teacher_in_mixed_precision(data):
     full = recipes.fit(*data, config(teacher={"hidden": 16, "depth": 1, "train": train})).histories["teacher"]
     # Eight bits of mantissa: a per cent, and another curve.
     assert half.loss == pytest.approx(full.loss, rel=0.03) and half.loss != full.loss
+
+
+def test_students_by_coarse_gradients(data, monkeypatch):
+    """Regression and likelihood follow the curve of float32 to a per cent, and the flow is as exact both ways."""
+    monkeypatch.setattr(products, "onednn_is_quicker", lambda: True)
+    monkeypatch.setattr(products, "LEAST_WORK", 1)
+    found = []
+    for precision in ("float32", "mixed"):
+        train = {"precision": precision, "steps": 60, "batch_size": 64}
+        changes = {"regression": {"train": train}, "likelihood": {"train": train}}
+        found.append(recipes.fit(*data, config(**changes)))
+    full, mixed = found
+    for stage in ("regression", "likelihood"):
+        assert mixed.histories[stage].loss == pytest.approx(full.histories[stage].loss, rel=0.02, abs=0.05)
+    assert mixed.histories["regression"].loss[-1] < 0.9 * mixed.histories["regression"].loss[0]
+    if torch.cpu._is_avx512_bf16_supported():
+        assert mixed.histories["likelihood"].loss != full.histories["likelihood"].loss
+    assert mixed.inverse_error < 1e-4
 
 
 def test_refinement_needs_a_potential(data):
