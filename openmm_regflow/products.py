@@ -129,12 +129,17 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (a, b), needs = grads, ctx.saved_tensors, ctx.needs_input_grad
         of_bias = g.sum(1 - ctx.axis) if ctx.has_bias and needs[2] else None
+        if not (g.is_contiguous() or g.T.is_contiguous()):  # of a sum, one number for all: oneDNN would crawl
+            g = g.contiguous()
         if _coarse and not torch.is_grad_enabled():
             g, a, b = g.bfloat16(), a.bfloat16(), b.bfloat16()
         of_a = _Linear.apply(g, b.T, None, 1).float() if needs[0] else None
         # g^T a, as the transpose of a^T g: oneDNN takes its second factor as it lies but copies a first one that is
         # transposed, and a is several times smaller than the gradient of a spline's parameters.
-        of_b = _Linear.apply(a.T, g.T, None, 1).T.float().contiguous() if needs[1] else None
+        of_b = None
+        if needs[1]:
+            turned = _Linear.apply(a.T, g.T, None, 1).T
+            of_b = turned.to(torch.float32, memory_format=torch.contiguous_format)  # one pass for both
         return of_a, of_b, of_bias, None
 
     @staticmethod

@@ -4,14 +4,15 @@ from typing import Any
 
 import torch
 
+from openmm_regflow.products import coarse_gradients
 from speed.clock import Call, race
 from speed.peers import BATCH, DIM, ENTRIES, installed
 
 WORK = ("sample", "density", "training step")
 
 
-def calls_of(contestant: Any, y: torch.Tensor) -> dict[str, Call]:
-    """What a contestant is asked to do."""
+def calls_of(contestant: Any, y: torch.Tensor, mixed: bool = False) -> dict[str, Call]:
+    """What a contestant is asked to do; `mixed` trains as ``precision = "mixed"`` does."""
     module, sample, density = contestant
 
     def quiet(call: Call) -> None:
@@ -22,7 +23,8 @@ def calls_of(contestant: Any, y: torch.Tensor) -> dict[str, Call]:
         loss = density(y)
         if module is not None:
             module.zero_grad(set_to_none=True)
-            (-loss.mean()).backward()
+            with coarse_gradients(mixed):
+                (-loss.mean()).backward()
 
     return {"sample": lambda: quiet(lambda: sample(BATCH)), "density": lambda: quiet(lambda: density(y)), WORK[2]: step}
 
@@ -35,7 +37,7 @@ def measure(seconds: float = 0.5, threads: int = 1, architectures: Any = tuple(E
     y = torch.randn(BATCH, DIM)
     for architecture in architectures:
         ready = {name: made for name in ENTRIES[architecture] if (made := installed(name, architecture))}
-        calls = {name: calls_of(made, y) for name, made in ready.items()}
+        calls = {name: calls_of(made, y, "mixed" in name) for name, made in ready.items()}
         rows: dict[str, dict[str, float]] = {name: {} for name in ready}
         for kind in work:
             times = race({name: c[kind] for name, c in calls.items()}, seconds, wall=threads > 1)

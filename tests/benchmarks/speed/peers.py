@@ -246,6 +246,8 @@ def flowjax(architecture: str) -> Contestant:
 CONTESTANTS: dict[str, Callable[[str], Contestant]] = {
     "this package": ours,
     "this package, fused": partial(ours, compiled=True),
+    "this package, mixed": ours,  # in training only: `architectures.calls_of`
+    "this package, fused, mixed": partial(ours, compiled=True),
     "this package, ReLU": partial(ours, relu=True),
     "matrix products alone": products,
     "the same by torch's default": partial(products, by_torch=True),
@@ -255,12 +257,13 @@ CONTESTANTS: dict[str, Callable[[str], Contestant]] = {
     "bgflow": bgflow,
     "flowjax": flowjax,
 }
+OWN = ("this package", "this package, mixed", "matrix products alone", "the same by torch's default")
 #: Which libraries have an architecture; nobody else has transformers in couplings.
 ENTRIES = {
     "real_nvp": tuple(name for name in CONTESTANTS if "fused" not in name),
-    "res_nvp": ("this package", "matrix products alone", "the same by torch's default", "nflows", "zuko"),
-    "spline": tuple(name for name in CONTESTANTS if "ReLU" not in name),
-    "jet": ("this package", "matrix products alone", "the same by torch's default"),
+    "res_nvp": (*OWN, "nflows", "zuko"),
+    "spline": tuple(name for name in CONTESTANTS if name not in ("this package, ReLU", "this package, mixed")),
+    "jet": OWN,
 }
 
 
