@@ -155,7 +155,9 @@ def regression(bench: Bench, source: Any, loss: RegFlowLoss) -> flows.Flow:
     return flow
 
 
-def likelihood(bench: Bench, flow: flows.Flow, x: torch.Tensor, noise: float = 0.0, rate: float = 1e-3) -> flows.Flow:
+def likelihood(
+    bench: Bench, flow: flows.Flow, x: torch.Tensor, noise: float = 0.0, rate: float = 1e-3, **settings: str
+) -> flows.Flow:
     """The flow after maximum likelihood on frames, stopped by held-out ones."""
     y, clean = bench.features(bench.held_out), LikelihoodLoss(flow.prior)
 
@@ -163,7 +165,7 @@ def likelihood(bench: Bench, flow: flows.Flow, x: torch.Tensor, noise: float = 0
         with torch.no_grad():
             return float(clean(module, (y,), torch.Generator())[0])
 
-    config = LIKELIHOOD.model_copy(update={"learning_rate": rate})
+    config = LIKELIHOOD.model_copy(update={"learning_rate": rate, **settings})
     train(
         flow.bijection, LikelihoodLoss(flow.prior, noise), Batches((bench.features(x),), 512), config, validation=judge
     )
@@ -262,6 +264,7 @@ def teacher_of_many(bench: Bench, start: Any) -> flows.Flow:
 
 LOG_DET = "100,000 pairs, log-determinants"
 BOTH = "regression, then likelihood, 200,000 frames"
+#: The last three judge architecture (6 + 6: couplings of torsions, then of lines) and arithmetic.
 #: row -> (the row it starts from or None, how it is trained)
 ROWS: dict[str, tuple[str | None, Any]] = {
     "OT pairs": (None, transport),
@@ -283,8 +286,13 @@ ROWS: dict[str, tuple[str | None, Any]] = {
     "... then 10 pools, no frames in them": (BOTH, lambda b, s: refined(b, s, 0)),
     "... then 10 pools with 10,000 frames": (BOTH, lambda b, s: refined(b, s, 10_000)),
     "likelihood alone, 200,000 frames, 10 layers": (None, lambda b, s: likelihood(b, b.flow(n_layers=10), b.many)),
-    "the same, 6 layers of torsions, 6 of lines": (None, lambda b, s: likelihood(b, b.flow(torsion_layers=6), b.many)),
-}
+    "likelihood alone, 200,000 frames, 6 + 6 layers": (
+        None, lambda b, s: likelihood(b, b.flow(torsion_layers=6), b.many),
+    ),
+    "likelihood alone, 200,000 frames, mixed precision": (
+        None, lambda b, s: likelihood(b, b.flow(), b.many, precision="mixed"),
+    ),
+}  # fmt: skip
 
 
 def run_row(bench: Bench, name: str) -> None:

@@ -770,6 +770,14 @@ def test_one_direction_cannot_tell_what_it_does_not_reach():
     assert tfep.estimate(half, method="exp").verdict.startswith("do not trust")
 
 
+def test_one_work_that_carries_the_average_is_named():
+    """k-hat looks at the tail as a whole; the work that left it holds the error bar."""
+    w_f, w_r = gaussian_works(np.random.default_rng(63), 5000, 5000, sigma=0.5)
+    w_f[7] = -np.log(8 * np.sqrt(np.sum(np.exp(-2 * w_f)) / 8))
+    found = tfep.estimate(w_f, w_r, method="exp").verdict
+    assert found.startswith("use with care") and "one work holds 89 %" in found
+
+
 def test_frames_that_are_there_twice_do_not_cross_fit():
     a, b, _, _, x, y = wells(3)
     with pytest.raises(InputError, match="also trained the map"):

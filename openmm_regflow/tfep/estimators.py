@@ -25,10 +25,12 @@ from scipy.special import expit, logsumexp
 
 from openmm_regflow.errors import InputError, InsufficientDataError
 from openmm_regflow.reweighting import (
+    LARGEST_SHARE,
     Seed,
     as_generator,
     block_indices,
     effective_sample_size,
+    largest_share,
     pareto_k,
     to_numpy,
 )
@@ -298,6 +300,10 @@ def verdict_one_sided(result: TargetedFreeEnergy, works: np.ndarray, covered: bo
             "of it the others reach"
     if not covered:
         return f"use with care: {figures}; one direction cannot tell whether all of the other state is reached"
+    share = largest_share(-works)
+    if share > LARGEST_SHARE:
+        return f"use with care: {figures}; one work holds {100 * share:.0f} % of the sum of squared weights, on which " \
+            "this error bar rests"
     if effective < 100 or k_hat > 0.5:
         return f"use with care: {figures}"
     return f"reliable: {figures}"
