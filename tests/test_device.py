@@ -90,6 +90,48 @@ def test_precision_and_device_of_openmm():
         assert engine.properties.get("Precision") == ("mixed" if name in ("CUDA", "OpenCL", "HIP") else None)
 
 
+@pytest.mark.parametrize("properties", [None, {"Threads": "1"}])
+def test_the_cache_of_openmmtools_gets_its_platform_and_properties_back(properties):
+    from openmmtools import cache
+
+    from openmm_regflow.chains import context_platform
+
+    contexts = cache.global_context_cache
+    contexts.empty()
+    before = contexts.platform, contexts._platform_properties
+    contexts.set_platform(openmm.Platform.getPlatformByName("CPU"), properties)
+    try:
+        with context_platform("Reference"):  # which has no property Threads
+            assert contexts.platform.getName() == "Reference" and contexts._platform_properties is None
+        assert contexts.platform.getName() == "CPU" and contexts._platform_properties == properties
+    finally:
+        contexts.set_platform(*before)
+
+
+@pytest.mark.gpu
+def test_contexts_made_inside_are_in_mixed_precision_on_the_device_of_the_flow():
+    from openmmtools import cache, states
+
+    from openmm_regflow.chains import context_platform
+    from openmm_regflow.check.kernel import HybridMonteCarlo
+    from openmm_regflow.simulate.tempering import _platform
+
+    mol = load_system("alanine-dipeptide")
+    last = torch.cuda.device_count() - 1
+    with context_platform("CUDA", f"cuda:{last}"):
+        state = states.ThermodynamicState(mol.system, 300 * unit.kelvin)
+        context, _ = cache.global_context_cache.get_context(state, openmm.VerletIntegrator(0.001))
+        assert chosen(context) == ("mixed", str(last))
+    context = openmm.Context(mol.system, openmm.VerletIntegrator(0.001), *_platform("CUDA"))
+    assert chosen(context) == ("mixed", str(torch.cuda.current_device()))
+    engine = HybridMonteCarlo(mol.system, 300.0, platform="CUDA")
+    assert chosen(engine._context) == ("mixed", str(torch.cuda.current_device()))
+
+
+def chosen(context):
+    return tuple(context.getPlatform().getPropertyValue(context, name) for name in ("Precision", "DeviceIndex"))
+
+
 def context_of(system, name, precision=None):
     properties = {} if precision is None else {"Precision": precision}
     platform = openmm.Platform.getPlatformByName(name)
