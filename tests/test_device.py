@@ -4,6 +4,7 @@ import openmm
 import pytest
 import torch
 from openmm import unit
+from openmmtools import integrators
 
 from openmm_regflow import OpenMMPotential, device, doctor
 from openmm_regflow.cli import main
@@ -279,6 +280,44 @@ def test_the_native_layout_on_opencl(precision):
     energy = moving.getState(energy=True).getPotentialEnergy()
     moving.setPositions(x.numpy())
     assert abs(energy / moving.getState(energy=True).getPotentialEnergy() - 1) < 1e-5
+
+
+KEEPERS = {  # integrators that keep the forces of the last step
+    "NoseHoover": lambda: openmm.NoseHooverIntegrator(300.0, 1.0, 0.002),
+    "Custom": lambda: integrators.VelocityVerletIntegrator(2 * unit.femtosecond),
+}
+
+
+def check_that_kept_forces_are_forgotten(platform, device, keeper):
+    """One step after new positions: the same velocities, whichever way the positions came."""
+    helper = native(platform)
+    system, x = argon()
+    shift = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    # Bumps that change the forces: half a step with old ones would show.
+    x = x + 0.02 * shift
+    ends = []
+    for way in (host, helper):
+        engine = openmm.Platform.getPlatformByName(platform)
+        context = openmm.Context(system, KEEPERS[keeper](), engine, {"Precision": "mixed"})
+        context.setPositions((x + 0.03 * shift.roll(1, 0)).numpy())
+        context.setVelocitiesToTemperature(300.0, 1)
+        context.getIntegrator().step(5)  # the first one sorts the atoms, after which forces are never kept
+        way.write(context, x.to(device))  # and new velocities would be a notice of their own
+        context.getIntegrator().step(1)
+        ends.append(torch.as_tensor(context.getState(velocities=True).getVelocities(asNumpy=True)._value))
+    assert float((ends[0] - ends[1]).abs().max()) < 1e-5
+
+
+@pytest.mark.skipif("OpenCL" not in PLATFORMS, reason="no OpenCL platform")
+@pytest.mark.parametrize("keeper", KEEPERS)
+def test_integrators_forget_the_forces_of_old_positions_on_opencl(keeper):
+    check_that_kept_forces_are_forgotten("OpenCL", "cpu", keeper)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keeper", KEEPERS)
+def test_integrators_forget_the_forces_of_old_positions_on_the_gpu(keeper):
+    check_that_kept_forces_are_forgotten("CUDA", "cuda", keeper)
 
 
 def test_doctor_finds_agreement_and_notices_its_absence(capsys, monkeypatch):
