@@ -1,5 +1,7 @@
 """The device flag, and positions between a Context and torch: every way on every platform that is here."""
 
+from importlib.metadata import version
+
 import openmm
 import pytest
 import torch
@@ -282,6 +284,38 @@ def test_the_native_layout_on_opencl(precision):
     assert abs(energy / moving.getState(energy=True).getPotentialEnergy() - 1) < 1e-5
 
 
+def test_a_helper_that_cannot_be_compiled_is_tried_once_and_says_why_every_time(tmp_path, monkeypatch):
+    from openmm_regflow.device import native as way
+
+    compiler, calls = tmp_path / "c++", tmp_path / "calls"
+    compiler.write_text(f"#!/bin/sh\necho one >> {calls}\necho 'native.cpp:1: error: no such header' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(way, "VERSIONS", (version("openmm"),))
+    monkeypatch.setattr(way, "openmm_folder", lambda: tmp_path)  # headers are looked for by the compiler
+    way._attempt.cache_clear()
+    try:
+        for _ in range(3):
+            with pytest.raises(Unavailable, match=r"cannot be compiled: native.cpp:1: error: no such header"):
+                Native()
+        assert calls.read_text() == "one\n"
+    finally:
+        way._attempt.cache_clear()
+
+
+@pytest.mark.gpu
+def test_the_first_positions_of_a_context_can_come_from_the_gpu():
+    molecule = load_system("alanine-dipeptide")
+    context = context_of(molecule.system, "CUDA", "mixed")
+    x = torch.as_tensor(molecule.positions, device="cuda")
+    write_positions(context, x)
+    assert float((read_positions(context, "cuda") - x).abs().max()) <= ROUNDING["mixed"]
+    transfer = choose_way(context, "cuda")
+    assert transfer is choose_way(context, f"cuda:{torch.cuda.current_device()}") and transfer.reason
+    assert context.getState(energy=True).getPotentialEnergy()._value < 0
+
+
 KEEPERS = {  # integrators that keep the forces of the last step
     "NoseHoover": lambda: openmm.NoseHooverIntegrator(300.0, 1.0, 0.002),
     "Custom": lambda: integrators.VelocityVerletIntegrator(2 * unit.femtosecond),
@@ -430,7 +464,7 @@ def test_one_warning_where_the_helper_cannot_be_built(monkeypatch):
     from openmm_regflow.device import native as way
 
     mol = load_system("alanine-dipeptide")
-    way.load.cache_clear()
+    way._attempt.cache_clear()
     device._WARNED.clear()
     monkeypatch.setattr(way, "VERSIONS", ("0.0",))
     contexts = [context_of(mol.system, "CUDA", "mixed") for _ in range(2)]
@@ -439,4 +473,4 @@ def test_one_warning_where_the_helper_cannot_be_built(monkeypatch):
             one.setPositions(mol.positions)
             assert read_positions(one, "cuda").is_cuda and choose_way(one, "cuda").way == "host"
     assert len(caught) == 1
-    way.load.cache_clear()
+    way._attempt.cache_clear()
