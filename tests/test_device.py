@@ -20,6 +20,7 @@ from openmm_regflow.device import (
     self_test,
     write_positions,
 )
+from openmm_regflow.device.choice import failure_of
 from openmm_regflow.device.native import Layout, Native, Unavailable, pack, unpack
 from openmm_regflow.errors import InputError
 from openmm_regflow.systems import load_system
@@ -33,7 +34,36 @@ ROUNDING = {"single": 2e-7, "mixed": 1e-13, "double": 0.0, None: 0.0}
 
 def test_names():
     assert resolve_device("cpu") == torch.device("cpu")
-    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    expected = "cuda" if torch.cuda.is_available() and failure_of(torch.device("cuda")) is None else "cpu"
+    assert resolve_device("auto").type == expected
+
+
+def test_a_device_that_fails_is_found_out():
+    assert failure_of(torch.device("cpu")) is None
+    assert "meta" in failure_of(torch.device("meta"))  # a device that computes nothing
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built for CUDA")
+def test_auto_goes_on_on_the_cpu_with_one_warning_where_the_gpu_does_not_work(monkeypatch):
+    """A GPU that is listed and that this torch has no kernels for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.warns(RuntimeWarning, match="the GPU does not work .*CUDA.* going on on the CPU") as caught:
+        assert resolve_device("auto") == torch.device("cpu")
+    assert len(caught) == 1
+
+
+@pytest.mark.gpu
+def test_a_numbered_gpu_becomes_the_current_one():
+    before = torch.cuda.current_device()
+    try:
+        for index in reversed(range(torch.cuda.device_count())):
+            resolve_device(f"cuda:{index}")
+            assert torch.cuda.current_device() == index
+            assert openmm_properties("CUDA")["DeviceIndex"] == str(index)
+            assert resolve_device("cuda") == torch.device("cuda") and torch.ones(1, device="cuda").device.index == index
+    finally:
+        torch.cuda.set_device(before)
+    assert failure_of(torch.device("cuda")) is None and resolve_device("auto").type == "cuda"
 
 
 @pytest.mark.parametrize("name", ["gpu", "", "mps"])

@@ -165,7 +165,7 @@ def _choose(context: Any, device: torch.device) -> Transfer:
         _warn(f"positions travel by way of the host: {error}")
         return Transfer("host", str(error))
     ways: dict[str, Any] = {"host": host, "native": native}
-    times = {name: _microseconds(partial(way.read, context, device)) for name, way in ways.items()}
+    times = {name: _microseconds(partial(way.read, context, device), device) for name, way in ways.items()}
     if times["native"] < times["host"]:
         return Transfer("native", f"it passed its test and is quicker ({_compared(times)})", times, native)
     return Transfer("host", f"the host is quicker ({_compared(times)})", times)
@@ -175,13 +175,13 @@ def _compared(times: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.0f} µs" for name, value in times.items())
 
 
-def _microseconds(call: Callable[[], Any], repeats: int = 20) -> float:
+def _microseconds(call: Callable[[], Any], device: torch.device, repeats: int = 20) -> float:
     """Shortest time of a call [µs]; readings end with the device idle."""
     best = float("inf")
     for _ in range(repeats):
         began = time.perf_counter()
         call()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - began)
     return 1e6 * best
 
