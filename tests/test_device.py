@@ -430,6 +430,21 @@ def test_positions_on_the_gpu(precision, way):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_host_takes_positions_of_a_gpu_to_any_platform(dtype):
+    """One page-locked buffer serves many Contexts and calls; what a Context was given stays with it."""
+    molecule = load_system("alanine-dipeptide")
+    contexts = [context_of(molecule.system, "Reference") for _ in range(3)]
+    x = torch.as_tensor(molecule.positions, dtype=dtype, device="cuda")
+    read = []
+    for k, one in enumerate(contexts):
+        write_positions(one, x + k)
+        read.append(read_positions(one, "cuda"))
+    for k, one in enumerate(contexts):
+        assert torch.equal(read[k], (x + k).double()) and torch.equal(read_positions(one), (x + k).double().cpu())
+
+
+@pytest.mark.gpu
 def test_the_context_is_on_the_device_of_torch_in_mixed_precision():
     mol = load_system("alanine-dipeptide")
     engine = OpenMMPotential(mol.system, "CUDA").engine(mol.positions[None])
