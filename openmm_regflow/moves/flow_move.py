@@ -145,8 +145,8 @@ class FlowMove:
 
     @property
     def device(self) -> torch.device:
-        """Device of the flow."""
-        return torch.device(self._description.device)
+        """Device of the flow; of a restored move before its first step, the one that it was stored with."""
+        return torch.device(self._description.device) if self._step is None else self._step.proposal.device
 
     @property
     def n_proposed(self) -> int:
