@@ -5,7 +5,7 @@ from importlib.metadata import version
 import openmm
 import pytest
 import torch
-from openmm import unit
+from openmm import app, unit
 from openmmtools import integrators
 
 from openmm_regflow import OpenMMPotential, device, doctor
@@ -461,6 +461,31 @@ def test_a_pool_of_proposals_never_leaves_the_gpu():
     potential = TorchPotential(mol.system, dtype=torch.float32, device="cuda")
     batch = FlowProposal(flow, potential, mol.temperature).sample(10_000)
     assert all(t.is_cuda for t in batch)
+
+
+@pytest.mark.gpu
+def test_everything_on_the_second_gpu():
+    """Flow, energies, Context and positions on cuda:1, while torch's current device is another."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    from openmm_regflow import Flow, FlowProposal, TorchPotential
+    from openmm_regflow.sampling import FlowSimulation
+
+    mol, where = load_system("alanine-dipeptide"), torch.device("cuda:1")
+    assert torch.cuda.current_device() == 0
+    flow = Flow.load(mol.folder / "flow.safetensors", where)
+    proposal = FlowProposal(flow, TorchPotential(mol.system, device=where), mol.temperature)
+    batch = proposal.sample(1000, torch.Generator(where).manual_seed(0))
+    assert all(part.device == where for part in batch)
+    integrator = openmm.LangevinMiddleIntegrator(mol.temperature, 1.0, 0.001)
+    platform, properties = openmm.Platform.getPlatformByName("CUDA"), openmm_properties("CUDA", where)
+    simulation = app.Simulation(mol.topology, mol.system, integrator, platform, properties)
+    simulation.context.setPositions(mol.positions)
+    assert chosen(simulation.context) == ("mixed", "1")
+    mixed = FlowSimulation(simulation, proposal, 8, 1000, seed=1)
+    mixed.run(20, 10)
+    assert mixed.statistics.n_accepted > 0 and mixed._read().device == where
+    assert "on CUDA device 1" in choose_way(simulation.context, "cuda:0").reason
 
 
 @pytest.mark.gpu
