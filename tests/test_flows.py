@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from openmm_regflow import flows
 from openmm_regflow.bijections import wrap
@@ -214,6 +215,58 @@ def test_data_of_other_shapes_are_refused(data, kind, shape):
 def test_one_dimension_is_refused():
     with pytest.raises(InputError, match="1-dimensional"):
         flows.alternating_masks(torch.tensor([False]), 4, 0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation made."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        if isinstance(out, torch.Tensor):
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("hidden", [16, 64])
+def test_the_memory_of_a_sample_is_foreseen(data, factory, hidden):
+    """Of every architecture, attention included: what is foreseen is the largest intermediate a few times over."""
+    flow = factory(internal(data), n_layers=2, hidden=hidden, depth=1)
+    x = data[1][:50]
+    with LargestTensor() as seen:
+        flow.log_prob(x)
+    largest = seen.elements / len(x)
+    assert largest <= flow._floats_per_sample <= 20 * largest
+
+
+def test_chunks_on_a_gpu_are_what_its_memory_takes(data, monkeypatch):
+    """Chosen by the device's kind and the architecture alone; a CPU's stay as they were."""
+    spline, jet = (make(internal(data), **SMALL) for make in (flows.spline, flows.jet))
+    assert spline._chunk == jet._chunk == flows.CPU_CHUNK
+    there = [flow.to("meta") for flow in (spline, jet)]  # a device with no memory at all, which is not the CPU
+    assert there[0]._chunk == flows.DEVICE_CHUNK
+    for budget in (flows.DEVICE_BYTES, 10 << 20, 1):
+        monkeypatch.setattr(flows, "DEVICE_BYTES", budget)
+        needed = there[1]._chunk * there[1]._floats_per_sample * there[1].dtype.itemsize
+        assert there[1]._chunk == 1 or (needed <= budget and there[1]._chunk <= flows.DEVICE_CHUNK)
+    assert there[1]._chunk == 1
+
+
+@pytest.mark.gpu
+def test_a_jet_of_a_hexapeptide_draws_many_samples_in_the_memory_foreseen():
+    mol = load_system("alanine-hexapeptide")
+    noise = torch.randn(600, mol.n_atoms, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    coordinates = flows.coordinates_for(mol.topology, torch.as_tensor(mol.positions) + 0.003 * noise)
+    flow = flows.jet(coordinates).to("cuda")
+    assert flow._chunk < flows.DEVICE_CHUNK
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    x, log_q = flow.sample(2 * flow._chunk + 1, torch.Generator("cuda").manual_seed(0))
+    assert x.is_cuda and len(log_q) == 2 * flow._chunk + 1
+    assert torch.cuda.max_memory_allocated() - before < 3 * flows.DEVICE_BYTES
 
 
 def test_chunks_change_nothing(data, monkeypatch):
