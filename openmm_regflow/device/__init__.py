@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 
 from openmm_regflow.device import host
-from openmm_regflow.device.choice import memory_line, openmm_properties, resolve_device, why_no_gpu
+from openmm_regflow.device.choice import (
+    memory_line,
+    openmm_properties,
+    resolve_device,
+    synchronize,
+    why_no_gpu,
+)
 from openmm_regflow.device.native import Native, Unavailable
 from openmm_regflow.errors import InputError
 
@@ -30,6 +36,7 @@ __all__ = [
     "read_positions",
     "resolve_device",
     "self_test",
+    "synchronize",
     "why_no_gpu",
     "write_positions",
 ]
@@ -181,7 +188,7 @@ def _microseconds(call: Callable[[], Any], device: torch.device, repeats: int = 
     for _ in range(repeats):
         began = time.perf_counter()
         call()
-        torch.cuda.synchronize(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - began)
     return 1e6 * best
 

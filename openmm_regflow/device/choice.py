@@ -99,6 +99,12 @@ def openmm_properties(platform: str, device: torch.device | str | None = None) -
     return properties
 
 
+def synchronize(device: torch.device | str) -> None:
+    """Wait until a GPU has done what it was given, for a clock to be read; other devices have done it already."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def memory_line(error: BaseException) -> str | None:
     """One line for a GPU that is out of memory or does not fit torch's CUDA; None for any other error."""
     if isinstance(error, torch.OutOfMemoryError):
