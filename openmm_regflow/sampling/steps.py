@@ -297,14 +297,15 @@ def travels_directly(device: torch.device, context: openmm.Context) -> bool:
 
 def _context_energy(context: openmm.Context, positions: np.ndarray | Tensor) -> float:
     """Potential energy [kJ/mol]; NaN where OpenMM refuses the configuration."""
+    finite = torch.isfinite(positions).all() if isinstance(positions, Tensor) else np.isfinite(positions).all()
+    if not bool(finite):
+        return math.nan
     try:
         if isinstance(positions, Tensor):
             write_positions(context, positions)
-        elif np.isfinite(positions).all():
-            context.setPositions(positions)
         else:
-            return math.nan
+            context.setPositions(positions)
         energy = context.getState(getEnergy=True).getPotentialEnergy()
-    except (openmm.OpenMMException, InputError):  # the second one: positions that are not finite
+    except openmm.OpenMMException:
         return math.nan
     return float(energy.value_in_unit(unit.kilojoule_per_mole))
