@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from openmm import Platform, app, unit
 
+from openmm_regflow.device import openmm_properties
 from openmm_regflow.errors import InputError
 from openmm_regflow.systems import MolecularSystem
 
@@ -79,7 +81,7 @@ def run_chain(
     thermodynamic_state = states.ThermodynamicState(molecule.system, molecule.temperature * unit.kelvin)
     start = molecule.positions if positions is None else positions
     sampler_state = states.SamplerState(np.asarray(start, dtype=np.float64) * unit.nanometers)
-    with context_platform(platform):
+    with context_platform(platform, getattr(flow_move, "device", None)):
         sampler = mcmc.MCMCSampler(thermodynamic_state, sampler_state, move)
         sampler.run(1)  # makes the Contexts: set-up is not sampling
         before = _accepted_by(flow_move)
@@ -119,8 +121,12 @@ def _loop(
 
 
 @contextmanager
-def context_platform(name: str) -> Iterator[None]:
+def context_platform(name: str, device: torch.device | str | None = None) -> Iterator[None]:
     """openmmtools' global Context cache on one platform, restored and emptied afterwards.
+
+    Args:
+        name: of the platform; GPU platforms compute in mixed precision.
+        device: whose GPU a CUDA Context takes; torch's current one by default.
 
     Raises:
         InputError: a platform that is not there.
@@ -130,14 +136,15 @@ def context_platform(name: str) -> Iterator[None]:
     known = [Platform.getPlatform(i).getName() for i in range(Platform.getNumPlatforms())]
     if name not in known:
         raise InputError(f"no platform {name!r}; this OpenMM has {', '.join(known)}")
-    before = cache.global_context_cache.platform
-    cache.global_context_cache.empty()
-    cache.global_context_cache.platform = Platform.getPlatformByName(name)
+    contexts = cache.global_context_cache
+    before = contexts.platform, contexts._platform_properties  # the setter of the platform alone would keep the latter
+    contexts.empty()
+    contexts.set_platform(Platform.getPlatformByName(name), openmm_properties(name, device) or None)
     try:
         yield
     finally:
-        cache.global_context_cache.empty()
-        cache.global_context_cache.platform = before
+        contexts.empty()
+        contexts.set_platform(*before)
 
 
 def write_trajectory(path: str | Path, positions: np.ndarray, topology: app.Topology) -> int:

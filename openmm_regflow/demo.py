@@ -19,7 +19,7 @@ import torch
 from openmm_regflow import flows, metrics, plots, reweighting, tfep
 from openmm_regflow._version import __version__
 from openmm_regflow.chains import ChainTrace, run_chain, write_trajectory
-from openmm_regflow.device import resolve_device
+from openmm_regflow.device import resolve_device, synchronize
 from openmm_regflow.ensemble import frame_mover, phi_positive, training_potential
 from openmm_regflow.errors import InputError
 from openmm_regflow.evaluation import Evaluation, evaluate
@@ -361,8 +361,10 @@ def speed_table(molecule: MolecularSystem, n: int, device: torch.device, seed: i
         call()
         times = []
         for _ in range(3):
+            synchronize(device)
             began = time.perf_counter()
             call()
+            synchronize(device)
             times.append(time.perf_counter() - began)
         rows.append((name, f"{work / min(times):,.0f}"))
 

@@ -15,7 +15,6 @@ import torch
 
 from openmm_regflow._version import __version__
 from openmm_regflow.device import (
-    Transfer,
     choose_way,
     openmm_properties,
     read_positions,
@@ -161,14 +160,7 @@ def _transfer(small: openmm.Context, large: openmm.Context, device: str) -> tupl
     latency, long = (seconds_per_call(partial(_there_and_back, c, device)) for c in (small, large))
     bandwidth = f"{2 * x.numel() * 8 / long / 1e6:,.0f}"
     verdict = "agrees" if same else "COMES BACK CHANGED: do not use it"
-    return (transfer.way, f"{1e6 * latency:.0f}", bandwidth, why_this_way(transfer), verdict), same
-
-
-def why_this_way(transfer: Transfer) -> str:
-    """Why positions travel as they do, in words, with the readings that decided where both ways were timed."""
-    timed = ", ".join(f"{name} {value:.0f} µs" for name, value in transfer.microseconds.items())
-    words = transfer.reason or "the quicker one"
-    return f"{words} ({timed})" if timed else words
+    return (transfer.way, f"{1e6 * latency:.0f}", bandwidth, transfer.reason, verdict), same
 
 
 def torch_rows(n: int = 4096, n_compared: int = 32) -> tuple[Rows, bool]:

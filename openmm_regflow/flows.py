@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,10 @@ from openmm_regflow.networks import MLP, Conditioner, ResidualMLP, TokenTransfor
 #: 2: the outputs of a conditioner lie element by element in parts (splines, shifts, scales), lines before circles.
 FORMAT_VERSION = 2
 #: Samples per pass inside `Flow.sample` and `Flow.log_prob`, which bounds memory at any n: on a CPU few enough for the
-#: caches, on other devices enough to fill them.
+#: caches, on other devices enough to fill them, as far as `DEVICE_BYTES` allow.
 CPU_CHUNK, DEVICE_CHUNK = 4096, 65536
+#: What a pass may take on a GPU. Fixed and not a share of what is free: the draws of a seed depend on the chunks.
+DEVICE_BYTES = 4 << 30
 #: Largest inverse error of a flow that is kept in float32, see `Flow.secure`.
 INVERSE_ERROR = 1e-4
 #: Latents this many times as wide as the prior's are its tails.
@@ -222,7 +224,14 @@ class Flow(nn.Module):
 
     @property
     def _chunk(self) -> int:
-        return CPU_CHUNK if self.device.type == "cpu" else DEVICE_CHUNK
+        if self.device.type == "cpu":
+            return CPU_CHUNK
+        return max(1, min(DEVICE_CHUNK, DEVICE_BYTES // (self.dtype.itemsize * self._floats_per_sample)))
+
+    @cached_property
+    def _floats_per_sample(self) -> int:
+        conditioners = (module for module in self.bijection.modules() if isinstance(module, Conditioner))
+        return max((conditioner.floats_per_sample for conditioner in conditioners), default=0) or 1
 
     def _log_prob(self, x: Tensor) -> Tensor:
         # Features in float64: the map is cheap, and a float32 bond is a tenth of its thermal width off.

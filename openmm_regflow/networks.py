@@ -19,6 +19,11 @@ class Conditioner(nn.Module):
         """Precision of the weights."""
         return next(self.parameters()).dtype
 
+    @property
+    def floats_per_sample(self) -> int:
+        """About how many numbers a sample takes at once, outside any recording of gradients; 0 where unknown."""
+        return 0
+
     def columns(self, x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
         """`(n, n_in)` -> tensors `(size, n)`, whose sizes add up to n_out."""
         return self(x).T.split(sizes)
@@ -32,6 +37,11 @@ class HeadedNetwork(Conditioner):
     """
 
     head: nn.Linear
+
+    @property
+    def floats_per_sample(self) -> int:
+        """A few layers, and the parameters with what a spline makes of them."""
+        return 4 * self.head.in_features + 6 * self.head.out_features
 
     def hidden(self, x: Tensor) -> Tensor:
         """What the head sees, `(n, n_in)` -> `(n, width)`."""
@@ -187,6 +197,7 @@ class TokenTransformer(Conditioner):
         self.n_asked = math.ceil((1 + max(element for element, _ in places)) / token_size)
         order = [element * slots + slot for element, slot in places]
         self.register_buffer("order", torch.tensor(order), persistent=False)
+        self.heads = heads
         self.lift = Linear(token_size, hidden)
         self.known = nn.Parameter(0.5 * torch.randn(self.n_known, hidden))
         self.asked = nn.Parameter(0.5 * torch.randn(self.n_asked, hidden))
@@ -194,6 +205,12 @@ class TokenTransformer(Conditioner):
         self.norm = nn.LayerNorm(hidden)
         self.head = Linear(hidden, token_size * slots)
         zero_(self.head)
+
+    @property
+    def floats_per_sample(self) -> int:
+        """Scores of every pair of tokens before, in and after the softmax; queries, keys, values and what follows."""
+        tokens, width = self.n_known + self.n_asked, self.known.shape[1]
+        return 3 * self.heads * tokens**2 + 8 * tokens * width
 
     def forward(self, x: Tensor) -> Tensor:
         """`(n, n_in)` -> `(n, n_out)`."""

@@ -11,6 +11,15 @@ def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="torch device for the device-agnostic tests")
 
 
+def pytest_collection_modifyitems(items):
+    """Tests with the marker gpu are skipped where torch has none to run them on."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="torch has no CUDA device"))
+
+
 @pytest.fixture(scope="session")
 def device(request):
     return torch.device(request.config.getoption("--device"))

@@ -72,13 +72,13 @@ def exact_delta_f() -> float:
     return float(np.log(outside / inside))
 
 
-@pytest.fixture(scope="module")
-def long_run(tmp_path_factory):
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def long_run(request, tmp_path_factory):
     """Ladders of temperature and bias, and the same ladders without the swaps' velocity rescaling."""
     folder = tmp_path_factory.mktemp("batched") / "run"
     settings = BatchedSettings.create(
         **SHORT | {"n_copies": 48, "n_iterations": 160, "steps_per_iteration": 40, "scramble_steps": 500,
-                   "max_temperature": 420.0, "timestep": 0.002, "collision_rate": 5.0}
+                   "max_temperature": 420.0, "timestep": 0.002, "collision_rate": 5.0, "device": request.param}
     )  # fmt: skip
     batched_tempering(butane_like(), folder, settings, bias=torsion_bias_system(4, [(QUADRUPLE, BIAS)]))
     return load_batched(folder)

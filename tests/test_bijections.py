@@ -167,7 +167,7 @@ def test_a_mask_that_moves_everything_or_nothing_is_refused(mask):
         AffineCoupling(mask.bool(), torch.zeros(4, dtype=torch.bool), MLP)
 
 
-def fused_and_plain(inverse, n_bins=6, seed=0):
+def fused_and_plain(inverse, n_bins=6, seed=0, device="cpu"):
     """Value, log-derivative and gradients by the kernels and by the plain functions, inside and outside the domain."""
     g = torch.Generator().manual_seed(seed)
     draw = partial(torch.randn, generator=g, dtype=torch.float64)
@@ -175,8 +175,9 @@ def fused_and_plain(inverse, n_bins=6, seed=0):
     weights = draw(2, 7, 50)
     found = []
     for one in (fused.spline, spline):
-        inputs = [t.clone().requires_grad_() for t in (raw, ends, v)]
+        inputs = [t.to(device, copy=True).requires_grad_() for t in (raw, ends, v)]
         value, log_slope = one(*inputs, 4.0, inverse)
+        weights = weights.to(device)
         loss = (weights[0] * value + weights[1] * log_slope).sum()
         found.append((value, log_slope, *torch.autograd.grad(loss, inputs)))
     return found
@@ -219,6 +220,28 @@ def test_compiled_kernels_serve_every_number_of_samples():
             for ours, plain in zip(module(z[:n]), expected):
                 assert (ours - plain[:n]).abs().max() < 1e-4
     assert fused._VALUE.worked and not fused._VALUE.failed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("inverse", [False, True])
+def test_compiled_kernels_on_the_gpu_are_the_same_map(inverse):
+    for ours, plain in zip(*fused_and_plain(inverse, device="cuda")):
+        assert ours.is_cuda and (ours - plain).abs().max() < 1e-9 * (1 + plain.abs().max())
+    assert fused._VALUE.worked and fused._DERIVATIVE.worked  # compiled, not the plain functions after a warning
+
+
+@pytest.mark.gpu
+def test_a_fused_spline_flow_on_the_gpu_goes_there_and_back():
+    module = perturbed(REGISTRY["spline"]()).float().to("cuda")
+    z = points(300, CIRCULAR).float().to("cuda")
+    with torch.no_grad():
+        expected = module(z)
+        module.compiled = True
+        y, log_det = module(z)
+        back, log_det_back = module.inverse(y)
+    assert all((ours - plain).abs().max() < 1e-4 for ours, plain in zip((y, log_det), expected))
+    assert y.is_cuda and (log_det + log_det_back).abs().max() < 1e-3
+    assert wrap_where(back - z, CIRCULAR.to("cuda")).abs().max() < 1e-3
 
 
 def test_kernels_refuse_a_second_derivative():

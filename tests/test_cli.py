@@ -93,6 +93,18 @@ def test_print_config_round_trip(capsys, tmp_path):
     assert code == 0 and out == path.read_text()
 
 
+@pytest.mark.gpu
+def test_evaluate_on_the_gpu_gives_the_figures_of_the_cpu(capsys, tmp_path, molecule):
+    found = {}
+    for device in ("cpu", "cuda"):
+        options = ("-n", 4000, "--device", device, "-o", tmp_path / device)
+        code, _, err = run(capsys, "evaluate", molecule.folder / "flow.safetensors", *options)
+        assert code == 0, err
+        found[device] = json.loads((tmp_path / device / "metrics.json").read_text())
+    # Other random numbers of the same flow: its ESS is far above the noise of 4000 samples.
+    assert found["cuda"]["ess"] == pytest.approx(found["cpu"]["ess"], abs=0.1)
+
+
 def test_train_pairs_sample_mcmc_tfep_evaluate(capsys, tmp_path):
     """One flow through every command."""
     config = tmp_path / "run.toml"

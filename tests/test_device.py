@@ -1,16 +1,17 @@
 """The device flag, and positions between a Context and torch: every way on every platform that is here."""
 
 import json
+from importlib.metadata import version
 
 import openmm
 import pytest
 import torch
-from openmm import unit
+from openmm import app, unit
+from openmmtools import integrators
 
 from openmm_regflow import OpenMMPotential, device, doctor
 from openmm_regflow.cli import main, shell
 from openmm_regflow.device import (
-    Transfer,
     choose_way,
     host,
     memory_line,
@@ -20,6 +21,7 @@ from openmm_regflow.device import (
     self_test,
     write_positions,
 )
+from openmm_regflow.device.choice import failure_of
 from openmm_regflow.device.native import Layout, Native, Unavailable, pack, unpack
 from openmm_regflow.errors import InputError
 from openmm_regflow.systems import load_system
@@ -33,7 +35,36 @@ ROUNDING = {"single": 2e-7, "mixed": 1e-13, "double": 0.0, None: 0.0}
 
 def test_names():
     assert resolve_device("cpu") == torch.device("cpu")
-    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    expected = "cuda" if torch.cuda.is_available() and failure_of(torch.device("cuda")) is None else "cpu"
+    assert resolve_device("auto").type == expected
+
+
+def test_a_device_that_fails_is_found_out():
+    assert failure_of(torch.device("cpu")) is None
+    assert "meta" in failure_of(torch.device("meta"))  # a device that computes nothing
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built for CUDA")
+def test_auto_goes_on_on_the_cpu_with_one_warning_where_the_gpu_does_not_work(monkeypatch):
+    """A GPU that is listed and that this torch has no kernels for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.warns(RuntimeWarning, match="the GPU does not work .*CUDA.* going on on the CPU") as caught:
+        assert resolve_device("auto") == torch.device("cpu")
+    assert len(caught) == 1
+
+
+@pytest.mark.gpu
+def test_a_numbered_gpu_becomes_the_current_one():
+    before = torch.cuda.current_device()
+    try:
+        for index in reversed(range(torch.cuda.device_count())):
+            resolve_device(f"cuda:{index}")
+            assert torch.cuda.current_device() == index
+            assert openmm_properties("CUDA")["DeviceIndex"] == str(index)
+            assert resolve_device("cuda") == torch.device("cuda") and torch.ones(1, device="cuda").device.index == index
+    finally:
+        torch.cuda.set_device(before)
+    assert failure_of(torch.device("cuda")) is None and resolve_device("auto").type == "cuda"
 
 
 @pytest.mark.parametrize("name", ["gpu", "", "mps"])
@@ -149,6 +180,48 @@ def test_precision_and_device_of_openmm():
     for name in PLATFORMS:
         engine = OpenMMPotential(load_system("alanine-dipeptide").system, name).engine(x)
         assert engine.properties.get("Precision") == ("mixed" if name in ("CUDA", "OpenCL", "HIP") else None)
+
+
+@pytest.mark.parametrize("properties", [None, {"Threads": "1"}])
+def test_the_cache_of_openmmtools_gets_its_platform_and_properties_back(properties):
+    from openmmtools import cache
+
+    from openmm_regflow.chains import context_platform
+
+    contexts = cache.global_context_cache
+    contexts.empty()
+    before = contexts.platform, contexts._platform_properties
+    contexts.set_platform(openmm.Platform.getPlatformByName("CPU"), properties)
+    try:
+        with context_platform("Reference"):  # which has no property Threads
+            assert contexts.platform.getName() == "Reference" and contexts._platform_properties is None
+        assert contexts.platform.getName() == "CPU" and contexts._platform_properties == properties
+    finally:
+        contexts.set_platform(*before)
+
+
+@pytest.mark.gpu
+def test_contexts_made_inside_are_in_mixed_precision_on_the_device_of_the_flow():
+    from openmmtools import cache, states
+
+    from openmm_regflow.chains import context_platform
+    from openmm_regflow.check.kernel import HybridMonteCarlo
+    from openmm_regflow.simulate.tempering import _platform
+
+    mol = load_system("alanine-dipeptide")
+    last = torch.cuda.device_count() - 1
+    with context_platform("CUDA", f"cuda:{last}"):
+        state = states.ThermodynamicState(mol.system, 300 * unit.kelvin)
+        context, _ = cache.global_context_cache.get_context(state, openmm.VerletIntegrator(0.001))
+        assert chosen(context) == ("mixed", str(last))
+    context = openmm.Context(mol.system, openmm.VerletIntegrator(0.001), *_platform("CUDA"))
+    assert chosen(context) == ("mixed", str(torch.cuda.current_device()))
+    engine = HybridMonteCarlo(mol.system, 300.0, platform="CUDA")
+    assert chosen(engine._context) == ("mixed", str(torch.cuda.current_device()))
+
+
+def chosen(context):
+    return tuple(context.getPlatform().getPropertyValue(context, name) for name in ("Precision", "DeviceIndex"))
 
 
 def context_of(system, name, precision=None):
@@ -300,6 +373,76 @@ def test_the_native_layout_on_opencl(precision):
     assert abs(energy / moving.getState(energy=True).getPotentialEnergy() - 1) < 1e-5
 
 
+def test_a_helper_that_cannot_be_compiled_is_tried_once_and_says_why_every_time(tmp_path, monkeypatch):
+    from openmm_regflow.device import native as way
+
+    compiler, calls = tmp_path / "c++", tmp_path / "calls"
+    compiler.write_text(f"#!/bin/sh\necho one >> {calls}\necho 'native.cpp:1: error: no such header' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(way, "VERSIONS", (version("openmm"),))
+    monkeypatch.setattr(way, "openmm_folder", lambda: tmp_path)  # headers are looked for by the compiler
+    way._attempt.cache_clear()
+    try:
+        for _ in range(3):
+            with pytest.raises(Unavailable, match=r"cannot be compiled: native.cpp:1: error: no such header"):
+                Native()
+        assert calls.read_text() == "one\n"
+    finally:
+        way._attempt.cache_clear()
+
+
+@pytest.mark.gpu
+def test_the_first_positions_of_a_context_can_come_from_the_gpu():
+    molecule = load_system("alanine-dipeptide")
+    context = context_of(molecule.system, "CUDA", "mixed")
+    x = torch.as_tensor(molecule.positions, device="cuda")
+    write_positions(context, x)
+    assert float((read_positions(context, "cuda") - x).abs().max()) <= ROUNDING["mixed"]
+    transfer = choose_way(context, "cuda")
+    assert transfer is choose_way(context, f"cuda:{torch.cuda.current_device()}") and transfer.reason
+    assert context.getState(energy=True).getPotentialEnergy()._value < 0
+
+
+KEEPERS = {  # integrators that keep the forces of the last step
+    "NoseHoover": lambda: openmm.NoseHooverIntegrator(300.0, 1.0, 0.002),
+    "Custom": lambda: integrators.VelocityVerletIntegrator(2 * unit.femtosecond),
+}
+
+
+def check_that_kept_forces_are_forgotten(platform, device, keeper):
+    """One step after new positions: the same velocities, whichever way the positions came."""
+    helper = native(platform)
+    system, x = argon()
+    shift = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    # Bumps that change the forces: half a step with old ones would show.
+    x = x + 0.02 * shift
+    ends = []
+    for way in (host, helper):
+        engine = openmm.Platform.getPlatformByName(platform)
+        context = openmm.Context(system, KEEPERS[keeper](), engine, {"Precision": "mixed"})
+        context.setPositions((x + 0.03 * shift.roll(1, 0)).numpy())
+        context.setVelocitiesToTemperature(300.0, 1)
+        context.getIntegrator().step(5)  # the first one sorts the atoms, after which forces are never kept
+        way.write(context, x.to(device))  # and new velocities would be a notice of their own
+        context.getIntegrator().step(1)
+        ends.append(torch.as_tensor(context.getState(velocities=True).getVelocities(asNumpy=True)._value))
+    assert float((ends[0] - ends[1]).abs().max()) < 1e-5
+
+
+@pytest.mark.skipif("OpenCL" not in PLATFORMS, reason="no OpenCL platform")
+@pytest.mark.parametrize("keeper", KEEPERS)
+def test_integrators_forget_the_forces_of_old_positions_on_opencl(keeper):
+    check_that_kept_forces_are_forgotten("OpenCL", "cpu", keeper)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keeper", KEEPERS)
+def test_integrators_forget_the_forces_of_old_positions_on_the_gpu(keeper):
+    check_that_kept_forces_are_forgotten("CUDA", "cuda", keeper)
+
+
 def test_doctor_finds_agreement_and_notices_its_absence(capsys, monkeypatch):
     with pytest.raises(SystemExit) as exit_:
         main(["doctor"])
@@ -331,11 +474,9 @@ def test_doctor_notices_a_device_that_disagrees_and_writes_what_it_shows(tmp_pat
 
 
 def test_why_positions_travel_as_they_do():
-    assert doctor.why_this_way(Transfer("host", "no compiler")) == "no compiler"
-    timed = {"host": 31.4, "native": 12.2}
-    assert doctor.why_this_way(Transfer("native", "", timed)) == "the quicker one (host 31 µs, native 12 µs)"
     rows, _ = doctor.transfer_rows(100)
-    assert all(row[5] for row in rows[1:])
+    assert rows[0][5] == "why this way" and len(rows) > 1
+    assert all(row[5] == "the tensor or the Context is not on a CUDA device" for row in rows[1:] if row[1] == "cpu")
 
 
 def test_plugins_of_one_cause_are_named_together():
@@ -397,6 +538,21 @@ def test_positions_on_the_gpu(precision, way):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_host_takes_positions_of_a_gpu_to_any_platform(dtype):
+    """One page-locked buffer serves many Contexts and calls; what a Context was given stays with it."""
+    molecule = load_system("alanine-dipeptide")
+    contexts = [context_of(molecule.system, "Reference") for _ in range(3)]
+    x = torch.as_tensor(molecule.positions, dtype=dtype, device="cuda")
+    read = []
+    for k, one in enumerate(contexts):
+        write_positions(one, x + k)
+        read.append(read_positions(one, "cuda"))
+    for k, one in enumerate(contexts):
+        assert torch.equal(read[k], (x + k).double()) and torch.equal(read_positions(one), (x + k).double().cpu())
+
+
+@pytest.mark.gpu
 def test_the_context_is_on_the_device_of_torch_in_mixed_precision():
     mol = load_system("alanine-dipeptide")
     engine = OpenMMPotential(mol.system, "CUDA").engine(mol.positions[None])
@@ -413,6 +569,31 @@ def test_a_pool_of_proposals_never_leaves_the_gpu():
     potential = TorchPotential(mol.system, dtype=torch.float32, device="cuda")
     batch = FlowProposal(flow, potential, mol.temperature).sample(10_000)
     assert all(t.is_cuda for t in batch)
+
+
+@pytest.mark.gpu
+def test_everything_on_the_second_gpu():
+    """Flow, energies, Context and positions on cuda:1, while torch's current device is another."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    from openmm_regflow import Flow, FlowProposal, TorchPotential
+    from openmm_regflow.sampling import FlowSimulation
+
+    mol, where = load_system("alanine-dipeptide"), torch.device("cuda:1")
+    assert torch.cuda.current_device() == 0
+    flow = Flow.load(mol.folder / "flow.safetensors", where)
+    proposal = FlowProposal(flow, TorchPotential(mol.system, device=where), mol.temperature)
+    batch = proposal.sample(1000, torch.Generator(where).manual_seed(0))
+    assert all(part.device == where for part in batch)
+    integrator = openmm.LangevinMiddleIntegrator(mol.temperature, 1.0, 0.001)
+    platform, properties = openmm.Platform.getPlatformByName("CUDA"), openmm_properties("CUDA", where)
+    simulation = app.Simulation(mol.topology, mol.system, integrator, platform, properties)
+    simulation.context.setPositions(mol.positions)
+    assert chosen(simulation.context) == ("mixed", "1")
+    mixed = FlowSimulation(simulation, proposal, 8, 1000, seed=1)
+    mixed.run(20, 10)
+    assert mixed.statistics.n_accepted > 0 and mixed._read().device == where
+    assert "on CUDA device 1" in choose_way(simulation.context, "cuda:0").reason
 
 
 @pytest.mark.gpu
@@ -461,7 +642,7 @@ def test_one_warning_where_the_helper_cannot_be_built(monkeypatch):
     from openmm_regflow.device import native as way
 
     mol = load_system("alanine-dipeptide")
-    way.load.cache_clear()
+    way._attempt.cache_clear()
     device._WARNED.clear()
     monkeypatch.setattr(way, "VERSIONS", ("0.0",))
     contexts = [context_of(mol.system, "CUDA", "mixed") for _ in range(2)]
@@ -470,4 +651,4 @@ def test_one_warning_where_the_helper_cannot_be_built(monkeypatch):
             one.setPositions(mol.positions)
             assert read_positions(one, "cuda").is_cuda and choose_way(one, "cuda").way == "host"
     assert len(caught) == 1
-    way.load.cache_clear()
+    way._attempt.cache_clear()

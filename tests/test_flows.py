@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from openmm_regflow import flows
 from openmm_regflow.bijections import wrap
@@ -39,6 +40,11 @@ def stirred(flow, scale=0.05, seed=3):
 
 
 KINDS = [(name, kind) for name in ("real_nvp", "res_nvp", "spline", "jet") for kind in ("internal", "cartesian")]
+
+
+@pytest.fixture(params=["real_nvp", "res_nvp", "spline", "jet"])
+def factory(request):
+    return getattr(flows, request.param)
 
 
 @pytest.fixture(params=[*KINDS, ("torsions first", "internal")], ids="-".join)
@@ -222,7 +228,7 @@ def test_torsions_first(data):
     flow = stirred(flows.spline(internal(data), **SMALL, torsion_layers=6), scale=0.3)
     circular = flow.coordinates.circular
     masks = flows.alternating_masks(circular, 4, 0, torsion_layers=6)
-    assert len(masks) == len(list(flow.bijection.children())[0]) == 10
+    assert len(masks) == len(flow.bijection.parts) == 10
     for k, mask in enumerate(masks):
         assert mask.any() and not (mask & ((~circular) if k < 6 else circular)).any()
         assert k % 2 == 0 or torch.equal(mask | masks[k - 1], circular if k < 6 else ~circular)
@@ -233,6 +239,58 @@ def test_torsions_first(data):
     assert (jacobian[~circular][:, circular] != 0).all()
     with pytest.raises(InputError, match="of 66 features 0 are circles"):
         flows.spline(CartesianMap.fit(data[1]), **SMALL, torsion_layers=2)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation made."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        if isinstance(out, torch.Tensor):
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("hidden", [16, 64])
+def test_the_memory_of_a_sample_is_foreseen(data, factory, hidden):
+    """Of every architecture, attention included: what is foreseen is the largest intermediate a few times over."""
+    flow = factory(internal(data), n_layers=2, hidden=hidden, depth=1)
+    x = data[1][:50]
+    with LargestTensor() as seen:
+        flow.log_prob(x)
+    largest = seen.elements / len(x)
+    assert largest <= flow._floats_per_sample <= 20 * largest
+
+
+def test_chunks_on_a_gpu_are_what_its_memory_takes(data, monkeypatch):
+    """Chosen by the device's kind and the architecture alone; a CPU's stay as they were."""
+    spline, jet = (make(internal(data), **SMALL) for make in (flows.spline, flows.jet))
+    assert spline._chunk == jet._chunk == flows.CPU_CHUNK
+    there = [flow.to("meta") for flow in (spline, jet)]  # a device with no memory at all, which is not the CPU
+    assert there[0]._chunk == flows.DEVICE_CHUNK
+    for budget in (flows.DEVICE_BYTES, 10 << 20, 1):
+        monkeypatch.setattr(flows, "DEVICE_BYTES", budget)
+        needed = there[1]._chunk * there[1]._floats_per_sample * there[1].dtype.itemsize
+        assert there[1]._chunk == 1 or (needed <= budget and there[1]._chunk <= flows.DEVICE_CHUNK)
+    assert there[1]._chunk == 1
+
+
+@pytest.mark.gpu
+def test_a_jet_of_a_hexapeptide_draws_many_samples_in_the_memory_foreseen():
+    mol = load_system("alanine-hexapeptide")
+    noise = torch.randn(600, mol.n_atoms, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    coordinates = flows.coordinates_for(mol.topology, torch.as_tensor(mol.positions) + 0.003 * noise)
+    flow = flows.jet(coordinates).to("cuda")
+    assert flow._chunk < flows.DEVICE_CHUNK
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    x, log_q = flow.sample(2 * flow._chunk + 1, torch.Generator("cuda").manual_seed(0))
+    assert x.is_cuda and len(log_q) == 2 * flow._chunk + 1
+    assert torch.cuda.max_memory_allocated() - before < 3 * flows.DEVICE_BYTES
 
 
 def test_chunks_change_nothing(data, monkeypatch):

@@ -55,6 +55,30 @@ def features(coordinates, frames):
     return coordinates.to_features(coordinates.augment(frames[1][:400], torch.Generator().manual_seed(1)))[0]
 
 
+def tensors_in(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    members = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
+    return [tensor for member in members for tensor in tensors_in(member)]
+
+
+def test_every_tensor_follows_to_another_device(flow):
+    """Parameters and buffers do; a tensor kept otherwise would stay on the CPU, or travel in every call."""
+    flow.log_prob(flow.sample(3, torch.Generator().manual_seed(0))[0])  # what is made on first use is there
+    registered = ("_parameters", "_buffers", "_modules")
+    left = [
+        f"{name}.{attribute}"
+        for name, module in flow.named_modules()
+        for attribute, value in vars(module).items()
+        if attribute not in registered and tensors_in(value)
+    ]
+    assert not left
+    moved = copy.deepcopy(flow).to("meta")
+    assert all(tensor.is_meta for tensor in (*moved.parameters(), *moved.buffers()))
+    assert moved.state_dict().keys() == flow.state_dict().keys()
+    assert not any("level" in name for name in flow.state_dict())  # files stay as they were
+
+
 def latents(flow, n, spread, dtype=torch.float64):
     z = flow.prior.sample(n, torch.Generator().manual_seed(2), dtype)
     return torch.where(flow.prior.circular, z, spread * z)

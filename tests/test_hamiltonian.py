@@ -54,6 +54,19 @@ def test_equilibrium_stays():
     assert step.n_energies == 10_000 * 12 * 6
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_equilibrium_stays_on_the_gpu(device):
+    """With random numbers of the GPU, and with those of a generator on the CPU."""
+    g = torch.Generator(device).manual_seed(1)
+    step = HamiltonianMonteCarlo(TorchPotential(CHAIN.system, device="cuda"), TEMPERATURE, MASSES, 0.02, 5)
+    x = CHAIN.sample(10_000, generator(1)).cuda()
+    for _ in range(12):
+        x = step(x, g)
+    assert x.is_cuda and 0.3 < step.acceptance < 0.95
+    assert max(abs(z) for z in z_scores(x.cpu(), CHAIN.observables()).values()) < SIGMAS
+
+
 @pytest.mark.parametrize("planted", [NeverRejects, ForgetsMomenta])
 def test_a_planted_error_is_seen(planted):
     assert worst(planted)[0] > 2 * SIGMAS

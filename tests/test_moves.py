@@ -4,6 +4,7 @@ import copy
 import gc
 import math
 import shutil
+import warnings
 
 import numpy as np
 import openmm
@@ -23,7 +24,7 @@ from openmmtools.multistate import (
 from openmmtools.utils import deserialize, serialize
 from test_sampling import SIGMAS, chain_z, generator, velocity_correlation
 
-from openmm_regflow import flows, moves
+from openmm_regflow import Flow, flows, moves
 from openmm_regflow.errors import CorruptFileError, IncompatibleFlowError, InputError, UnsupportedForceError
 from openmm_regflow.moves import FlowMove, registry
 from openmm_regflow.potentials import OpenMMPotential, TorchPotential
@@ -477,6 +478,47 @@ def test_a_platform_that_is_not_here_is_replaced_with_a_warning(flow_path):
     forget()
     with pytest.warns(UserWarning, match="Abacus platform, which is not here"):
         deserialize(stored).apply(thermodynamic_state(), sampler_state())
+
+
+@pytest.mark.parametrize("missing", ["cuda:99", "abacus"])
+def test_a_device_that_is_not_here_is_replaced_with_a_warning(flow_path, missing):
+    """Stored beside a GPU, gone on without: flow and potential on the CPU, and the same chain as one stored there."""
+    ends = []
+    for device in ("cpu", missing):
+        stored = serialize(FlowMove(make_proposal(flow_path, TorchPotential(MOLECULE.system)), seed=1))
+        stored["proposal"]["device"] = stored["proposal"]["potential"]["device"] = device
+        stored["proposal"]["identity"] = device
+        forget()
+        move, frame = deserialize(stored), sampler_state()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(5):
+                move.apply(thermodynamic_state(), frame)
+        said = [str(w.message) for w in caught if "which is not here" in str(w.message)]
+        assert len(said) == (0 if device == "cpu" else 2) and all(f"device {missing}" in line for line in said)
+        assert move.device.type == move._step.proposal.potential.device.type == "cpu" and move.n_accepted > 0
+        ends.append(frame.positions.value_in_unit(unit.nanometer))
+    np.testing.assert_array_equal(*ends)
+
+
+@pytest.mark.gpu
+def test_a_move_with_a_pool_of_ten_thousand_stays_on_the_gpu(flow_path):
+    """Draws, densities and energies; a stored and restored move, too."""
+    flow = Flow.load(flow_path, "cuda")
+    proposal = FlowProposal(flow, TorchPotential(MOLECULE.system, device="cuda"), TEMPERATURE)
+    move = FlowMove(proposal, pool_size=10_000, flow_path=flow_path, seed=1)
+    stored = serialize(move)
+    move.apply(thermodynamic_state(), sampler_state())
+    pool = move._step.pool._batch
+    assert len(pool.u) == 10_000 and all(part.is_cuda for part in pool) and bool(torch.isfinite(pool.u).any())
+    for _ in range(20):
+        move.apply(thermodynamic_state(), sampler_state())
+    assert move.n_accepted > 0 and move._step.pool._batch is pool and move.device.type == "cuda"
+    forget()
+    del move
+    restored = deserialize(stored)
+    restored.apply(thermodynamic_state(), sampler_state())
+    assert all(part.is_cuda for part in restored._step.pool._batch) and restored.device.type == "cuda"
 
 
 def drawn(move, n=3):

@@ -9,12 +9,13 @@ import pytest
 import torch
 from analytic_molecules import KT, MASSES, TEMPERATURE, Chain, distance
 from openmm import unit
-from openmmtools import states, testsystems
+from openmmtools import cache, states, testsystems
 from openmmtools.utils import deserialize, serialize
 from test_moves import COORDINATES, forget
 from test_sampling import SIGMAS, generator
 
 from openmm_regflow import flows
+from openmm_regflow.device import openmm_properties
 from openmm_regflow.errors import CorruptFileError, IncompatibleFlowError, InputError
 from openmm_regflow.moves import NCMCFlowMove
 from openmm_regflow.moves.ncmc import frozen_system
@@ -314,6 +315,36 @@ def test_the_temperature_is_that_of_the_state(exact):
     move.apply(warm, frame)
     assert move._switched[1] is context
     assert move._switched[2].getTemperature().value_in_unit(unit.kelvin) == pytest.approx(600)
+
+
+def test_the_frozen_context_is_like_those_of_the_cache(exact):
+    """Platform and properties are the user's, given to openmmtools' cache."""
+    processors = openmm.Platform.getPlatformByName("CPU")
+    contexts = cache.ContextCache(platform=processors, platform_properties={"Threads": "1"})
+    move, frame = make_move(), states.SamplerState(exact[0].numpy() * unit.nanometer)
+    move.apply(state(), frame, contexts)
+    context = move._switched[1]
+    assert context.getPlatform().getName() == "CPU" and processors.getPropertyValue(context, "Threads") == "1"
+
+
+@pytest.mark.gpu
+def test_switching_with_a_flow_and_contexts_on_the_gpu(exact):
+    """As on the CPU, exact samples stay exact; the frozen Context is in mixed precision."""
+    platform = openmm.Platform.getPlatformByName("CUDA")
+    contexts = cache.ContextCache(platform=platform, platform_properties=openmm_properties("CUDA"))
+    flow = copy.deepcopy(make_proposal().flow).to("cuda")
+    proposal = SubsetProposal(flow, OpenMMPotential(BATH.system, "CUDA"), TEMPERATURE, BATH.subset)
+    move = NCMCFlowMove(proposal, 6, 0.001, pool_size=2000, steps_per_drive=2, seed=1)
+    moved = []
+    for x in exact[:400].numpy():
+        frame = states.SamplerState(x * unit.nanometer)
+        move.apply(state(), frame, contexts)
+        moved.append(frame.positions.value_in_unit(unit.nanometer))
+    context = move._switched[1]
+    assert platform.getPropertyValue(context, "Precision") == "mixed" and move.device.type == "cuda"
+    assert move.n_accepted > 50
+    scores = z_scores(torch.as_tensor(np.array(moved)), exact[400:])
+    assert max(map(abs, scores.values())) < SIGMAS, scores
 
 
 def test_wrong_atom_count():

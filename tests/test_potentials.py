@@ -11,9 +11,13 @@ import openmm
 import pytest
 import torch
 from openmm import app, unit
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from openmm_regflow.errors import InputError, UnsupportedForceError
 from openmm_regflow.potentials import OpenMMPotential, Potential, TorchPotential
+from openmm_regflow.potentials.compiled import _SYMBOLIC_BLOCKS, _symbolic
+from openmm_regflow.systems import load_system
 
 ENERGY_RTOL, ENERGY_ATOL, FORCE_RTOL = 1e-9, 1e-6, 1e-7
 
@@ -209,6 +213,39 @@ print(counters["stats"]["unique_graphs"], counters["inductor"]["fxgraph_cache_hi
     assert first.split() == ["2", "0"]  # one graph for energies, one for forces
     second, _ = run_python(code, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
     assert second.split()[0] == "2" and int(second.split()[1]) >= 1  # taken from the cache of the first process
+
+
+def test_recording_takes_no_memory_and_gives_the_code_of_real_coordinates():
+    """The stand-ins have the device of the coordinates; one of a GPU can be made where there is none."""
+    potential = TorchPotential(load_system("alanine-dipeptide").system, dtype=torch.float32)
+    record = make_fx(lambda x, c: potential._block_energy(x, c), tracing_mode="symbolic", _allow_non_fake_inputs=True)
+    with torch.no_grad():
+        real = tuple(torch.empty(_SYMBOLIC_BLOCKS, 22, 16) for _ in range(3))
+        assert record(_symbolic(real), potential._constants).code == record(real, potential._constants).code
+    with FakeTensorMode():
+        there = tuple(torch.empty(2, 22, 128, dtype=torch.float64, device="cuda") for _ in range(3))
+    for c in _symbolic(there):
+        assert isinstance(c, FakeTensor) and c.device.type == "cuda" and c.dtype == torch.float64
+        assert not isinstance(c.shape[0], int) and int(c.shape[1]) == 22 and int(c.shape[2]) == 128
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["alanine-dipeptide", "alanine-hexapeptide"])
+def test_compiled_energies_on_the_gpu(name):
+    """The energies and forces of the plain functions on the CPU, in little memory."""
+    molecule = load_system(name)
+    g = torch.Generator().manual_seed(0)
+    noise = torch.randn(300, molecule.n_atoms, 3, generator=g, dtype=torch.float64)
+    x = torch.as_tensor(molecule.positions) + 0.002 * noise
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    potential = TorchPotential(molecule.system, device="cuda", compile=True)
+    energy, forces = potential.energy_and_forces(x.cuda())
+    assert energy.is_cuda and potential._functions[True].worked
+    expected, expected_forces = TorchPotential(molecule.system).energy_and_forces(x)
+    torch.testing.assert_close(energy.cpu(), expected, rtol=1e-9, atol=1e-6)
+    torch.testing.assert_close(forces.cpu(), expected_forces, rtol=1e-7, atol=1e-4)
+    assert torch.cuda.max_memory_allocated() - before < 500 << 20  # stand-ins of such a size took a gigabyte
 
 
 def test_without_a_compiler_one_warning_and_the_same_energies(tmp_path):

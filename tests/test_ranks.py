@@ -117,6 +117,22 @@ def test_log_beside_the_checkpoint(tmp_path):
 @pytest.mark.slow
 def test_train_command_under_torchrun(tmp_path):
     """One process and two give the same flow; rank 0 alone writes and prints."""
+    one, two = (trained_by(n, tmp_path, "cpu", {"OMP_NUM_THREADS": "1"}) for n in (1, 2))
+    for stage in ("teacher", "regression", "likelihood"):
+        assert one[stage]["loss"] == pytest.approx(two[stage]["loss"], rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_two_processes_share_one_gpu(tmp_path):
+    """NCCL refuses two ranks on one GPU: gloo carries the sums, and both give what one gives."""
+    visible = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
+    one, two = (trained_by(n, tmp_path, "cuda", visible) for n in (1, 2))
+    for stage in ("teacher", "regression", "likelihood"):
+        assert one[stage]["loss"] == pytest.approx(two[stage]["loss"], rel=1e-2)
+
+
+def trained_by(n, folder, device, environment):
+    """History of ``openmm-regflow train`` by n processes under torchrun."""
     short = {"steps": 10, "batch_size": 64, "warmup": 2, "checkpoint_every": 5}
     settings = RunConfig.model_validate(
         {
@@ -128,17 +144,12 @@ def test_train_command_under_torchrun(tmp_path):
             "refinement": {"enabled": True, "rounds": 1, "pool": 500, "batch_size": 100},
         }
     )
-    (tmp_path / "run.toml").write_text(print_config(settings))
-    curves = []
-    for n in (1, 2):
-        program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "-m"]
-        command = ["openmm_regflow", "train", "--config", str(tmp_path / "run.toml"), "-o", str(tmp_path / str(n))]
-        done = subprocess.run(
-            program + command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("wrote ") == 1
-        curves.append(json.loads((tmp_path / str(n) / "history.json").read_text()))
-    for stage in ("teacher", "regression", "likelihood"):
-        assert curves[0][stage]["loss"] == pytest.approx(curves[1][stage]["loss"], rel=1e-3)
-    assert (tmp_path / "2" / "flow.safetensors").is_file() and not list(tmp_path.rglob("*.part"))
+    (folder / "run.toml").write_text(print_config(settings))
+    output = folder / str(n)
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "-m"]
+    command = ["openmm_regflow", "train", "--config", str(folder / "run.toml"), "-o", str(output), "--device", device]
+    done = subprocess.run(program + command, capture_output=True, text=True, env=os.environ | environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote ") == 1
+    assert (output / "flow.safetensors").is_file() and not list(output.rglob("*.part"))
+    return json.loads((output / "history.json").read_text())

@@ -1,5 +1,6 @@
 """Kernels, chains and the loop around openmm.app.Simulation: exact, and seen to fail when an error is planted."""
 
+import copy
 import csv
 import math
 
@@ -22,6 +23,7 @@ from scipy import stats
 from scipy.special import ndtri_exp
 
 from openmm_regflow import flows
+from openmm_regflow.device import openmm_properties
 from openmm_regflow.errors import InputError, InsufficientDataError, UnsupportedForceError
 from openmm_regflow.metrics import integrated_autocorrelation_time
 from openmm_regflow.potentials import OpenMMPotential, TorchPotential
@@ -33,6 +35,7 @@ from openmm_regflow.sampling import (
     FlowStep,
     ProposalPool,
     alternate,
+    context_potential,
     flow_kernel,
     independence_metropolis_hastings,
     iterated_sir,
@@ -42,6 +45,7 @@ from openmm_regflow.sampling import (
     state_log_weight,
     system_masses,
 )
+from openmm_regflow.sampling.steps import _context_energy
 from openmm_regflow.units import GAS_CONSTANT
 
 #: Standard errors: 1e-5 two-sided probability per figure.
@@ -520,6 +524,74 @@ def test_a_context_with_parameters_is_sampled_with_its_own_energy():
     assert max(map(abs, chain_z(frames, exact).values())) < SIGMAS
     untilted = {"cos": (exact["cos"][0], grid.mean(np.cos))}
     assert abs(chain_z(frames, untilted)["cos"]) > 2 * SIGMAS
+
+
+def with_parameter(value):
+    """A Simulation whose Context has an energy of its own."""
+    molecule = Chain(4)
+    extra = openmm.CustomBondForce("lambda*100*(r-0.4)^2")
+    extra.addGlobalParameter("lambda", value)
+    extra.addBond(0, 3, [])
+    molecule.system.addForce(extra)
+    return make_simulation(molecule)
+
+
+@pytest.mark.parametrize("own_energy", [False, True])
+def test_positions_that_travel_as_tensors_give_the_same_chain(own_energy):
+    """What a flow on a GPU does with the Context, here with both on the CPU: the same numbers bit for bit."""
+    ends = []
+    for direct in (False, True):
+        simulation = with_parameter(0.2) if own_energy else make_simulation(CASES["internal"].target)
+        mixed = FlowSimulation(simulation, internal_proposal(), 2, 50, seed=2)
+        assert mixed._direct is False and mixed._same_energy is not own_energy
+        mixed._direct = direct
+        mixed.run(30, 3)
+        assert 0 < mixed.statistics.n_accepted < 30
+        state = simulation.context.getState(positions=True, velocities=True)
+        ends.append([state.getPositions(asNumpy=True)._value, state.getVelocities(asNumpy=True)._value])
+    np.testing.assert_array_equal(*ends)
+
+
+def test_energies_of_a_context_from_tensors():
+    molecule = CASES["internal"].target
+    context = make_simulation(molecule).context
+    x = molecule.sample(3, generator(4))
+    x[1, 2, 0] = torch.nan
+    kT = GAS_CONSTANT * TEMPERATURE
+    one_by_one = torch.tensor([_context_energy(context, row) / kT for row in x], dtype=x.dtype)
+    together = context_potential(context, kT)(x)
+    assert bool(one_by_one[1].isnan()) and bool(torch.isfinite(one_by_one[[0, 2]]).all())
+    torch.testing.assert_close(one_by_one, together, rtol=1e-15, atol=0, equal_nan=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("own_energy", [False, True])
+def test_flow_steps_between_a_flow_and_a_context_on_the_gpu(own_energy):
+    """Positions never leave the GPU, and the Context is left with the new ones."""
+    flow, _, temperature = CASES["internal"].arguments
+    molecule = CASES["internal"].target
+    system = with_parameter(0.2).system if own_energy else molecule.system
+    integrator = openmm.LangevinMiddleIntegrator(temperature, 1.0, 0.002)
+    topology, platform = chain_topology(4), openmm.Platform.getPlatformByName("CUDA")
+    simulation = app.Simulation(topology, system, integrator, platform, openmm_properties("CUDA"))
+    simulation.context.setPositions(molecule.sample(1, generator())[0].numpy())
+    there = copy.deepcopy(flow).to("cuda")
+    proposal = FlowProposal(there, TorchPotential(molecule.system, device="cuda"), temperature)
+    mixed = FlowSimulation(simulation, proposal, 2, 200, seed=2)
+    assert mixed._direct and mixed._read().is_cuda
+    outcomes = []
+    for _ in range(60):
+        simulation.step(5)
+        before = mixed._read()
+        new = mixed.flow_step()
+        outcomes.append(new)
+        assert new == bool((mixed._read() - before).abs().max() > 1e-6)
+    assert set(outcomes) == {True, False}
+    found = [new for _ in range(40) if (new := mixed.step.propose(mixed._read())) is not None]
+    assert found and all(new.is_cuda for new in found)
+    x = molecule.sample(4, generator(1))
+    u = context_potential(simulation.context, proposal.kT)
+    torch.testing.assert_close(u(x), u(x.cuda()), rtol=1e-4, atol=1e-3)
 
 
 def test_alternate_and_reporter(tmp_path):

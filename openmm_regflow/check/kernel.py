@@ -27,6 +27,7 @@ from openmm_regflow.check.report import Finding
 from openmm_regflow.constraints import Constraints, fixed_bonds
 from openmm_regflow.coordinates import build_zmatrix, topology_tables
 from openmm_regflow.coordinates.internal import bond_angle_torsion
+from openmm_regflow.device import openmm_properties
 from openmm_regflow.errors import InputError
 from openmm_regflow.potentials import OpenMMPotential
 from openmm_regflow.proposals import FlowProposal, ProposalBatch
@@ -61,7 +62,7 @@ class HybridMonteCarlo:
         temperature: [K].
         timestep: [ps].
         platform: of OpenMM.
-        properties: of the platform.
+        properties: of the platform, beside those that this package chooses.
         seed: of velocities and decisions.
         log_density: of a configuration `(n_atoms, 3)`, beside ``-u`` and what the dynamics know.
 
@@ -367,5 +368,6 @@ def whole_positions(proposal: FlowProposal, molecule: MolecularSystem) -> Tensor
 def new_context(
     system: openmm.System, integrator: openmm.Integrator, platform: str, properties: dict[str, str] | None = None
 ) -> openmm.Context:
-    """A Context on a platform by its name."""
-    return openmm.Context(system, integrator, openmm.Platform.getPlatformByName(platform), properties or {})
+    """A Context on a platform by its name; on a GPU in mixed precision unless said otherwise."""
+    chosen = openmm_properties(platform) | (properties or {})
+    return openmm.Context(system, integrator, openmm.Platform.getPlatformByName(platform), chosen)

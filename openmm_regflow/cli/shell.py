@@ -148,19 +148,14 @@ def finish_output(folder: Path) -> None:
 
 
 def use_device(device: str) -> Any:
-    """The torch device that a command was given; it becomes torch's current one, which OpenMM's Contexts follow.
+    """The torch device that a command was given (`device.resolve_device`, imported where it is needed).
 
     Raises:
         InputError: an unknown name, or a GPU that is not there.
     """
-    import torch
-
     from openmm_regflow.device import resolve_device
 
-    where = resolve_device(device)
-    if where.index is not None and where.type == "cuda":
-        torch.cuda.set_device(where)
-    return where
+    return resolve_device(device)
 
 
 def use_platform(device: str) -> str | None:

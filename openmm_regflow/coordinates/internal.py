@@ -175,13 +175,20 @@ class InternalMap(CoordinateMap):
         for k, (atom, *refs) in enumerate(self.zmatrix.rows):
             depth[atom] = 1 + max(depth[r] for r in refs)
             levels.setdefault(depth[atom], []).append(k)
-        self._levels = [torch.tensor(levels[d]) for d in sorted(levels)]
-        placed = [*self.zmatrix.seed, *(self.zmatrix.rows[int(k)][0] for level in self._levels for k in level)]
+        ordered = [levels[d] for d in sorted(levels)]
+        placed = [*self.zmatrix.seed, *(self.zmatrix.rows[k][0] for level in ordered for k in level)]
         slot = {atom: i for i, atom in enumerate(placed)}
-        self._level_slots = [
-            torch.tensor([[slot[a] for a in self.zmatrix.rows[int(k)][1:]] for k in level]).T for level in self._levels
-        ]
+        self._n_levels = len(ordered)
+        # Buffers, so that they follow to a GPU: as plain tensors they would be copied there in every call.
+        for d, level in enumerate(ordered):
+            slots = torch.tensor([[slot[a] for a in self.zmatrix.rows[k][1:]] for k in level]).T
+            self.register_buffer(f"level_rows_{d}", torch.tensor(level), persistent=False)
+            self.register_buffer(f"level_slots_{d}", slots, persistent=False)
         self.register_buffer("slots", torch.tensor([slot[a] for a in range(self.n_atoms)]), persistent=False)
+
+    def _levels(self) -> list[tuple[Tensor, Tensor]]:
+        """Rows `(k,)` of the Z-matrix that can be placed at once, and the slots `(3, k)` of their references."""
+        return [(getattr(self, f"level_rows_{d}"), getattr(self, f"level_slots_{d}")) for d in range(self._n_levels)]
 
     @classmethod
     def fit(
@@ -351,7 +358,7 @@ class InternalMap(CoordinateMap):
         first = torch.stack([bonds[0], zero, zero])
         third = torch.stack([bonds[1] * angles[0].cos(), bonds[1] * angles[0].sin(), zero])
         placed = torch.stack([first, torch.zeros_like(first), third], dim=1)
-        for level, slots in zip(self._levels, self._level_slots, strict=True):
+        for level, slots in self._levels():
             c, e, f = (placed[:, s] for s in slots)
             fresh = place(c, e, f, bonds[2 + level], angles[1 + level], tau[level])
             placed = torch.cat([placed, fresh], dim=1)

@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 
 from openmm_regflow.device import host
-from openmm_regflow.device.choice import memory_line, openmm_properties, resolve_device, why_no_gpu
+from openmm_regflow.device.choice import (
+    memory_line,
+    openmm_properties,
+    resolve_device,
+    synchronize,
+    why_no_gpu,
+)
 from openmm_regflow.device.native import Native, Unavailable
 from openmm_regflow.errors import InputError
 
@@ -30,6 +36,7 @@ __all__ = [
     "read_positions",
     "resolve_device",
     "self_test",
+    "synchronize",
     "why_no_gpu",
     "write_positions",
 ]
@@ -53,13 +60,13 @@ class Transfer:
 
     Attributes:
         way: "host" or "native".
-        reason: why not the native way, in words; empty where it is used.
+        reason: why this way, in words: what speaks against the native one, or for it.
         microseconds: time of a reading by each way that was measured.
         carrier: does it.
     """
 
     way: str
-    reason: str = ""
+    reason: str
     microseconds: dict[str, float] = field(default_factory=dict)
     carrier: Any = field(default=host, repr=False)
 
@@ -110,6 +117,8 @@ def choose_way(context: Any, device: torch.device | str = "cpu") -> Transfer:
     one warning.
     """
     where = torch.device(device)
+    if where == torch.device("cuda") and torch.cuda.is_available():
+        where = torch.device("cuda", torch.cuda.current_device())  # which may be another one later
     known = _CHOSEN.setdefault(context, {})
     if where not in known:
         known[where] = _choose(context, where)
@@ -156,26 +165,30 @@ def _choose(context: Any, device: torch.device) -> Transfer:
     try:
         native = Native()
         index = native.describe(context)[-1]
-        if index != (torch.cuda.current_device() if device.index is None else device.index):
+        if index != device.index:
             raise Unavailable(f"the Context is on CUDA device {index}, the tensor on {device}")
         self_test(native, context, device)
     except Unavailable as error:
         _warn(f"positions travel by way of the host: {error}")
         return Transfer("host", str(error))
     ways: dict[str, Any] = {"host": host, "native": native}
-    times = {name: _microseconds(partial(way.read, context, device)) for name, way in ways.items()}
+    times = {name: _microseconds(partial(way.read, context, device), device) for name, way in ways.items()}
     if times["native"] < times["host"]:
-        return Transfer("native", "", times, native)
-    return Transfer("host", "the host is quicker", times)
+        return Transfer("native", f"it passed its test and is quicker ({_compared(times)})", times, native)
+    return Transfer("host", f"the host is quicker ({_compared(times)})", times)
 
 
-def _microseconds(call: Callable[[], Any], repeats: int = 20) -> float:
+def _compared(times: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.0f} µs" for name, value in times.items())
+
+
+def _microseconds(call: Callable[[], Any], device: torch.device, repeats: int = 20) -> float:
     """Shortest time of a call [µs]; readings end with the device idle."""
     best = float("inf")
     for _ in range(repeats):
         began = time.perf_counter()
         call()
-        torch.cuda.synchronize()
+        synchronize(device)
         best = min(best, time.perf_counter() - began)
     return 1e6 * best
 

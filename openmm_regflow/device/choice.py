@@ -1,6 +1,7 @@
 """Which torch device, and which OpenMM device and precision go with it."""
 
 import re
+import warnings
 
 import torch
 
@@ -17,13 +18,15 @@ def resolve_device(name: str = "cpu") -> torch.device:
     """The torch device for a name given by the user.
 
     Args:
-        name: "cpu", "cuda", "cuda:1", ...; "auto" takes a GPU where there is one that works and the CPU otherwise.
+        name: "cpu", "cuda", "cuda:1", ...; "auto" takes a GPU where there is one that works and the CPU otherwise, with
+            a warning where there is one that does not. A GPU with a number becomes torch's current one, which is where
+            the Contexts of this process go (`openmm_properties`).
 
     Raises:
         InputError: an unknown name, or a GPU that is not there; the line says why torch sees none.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return _working(torch.device("cuda")) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -36,7 +39,36 @@ def resolve_device(name: str = "cpu") -> torch.device:
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"there is no {name}; {torch.cuda.device_count()} CUDA device(s) were found")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
+
+
+def _working(device: torch.device) -> torch.device:
+    """The device, or the CPU with a warning where it fails a small computation."""
+    reason = failure_of(device)
+    if reason is None:
+        return device
+    warnings.warn(f"the GPU does not work ({reason}): going on on the CPU", RuntimeWarning, stacklevel=3)
+    return torch.device("cpu")
+
+
+def failure_of(device: torch.device) -> str | None:
+    """What goes wrong in a small computation on a device, as one line; None where it works.
+
+    A driver may list a GPU whose kernels this torch was not built for, or whose memory others hold.
+    """
+    try:
+        found, expected = _small_computation(device), _small_computation(torch.device("cpu"))
+    except (RuntimeError, AssertionError) as error:
+        return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return None if abs(found / expected - 1) < 1e-6 else f"it computes {found} where {expected} is right"
+
+
+def _small_computation(device: torch.device) -> float:
+    """A matrix product (a library's) and elementwise kernels (torch's own)."""
+    x = torch.arange(64.0, dtype=torch.float64, device=device).view(8, 8) / 64
+    return float((x @ x + x.exp()).sum())
 
 
 def why_no_gpu() -> str:
@@ -74,6 +106,12 @@ def openmm_remedy() -> str:
     """How to install OpenMM's CUDA platform for the CUDA that this torch was built for."""
     major = (torch.version.cuda or "12").split(".")[0]
     return f"pip install 'openmm-regflow[cuda{major}]' (the same as openmm[cuda{major}])"
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Wait until a GPU has done what it was given, for a clock to be read; other devices have done it already."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def memory_line(error: BaseException) -> str | None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: Page-locked buffers by shape: a GPU reads them without a second copy.
+#: Page-locked buffers by shape: a GPU reads and writes them without a second copy.
 _PINNED: dict[tuple[int, ...], Tensor] = {}
 _IN_USE = Lock()
 
@@ -19,13 +19,21 @@ def read(context: Any, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return values
     with _IN_USE:  # one buffer serves all threads, and the next call
-        staging = _PINNED.get(tuple(values.shape))
-        if staging is None:
-            staging = _PINNED[tuple(values.shape)] = torch.empty_like(values).pin_memory()
-        staging.copy_(values)
-        return staging.to(device)
+        return _staging(values.shape).copy_(values).to(device)
 
 
 def write(context: Any, positions: Tensor) -> None:
     """Set positions `(n_atoms, 3)` [nm] from any device."""
-    context.setPositions(positions.detach().to("cpu", torch.float64).numpy())
+    if positions.device.type == "cpu":
+        context.setPositions(positions.detach().double().numpy())
+        return
+    with _IN_USE:
+        context.setPositions(_staging(positions.shape).copy_(positions.detach()).numpy())  # OpenMM keeps a copy
+
+
+def _staging(shape: torch.Size) -> Tensor:
+    """The buffer for a shape, float64; to be used under the lock."""
+    key = tuple(shape)
+    if key not in _PINNED:
+        _PINNED[key] = torch.empty(key, dtype=torch.float64).pin_memory()
+    return _PINNED[key]

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "openmm/Context.h"
+#include "openmm/Integrator.h"
 #include "openmm/Platform.h"
 #include "openmm/common/ContextSelector.h"
 #include "openmm/internal/ContextImpl.h"
@@ -49,6 +50,16 @@ public:
     }
     ContextImpl& open(void* context) const {
         return getContextImpl(*static_cast<Context*>(context));
+    }
+};
+
+// What ContextImpl::setPositions ends with: integrators that keep forces (NoseHoover, Custom) forget those of the old
+// positions. ContextImpl::systemChanged speaks of the energy alone, which NoseHoover takes no notice of. Only friends of
+// an Integrator and its subclasses may call it.
+class Notice : public Integrator {
+public:
+    static void positionsChanged(Integrator& integrator) {
+        (integrator.*&Notice::stateChanged)(State::Positions);
     }
 };
 
@@ -205,7 +216,7 @@ int regflow_write(void* context, const void* posq, const void* correction) {
         std::vector<mm_int4> none(device.getPosCellOffsets().size(), mm_int4(0, 0, 0, 0));
         device.setPosCellOffsets(none);
         device.reorderAtoms();
-        inside(context).systemChanged();  // integrators forget the forces of the old positions
+        Notice::positionsChanged(inside(context).getIntegrator());
     });
 }
 }

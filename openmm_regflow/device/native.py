@@ -128,13 +128,28 @@ def _pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
     return [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
 
 
-@cache
 def load(platform: str) -> ctypes.CDLL:
-    """The helper for a platform, compiled if this machine has not done so before.
+    """The helper for a platform, compiled if this machine has not done so before; tried once in a process.
 
     Raises:
-        Unavailable: see `Native`.
+        Unavailable: see `Native`; the same reason every time.
     """
+    library = _attempt(platform)
+    if isinstance(library, str):
+        raise Unavailable(library)
+    return library
+
+
+@cache
+def _attempt(platform: str) -> ctypes.CDLL | str:
+    """The helper, or why it cannot be had: a compiler that fails takes seconds, and would for every Context."""
+    try:
+        return _load(platform)
+    except Unavailable as error:
+        return str(error)
+
+
+def _load(platform: str) -> ctypes.CDLL:
     if platform not in ("CUDA", "OpenCL"):
         raise Unavailable(f"the platform {platform} holds its positions on the host")
     try:

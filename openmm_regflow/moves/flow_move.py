@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 import openmm
+import torch
 from openmm import unit
 
 from openmm_regflow.errors import CorruptFileError, IncompatibleFlowError, InputError, UnsupportedForceError
@@ -141,6 +142,11 @@ class FlowMove:
     def flow_sha256(self) -> str:
         """SHA-256 of the flow file."""
         return self._description.flow_sha256
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the flow; of a restored move before its first step, the one that it was stored with."""
+        return torch.device(self._description.device) if self._step is None else self._step.proposal.device
 
     @property
     def n_proposed(self) -> int:

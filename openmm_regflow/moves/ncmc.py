@@ -16,6 +16,7 @@ import torch
 from openmm import unit
 from torch import Tensor
 
+from openmm_regflow.device import openmm_properties
 from openmm_regflow.errors import CorruptFileError, InputError
 from openmm_regflow.moves.flow_move import FlowMove, box_of, check_atom_count
 from openmm_regflow.proposals import SubsetProposal
@@ -199,7 +200,7 @@ class NCMCFlowMove(FlowMove):
         if self._switched is None or not self._switched[0].is_state_compatible(thermodynamic_state):
             system = thermodynamic_state.get_system(remove_thermostat=True, remove_barostat=True)
             frozen = frozen_system(system, self._step.proposal.atom_subset)  # type: ignore[union-attr, arg-type]
-            platform = (cache.global_context_cache if context_cache is None else context_cache).platform
+            contexts = cache.global_context_cache if context_cache is None else context_cache
             integrator = integrators.ExternalPerturbationLangevinIntegrator(
                 splitting="O V R V O",
                 temperature=thermodynamic_state.temperature,
@@ -207,8 +208,12 @@ class NCMCFlowMove(FlowMove):
                 timestep=self.timestep * unit.picosecond,
                 measure_shadow_work=True,
             )
-            arguments = (frozen, integrator) if platform is None else (frozen, integrator, platform)
-            self._switched = (copy.deepcopy(thermodynamic_state), openmm.Context(*arguments), integrator)
+            chosen: tuple[Any, ...] = ()
+            if contexts.platform is not None:
+                own = getattr(contexts, "_platform_properties", None) or {}  # as the state's other Contexts have them
+                chosen = contexts.platform, openmm_properties(contexts.platform.getName(), self.device) | own
+            context = openmm.Context(frozen, integrator, *chosen)
+            self._switched = (copy.deepcopy(thermodynamic_state), context, integrator)
         self._switched[2].setTemperature(thermodynamic_state.temperature)  # which compatible states need not share
         return self._switched[1]
 

@@ -19,6 +19,7 @@ import numpy as np
 import openmm
 import torch
 
+from openmm_regflow.device import resolve_device
 from openmm_regflow.errors import CorruptFileError, IncompatibleFlowError, InputError, UnsupportedForceError
 from openmm_regflow.flows import Flow
 from openmm_regflow.potentials import OpenMMPotential, TorchPotential
@@ -180,7 +181,7 @@ def find(description: Description, system: openmm.System, n_steps: int = 0) -> t
         return description, shared
     description = _located(description)
     if (shared := living(description)) is None:
-        flow = Flow.load(str(description.flow_path), device=description.device)
+        flow = Flow.load(str(description.flow_path), device=_device(description.device))
         shared = register(description, _build_proposal(description, flow, system), n_steps)
     return description, shared
 
@@ -264,7 +265,8 @@ def _build_potential(description: dict[str, Any], system: openmm.System) -> Any:
     potential: Any = None
     if description["kind"] == "torch":
         with contextlib.suppress(UnsupportedForceError):
-            potential = TorchPotential(system, **options | {"dtype": getattr(torch, options["dtype"])})
+            options |= {"dtype": getattr(torch, options["dtype"]), "device": _device(options.get("device", "cpu"))}
+            potential = TorchPotential(system, **options)
     elif description["kind"] == "openmm":
         potential = OpenMMPotential(system, **_available(options))
     potential = OpenMMPotential(system) if potential is None else potential
@@ -272,6 +274,18 @@ def _build_potential(description: dict[str, Any], system: openmm.System) -> Any:
         if name in potential.parameters:
             potential.set_parameter(name, value)
     return potential
+
+
+def _device(stored: str) -> torch.device:
+    """A stored device, or the CPU where this machine lacks it, which is said."""
+    try:
+        return resolve_device(stored)
+    except InputError as error:
+        warnings.warn(
+            f"a stored flow move was on the device {stored}, which is not here; it goes on on the CPU ({error})",
+            stacklevel=1,  # flow and potential of one move say it once
+        )
+        return torch.device("cpu")
 
 
 def _available(options: dict[str, Any]) -> dict[str, Any]:

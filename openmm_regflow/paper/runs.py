@@ -12,6 +12,7 @@ from torch import Tensor
 
 from openmm_regflow import evaluation, flows, metrics, plots, recipes, targets
 from openmm_regflow.coordinates import CoordinateMap
+from openmm_regflow.device import synchronize
 from openmm_regflow.errors import RegflowError
 from openmm_regflow.flows import Flow
 from openmm_regflow.objectives import FlowMatchingLoss, LikelihoodLoss, RegFlowLoss
@@ -293,11 +294,12 @@ def _round_trip(sampler: Any, generator: torch.Generator, n: int = 1000) -> dict
 def _speed(sampler: Any, n: int) -> dict[str, float]:
     """Seconds for 200,000 samples with likelihoods, scaled from `n`."""
     n = min(n, LIKELIHOODS)
-    clock = clock_of(sampler.coordinates.circular.device)
+    device = sampler.coordinates.circular.device
+    clock = clock_of(device)
+    synchronize(device)
     began = clock()
     sampler.sample(n, torch.Generator().manual_seed(1))
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    synchronize(device)
     return {"seconds_200k": (clock() - began) * LIKELIHOODS / n, "seconds_200k_measured_on": n}
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from openmm_regflow.compiling import WithFallback
@@ -38,9 +39,22 @@ class CompiledBlocks(WithFallback):
         x, constants = arguments
         if self._compiled is None:
             register_materialise()
-            example = tuple(c.new_empty((_SYMBOLIC_BLOCKS, *c.shape[1:])) for c in x)
             record = make_fx(self.plain, tracing_mode="symbolic", _allow_non_fake_inputs=True)
-            self._compiled = torch.compile(record(example, constants))
+            self._compiled = torch.compile(record(_symbolic(x), constants))
         for c in x:
             torch._dynamo.mark_dynamic(c, 0)
         return self._compiled(x, constants)
+
+
+def _symbolic(x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Stand-ins for coordinates, with any number of blocks, on their device and without memory.
+
+    Real ones would take 15 MB of a GPU for every atom. Recorded on the CPU instead, the code would keep the CPU as the
+    device of what it makes, and meet the potential's own tables on the GPU.
+    """
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # brings SymPy: slow, and needed here alone
+
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True, allow_fallback_kernels=False)
+    shapes = [mode.from_tensor(torch.empty((_SYMBOLIC_BLOCKS, *c.shape[1:]), device="meta")).shape for c in x]
+    with mode:
+        return tuple(torch.empty(shape, dtype=c.dtype, device=c.device) for shape, c in zip(shapes, x))

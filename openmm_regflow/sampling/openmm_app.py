@@ -7,8 +7,11 @@ from typing import Any
 
 import numpy as np
 import openmm
+import torch
 from openmm import app, unit
+from torch import Tensor
 
+from openmm_regflow.device import read_positions, write_positions
 from openmm_regflow.errors import InputError
 from openmm_regflow.proposals import FlowProposal
 from openmm_regflow.refusals import has_global_parameters
@@ -20,6 +23,7 @@ from openmm_regflow.sampling.steps import (
     redrawn,
     seeded_generator,
     system_masses,
+    travels_directly,
 )
 from openmm_regflow.systems import fingerprint
 from openmm_regflow.units import GAS_CONSTANT, temperature_kelvin
@@ -64,6 +68,7 @@ class FlowSimulation:
         self.simulation = simulation
         self.step = FlowStep(proposal, n_proposals, pool_size, seeded_generator(seed), orientation)
         self._masses = system_masses(simulation.system)
+        self._direct = travels_directly(proposal.device, simulation.context)
         self._same_energy = (
             proposal.covers_system
             and not simulation.system.usesPeriodicBoundaryConditions()
@@ -87,17 +92,31 @@ class FlowSimulation:
     def flow_step(self) -> bool:
         """One flow step on the Simulation's Context; True if it was accepted."""
         context, temperature = self.simulation.context, self.temperature
-        state = context.getState(getPositions=True)
-        positions = state.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
-        positions = self.step.proposal.make_whole(positions, self._box(state))
+        positions = self._read()
         energy = None if self._same_energy else context_potential(context, GAS_CONSTANT * temperature)
-        new = self.step(positions, temperature, energy)
+        new = self.step.propose(positions, temperature, energy)
         if new is not None:
-            context.setPositions(new)
+            self._write(new)
             self._redraw_velocities(temperature)
         elif not self._same_energy:
-            context.setPositions(positions)
+            self._write(positions)
         return new is not None
+
+    def _read(self) -> Tensor:
+        """The Context's positions `(n_atoms, 3)` [nm], on the flow's device where they need not see the host."""
+        context, proposal = self.simulation.context, self.step.proposal
+        if self._direct:
+            return read_positions(context, proposal.device)
+        state = context.getState(getPositions=True)
+        positions = state.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
+        return torch.as_tensor(proposal.make_whole(positions, self._box(state)))
+
+    def _write(self, positions: Tensor) -> None:
+        """Positions `(n_atoms, 3)` [nm] into the Context."""
+        if self._direct:
+            write_positions(self.simulation.context, positions)
+        else:
+            self.simulation.context.setPositions(positions.cpu().numpy())
 
     def _box(self, state: openmm.State) -> np.ndarray | None:
         """Box vectors as rows [nm], None without a box."""
@@ -108,6 +127,9 @@ class FlowSimulation:
     def _redraw_velocities(self, temperature: float) -> None:
         """Maxwell-Boltzmann velocities for the atoms that moved."""
         context, moved = self.simulation.context, self.step.proposal.atom_subset
+        if moved is None and self.step.proposal.constraints is None:  # nothing of the old state is needed
+            context.setVelocities(redrawn(None, self._masses, None, temperature, self.step.generator))
+            return
         state = context.getState(getPositions=True, getVelocities=True)
         velocities = state.getVelocities(asNumpy=True).value_in_unit(unit.nanometer / unit.picosecond)
         velocities = redrawn(velocities, self._masses, moved, temperature, self.step.generator)

@@ -13,6 +13,7 @@ from openmm import unit
 from torch import Tensor
 
 from openmm_regflow.coordinates.cartesian import random_rotations
+from openmm_regflow.device import choose_way, write_positions
 from openmm_regflow.errors import InputError
 from openmm_regflow.proposals import FlowProposal, ProposalBatch, rotate
 from openmm_regflow.sampling.kernels import FlowStatistics, ProposalPool, flow_kernel
@@ -144,8 +145,24 @@ class FlowStep:
         Returns:
             The new positions `(n_atoms, 3)` [nm], or None after a rejection.
         """
+        new = self.propose(torch.as_tensor(positions_nm(positions)), temperature, energy)
+        return None if new is None else new.cpu().numpy()
+
+    def propose(
+        self, positions: Tensor, temperature: Any = None, energy: ReducedPotential | None = None
+    ) -> Tensor | None:
+        """One flow step whose positions stay on the flow's device.
+
+        Args:
+            positions: current configuration `(n_atoms, 3)` [nm], on any device.
+            temperature: as in a call.
+            energy: as in a call.
+
+        Returns:
+            The new positions `(n_atoms, 3)` [nm] on the flow's device, or None after a rejection.
+        """
         proposal = self.proposal
-        current = proposal.as_tensor(positions_nm(positions)[None])
+        current = proposal.as_tensor(positions[None])
         framed = proposal.redraw_frame(current, self.generator)
         drawn = self.pool.take(self.n_proposals, energies=energy is None)
         batch = drawn._replace(positions=proposal.in_place(drawn.positions, current))
@@ -161,11 +178,11 @@ class FlowStep:
         self.statistics.update(info)
         return self._place(new.positions[0], current[0]) if bool(info.accepted) else None
 
-    def _place(self, new: Tensor, old: Tensor) -> np.ndarray:
+    def _place(self, new: Tensor, old: Tensor) -> Tensor:
         """An accepted configuration in the place of the old one."""
         if self.proposal.frame == "fixed":
-            return new.cpu().numpy()
-        return put_back(new.cpu(), old.cpu(), self.generator, self.masses, self.orientation).numpy()
+            return new
+        return put_back(new, old, self.generator, self.masses, self.orientation)
 
     @cached_property
     def masses(self) -> np.ndarray | None:
@@ -211,7 +228,7 @@ def put_back(
     centre = (weights * old).sum(0)
     shape = new - (weights * new).sum(0)
     if orientation == "random":
-        turn = random_rotations(1, generator)
+        turn = random_rotations(1, generator, device=generator.device)
     else:
         turn = _superposition(shape, old - centre, weights).unsqueeze(0)
     return rotate(shape.unsqueeze(0), turn)[0] + centre
@@ -221,7 +238,7 @@ def _superposition(mobile: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     """Rotation that superposes centred ``mobile`` on centred ``target`` (Kabsch, Acta Cryst. A 32, 922
     (1976))."""
     left, _, right = torch.linalg.svd((weights * target).T @ mobile)
-    proper = torch.ones(3, dtype=mobile.dtype)
+    proper = torch.ones(3, dtype=mobile.dtype, device=mobile.device)
     proper[2] = torch.det(left) * torch.det(right)
     return left @ torch.diag(proper) @ right
 
@@ -259,23 +276,35 @@ def context_potential(context: openmm.Context, kT: float) -> ReducedPotential:
     """The Context's own energy as a reduced potential; overwrites the Context's positions.
 
     Args:
-        context: any platform; its parameters and box stay as they are.
+        context: any platform, with positions; its parameters and box stay as they are.
         kT: [kJ/mol].
     """
 
     def reduced(positions: Tensor) -> Tensor:
-        energies = [_context_energy(context, x) / kT for x in positions.cpu().numpy()]
+        direct = travels_directly(positions.device, context) and choose_way(context, positions.device).way == "native"
+        # By the host, one copy of all is quicker than one of each.
+        configurations = positions if direct else positions.cpu().numpy()
+        energies = [_context_energy(context, x) / kT for x in configurations]
         return torch.tensor(energies, dtype=torch.float64)
 
     return reduced
 
 
-def _context_energy(context: openmm.Context, positions: np.ndarray) -> float:
+def travels_directly(device: torch.device, context: openmm.Context) -> bool:
+    """Whether positions may go between a Context and a device as they are: a GPU's, with no box to honour."""
+    return device.type == "cuda" and not context.getSystem().usesPeriodicBoundaryConditions()
+
+
+def _context_energy(context: openmm.Context, positions: np.ndarray | Tensor) -> float:
     """Potential energy [kJ/mol]; NaN where OpenMM refuses the configuration."""
-    if not np.isfinite(positions).all():
+    finite = torch.isfinite(positions).all() if isinstance(positions, Tensor) else np.isfinite(positions).all()
+    if not bool(finite):
         return math.nan
     try:
-        context.setPositions(positions)
+        if isinstance(positions, Tensor):
+            write_positions(context, positions)
+        else:
+            context.setPositions(positions)
         energy = context.getState(getEnergy=True).getPotentialEnergy()
     except openmm.OpenMMException:
         return math.nan

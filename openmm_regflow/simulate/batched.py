@@ -50,7 +50,7 @@ class BatchedSettings(BaseModel):
         hydrogen_mass: mass of hydrogen while sampling [dalton]; None keeps the System's.
         scramble_steps: steps of all replicas in the highest state before the run, to part the starting points.
         compile: run the potential through ``torch.compile``.
-        device: of the potential.
+        device: of the potential, the dynamics and their random numbers.
         seed: seeds everything random.
     """
 
@@ -114,7 +114,7 @@ class _Ladder:
         beta, rise = 1.0 / self.kt, self.scale / self.kt
         # log alpha = u_k(x_i) + u_l(x_j) - u_k(x_j) - u_l(x_i), with u_k(x) = beta_k (U + scale_k B)
         log_alpha = (beta[low] - beta[low + 1]) * (u_i - u_j) + (rise[low] - rise[low + 1]) * (b_i - b_j)
-        drawn = torch.rand(log_alpha.shape, generator=generator).to(log_alpha.device)
+        drawn = torch.rand(log_alpha.shape, generator=generator, device=log_alpha.device)
         accepted = drawn.log() < log_alpha
         after = states.clone()
         after.scatter_(1, i, torch.where(accepted, low + 1, low))
@@ -161,7 +161,7 @@ def batched_tempering(
     while done < settings.n_iterations:
         rows: list[tuple[np.ndarray, ...]] = []
         for iteration in range(done, min(done + CHUNK, settings.n_iterations)):
-            generator = _generator(settings.seed, iteration + 1)
+            generator = _generator(settings.seed, iteration + 1, settings.device)
             x, v, states, row = _iterate(ladder, x, v, states, mass, settings, generator)
             rows.append(row)
             progress(iteration + 1, settings.n_iterations)
@@ -224,7 +224,7 @@ def _dynamics(
         _, _, force = ladder.energies_and_forces(x, states)
         v = v + dt * force / mass
         x = x + 0.5 * dt * v
-        v = damp * v + spread * torch.randn(v.shape, generator=generator).to(v.device)
+        v = damp * v + spread * torch.randn(v.shape, generator=generator, device=v.device)
         x = x + 0.5 * dt * v
     return x, v
 
@@ -238,11 +238,11 @@ def _scrambled(
     context.setPositions(molecule.positions)
     openmm.LocalEnergyMinimizer.minimize(context, 10.0)
     start = torch.as_tensor(context.getState(positions=True).getPositions(asNumpy=True)._value, dtype=torch.float32)
-    generator = _generator(settings.seed, 0)
+    generator = _generator(settings.seed, 0, settings.device)
     n, top = settings.n_copies * settings.n_replicas, settings.n_replicas - 1
     x = start.to(settings.device).repeat(n, 1, 1)
     states = torch.full((n,), top, device=settings.device)
-    noise = torch.randn(x.shape, generator=generator).to(x.device)
+    noise = torch.randn(x.shape, generator=generator, device=x.device)
     v = (ladder.kt[top] / mass).sqrt() * noise
     x, v = _dynamics(ladder, x, v, states, mass, settings, settings.scramble_steps, generator)
     if not torch.isfinite(x).all():
@@ -380,7 +380,7 @@ def _masses(system: openmm.System, settings: BatchedSettings) -> Tensor:
     return torch.tensor(mass, dtype=torch.float32)[:, None]
 
 
-def _generator(seed: int, stream: int) -> torch.Generator:
-    """Random numbers of one iteration, on the CPU so that any device draws the same."""
+def _generator(seed: int, stream: int, device: str) -> torch.Generator:
+    """Random numbers of one iteration, drawn on the device of the dynamics: other numbers on a GPU than on a CPU."""
     value = int(np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0])
-    return torch.Generator().manual_seed(value % 2**63)
+    return torch.Generator(device).manual_seed(value % 2**63)

@@ -25,6 +25,7 @@ import openmm
 from openmm import unit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from openmm_regflow.device import openmm_properties
 from openmm_regflow.errors import CorruptFileError, InputError, InsufficientDataError
 from openmm_regflow.systems import MolecularSystem, compare_fingerprints
 from openmm_regflow.units import GAS_CONSTANT
@@ -53,7 +54,7 @@ class TemperingSettings(BaseModel):
         hydrogen_mass: mass of hydrogen while sampling [dalton]; None keeps the System's.
         scramble_steps: steps of each replica at ``max_temperature`` before the run, to part the starting points.
         checkpoint_interval: iterations between points from which an interrupted run continues.
-        platform: OpenMM platform name; None lets OpenMM choose.
+        platform: OpenMM platform name; on a GPU in mixed precision. None lets OpenMM choose, precision and device too.
         seed: seeds everything random.
     """
 
@@ -245,12 +246,17 @@ def _seed_numba(value: int) -> None:
     np.random.seed(value)
 
 
+def _platform(name: str) -> tuple[openmm.Platform, dict[str, str]]:
+    """A platform with its properties: on a GPU mixed precision, and torch's current device."""
+    return openmm.Platform.getPlatform(name), openmm_properties(name)
+
+
 def _attach_cache(sampler: Any, state: Any, integrator: openmm.Integrator, platform: str | None) -> None:
     """One Context for dynamics and energies, made before openmmtools makes an unseeded one for energies."""
     from openmmtools.cache import ContextCache
 
-    chosen = None if platform is None else openmm.Platform.getPlatform(platform)
-    cache = ContextCache(capacity=None, time_to_live=None, platform=chosen)
+    chosen, properties = (None, None) if platform is None else _platform(platform)
+    cache = ContextCache(capacity=None, time_to_live=None, platform=chosen, platform_properties=properties or None)
     cache.get_context(state, integrator)
     sampler.energy_context_cache = sampler.sampler_context_cache = cache
 
@@ -313,7 +319,7 @@ def _starting_points(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Positions [nm] and velocities [nm/ps] for each replica, parted by dynamics at the highest temperature."""
     integrator = _integrator(settings.max_temperature, settings, stream=2**31)
-    chosen = [] if settings.platform is None else [openmm.Platform.getPlatform(settings.platform)]
+    chosen = () if settings.platform is None else _platform(settings.platform)
     context = openmm.Context(system, integrator, *chosen)
     context.setPositions(molecule.positions)
     openmm.LocalEnergyMinimizer.minimize(context, 10.0)

@@ -302,8 +302,8 @@ def verdict_one_sided(result: TargetedFreeEnergy, works: np.ndarray, covered: bo
         return f"use with care: {figures}; one direction cannot tell whether all of the other state is reached"
     share = largest_share(-works)
     if share > LARGEST_SHARE:
-        return f"use with care: {figures}; one work holds {100 * share:.0f} % of the sum of squared weights, on which " \
-            "this error bar rests"
+        return f"use with care: {figures}; one work holds {100 * share:.0f} % of the sum of squared weights, on " \
+            "which this error bar rests"
     if effective < 100 or k_hat > 0.5:
         return f"use with care: {figures}"
     return f"reliable: {figures}"
