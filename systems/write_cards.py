@@ -17,6 +17,9 @@ from openmm_regflow import metrics, plots
 from openmm_regflow.flows import FORMAT_VERSION, Flow, read_safetensors
 from openmm_regflow.systems import MolecularSystem, available_systems, load_system
 
+#: Systems whose frames every user makes.
+UNSHIPPED = ("alanine-hexapeptide",)
+
 
 def pair(estimate: dict[str, Any] | None) -> str:
     """A recorded estimate in words."""
@@ -44,6 +47,8 @@ def reference_part(molecule: MolecularSystem, record: dict[str, Any]) -> list[st
         else f"`python systems/make_reference.py {molecule.name}`"
     )
     lines = ["## Reference data", "", f"Made by {made}. Settings, seeds and versions are in `reference.json`.", ""]
+    if molecule.name in UNSHIPPED:
+        lines[-2] += " The frames are not in the repository, which is to stay small: make them before training."
     lines += ["| split | frames | engine | ladders × states | iterations used | steps × time step | seeds |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for split, entry in record["splits"].items():
@@ -115,7 +120,9 @@ def flow_part(molecule: MolecularSystem, folder: Path) -> list[str]:
     lines = [
         "## The shipped flow",
         "",
-        f"`flow.safetensors`: {a['name']}, {a['n_layers']} layers of {a['hidden']} units, in internal coordinates.",
+        f"`flow.safetensors`: {a['name']}, {a['n_layers']} layers of {a['hidden']} units"
+        + (f" behind {a['torsion_layers']} for torsions alone" if a.get("torsion_layers") else "")
+        + ", in internal coordinates.",
         "",
         "```console",
         f"$ openmm-regflow train {molecule.name} --config systems/{molecule.name}/train.toml --output runs/flow",
@@ -160,7 +167,8 @@ def write_card(name: str) -> None:
     lines.append("")
     record = folder / "reference.json"
     if record.is_file():
-        ramachandran(molecule, folder / "ramachandran.png")
+        if (folder / "reference" / "train.h5").is_file():
+            ramachandran(molecule, folder / "ramachandran.png")
         lines += reference_part(molecule, json.loads(record.read_text()))
     else:
         lines += [f"No reference data are shipped; `python systems/make_reference.py {name}` makes them.", ""]
