@@ -51,7 +51,7 @@ def run_chain(
 ) -> ChainTrace:
     """Langevin dynamics, alternating with a flow move if one is given, in an openmmtools ``MCMCSampler``.
 
-    The random numbers of openmmtools are NumPy's global ones; they are seeded here.
+    The random numbers of openmmtools are NumPy's global ones; they are seeded here, and so is the dynamics' noise.
 
     Args:
         molecule: its System and temperature define the target.
@@ -62,7 +62,7 @@ def run_chain(
         timestep: [ps].
         collision_rate: [1/ps].
         platform: OpenMM platform; Reference is the fastest CPU platform for small molecules with native GB.
-        seed: of NumPy's global generator.
+        seed: of NumPy's global generator and of OpenMM's integrator.
         positions: start `(n_atoms, 3)` [nm]; default the molecule's own.
         progress: called with (iterations or whole seconds done, in total, figures).
 
@@ -74,8 +74,11 @@ def run_chain(
     from openmmtools import mcmc, states
 
     np.random.seed(seed % 2**32)
-    langevin = mcmc.LangevinDynamicsMove(
-        timestep=timestep * unit.picoseconds, collision_rate=collision_rate / unit.picoseconds, n_steps=n_md_steps
+    langevin = _seeded_langevin(
+        seed,
+        timestep=timestep * unit.picoseconds,
+        collision_rate=collision_rate / unit.picoseconds,
+        n_steps=n_md_steps,
     )
     move = mcmc.SequenceMove([langevin, flow_move]) if flow_move is not None else langevin
     thermodynamic_state = states.ThermodynamicState(molecule.system, molecule.temperature * unit.kelvin)
@@ -90,6 +93,19 @@ def run_chain(
     accepted = np.diff(totals, prepend=before) > 0 if flow_move is not None else np.zeros(0, dtype=bool)
     n_steps = n_md_steps * len(frames)
     return ChainTrace(np.asarray(frames, dtype=np.float32), np.asarray(stamps), n_steps, statistics, accepted)
+
+
+def _seeded_langevin(seed: int, **options: Any) -> Any:
+    """openmmtools' Langevin move, whose own integrator takes its seed from the clock."""
+    from openmmtools import mcmc
+
+    class SeededLangevinMove(mcmc.LangevinDynamicsMove):
+        def _get_integrator(self, thermodynamic_state: Any) -> Any:
+            integrator = super()._get_integrator(thermodynamic_state)
+            integrator.setRandomNumberSeed(1 + seed % (2**31 - 1))  # zero would be the clock again
+            return integrator
+
+    return SeededLangevinMove(**options)
 
 
 def _accepted_by(move: Any | None) -> int:

@@ -15,6 +15,7 @@ import torch
 from safetensors.numpy import load_file
 
 from openmm_regflow import flows
+from openmm_regflow.chains import run_chain
 from openmm_regflow.cli import app, main
 from openmm_regflow.flows import FlowMetadata
 from openmm_regflow.recipes import RunConfig, print_config, save_teacher
@@ -251,16 +252,15 @@ def states_file(molecule, tmp_path_factory):
     state = '[{0}]\nsystem = "alanine-dipeptide"\ntrajectory = "{0}.dcd"\n'
     for name, part in (("a", frames[::2]), ("b", frames[1::2])):
         mdtraj.Trajectory(part, topology).save_dcd(str(folder / f"{name}.dcd"))
-    path = folder / "states.toml"
-    path.write_text('map = "nearby"\nfolds = 2\nn_resamples = 20\n' + state.format("a") + state.format("b"))
+    path, short = folder / "states.toml", "[train]\nsteps = 30\n"
+    path.write_text('map = "nearby"\nfolds = 2\nn_resamples = 20\n' + state.format("a") + state.format("b") + short)
     return path
 
 
 #: Every command with a device: small arguments (files by the names of their fixtures), and what it writes.
 SHORT = ["--steps", 5, "--replicas", 2, "--max-temperature", 350, "--iterations", 3, "--burn-in", 1, "--scramble", 5]
 DEVICE_COMMANDS = {
-    # Without dynamics, whose noise OpenMM seeds by itself.
-    "mcmc": (["mcmc", "shipped", "--iterations", 3, "--md-steps", 0], "chain.dcd"),
+    "mcmc": (["mcmc", "shipped", "--iterations", 3, "--md-steps", 5], "chain.dcd"),
     "pairs": (["pairs", "teacher_file", "-n", 50, "--n-steps", 2], None),
     "simulate": (["simulate", "alanine-dipeptide", *SHORT], "trajectory.h5"),
     "simulate, batched": (
@@ -311,6 +311,13 @@ def test_the_device_flag_of_every_command(name, request, capsys, tmp_path):
     code, err = outcome(request, capsys, name, tmp_path / "none", "--device", "cuda")
     assert code == 2 and err.startswith("error: no CUDA device") and err.count("\n") == 1
     assert not list((tmp_path / "none").iterdir())
+
+
+def test_a_chain_follows_from_its_seed():
+    """Dynamics, velocities and decisions alike; `test_the_device_flag_of_every_command` has the flow moves, too."""
+    molecule = load_system("alanine-dipeptide")
+    a, b, c = (run_chain(molecule, n_iterations=3, n_md_steps=20, seed=s).positions for s in (5, 5, 6))
+    assert np.array_equal(a, b) and not np.allclose(a[0], c[0], atol=1e-4)
 
 
 def test_workers_do_not_share_a_gpu(capsys, teacher_file, tmp_path, monkeypatch):
