@@ -252,8 +252,8 @@ def states_file(molecule, tmp_path_factory):
     state = '[{0}]\nsystem = "alanine-dipeptide"\ntrajectory = "{0}.dcd"\n'
     for name, part in (("a", frames[::2]), ("b", frames[1::2])):
         mdtraj.Trajectory(part, topology).save_dcd(str(folder / f"{name}.dcd"))
-    path, short = folder / "states.toml", "[train]\nsteps = 30\n"
-    path.write_text('map = "nearby"\nfolds = 2\nn_resamples = 20\n' + state.format("a") + state.format("b") + short)
+    path, short = folder / "states.toml", "[train]\nsteps = 20\nbatch_size = 64\n"
+    path.write_text('map = "learned"\nfolds = 2\nn_resamples = 20\n' + state.format("a") + state.format("b") + short)
     return path
 
 
