@@ -147,12 +147,15 @@ def table(records: list[dict[str, Any]]) -> Rows:
 
 
 def mean(runs: list[dict[str, Any]], key: str, factor: float = 1.0) -> tuple[float | None, float | None]:
-    """Mean over runs and its standard error; of one run its own error; None where there is none."""
+    """Mean over runs and its standard error; of one run its own error; None where there is none.
+
+    What all runs share, a figure of the reference or a setting, has its own error too: no seed had a part in it.
+    """
     found = [pair for run in runs if (pair := _value(run, key)) is not None]
     if not found:
         return None, None
     values = [factor * value for value, _ in found]
-    if len(values) > 1:
+    if len(set(values)) > 1:
         return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
     error = found[0][1]
     return values[0], None if error is None else factor * error
