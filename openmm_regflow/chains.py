@@ -13,6 +13,7 @@ from openmm import Platform, app, unit
 
 from openmm_regflow.device import openmm_properties
 from openmm_regflow.errors import InputError
+from openmm_regflow.potentials import platform_names
 from openmm_regflow.systems import MolecularSystem
 
 
@@ -149,7 +150,7 @@ def context_platform(name: str, device: torch.device | str | None = None) -> Ite
     """
     from openmmtools import cache
 
-    known = [Platform.getPlatform(i).getName() for i in range(Platform.getNumPlatforms())]
+    known = platform_names()
     if name not in known:
         raise InputError(f"no platform {name!r}; this OpenMM has {', '.join(known)}")
     contexts = cache.global_context_cache

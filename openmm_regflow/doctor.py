@@ -22,7 +22,7 @@ from openmm_regflow.device import (
     write_positions,
 )
 from openmm_regflow.device.choice import openmm_remedy
-from openmm_regflow.potentials import TorchPotential
+from openmm_regflow.potentials import TorchPotential, platform_names
 from openmm_regflow.products import onednn_is_quicker
 from openmm_regflow.systems import load_system
 
@@ -55,7 +55,7 @@ def version_rows() -> Rows:
         except PackageNotFoundError:
             rows.append((name, "missing"))
     rows.append(("OpenMM library", openmm.Platform.getOpenMMVersion()))
-    names = [openmm.Platform.getPlatform(k).getName() for k in range(openmm.Platform.getNumPlatforms())]
+    names = platform_names()
     lacking = torch.cuda.is_available() and "CUDA" not in names
     rows.append(("OpenMM platforms", ", ".join(names) + (f"; no CUDA: {openmm_remedy()}" if lacking else "")))
     rows.append(("OpenMM plugins that failed to load", plugin_failures(openmm.Platform.getPluginLoadFailures())))
@@ -131,7 +131,7 @@ def transfer_rows(n_large: int = 50_000) -> tuple[Rows, bool]:
     float64 bytes per second of ``n_large`` atoms, both directions counted.
     """
     rows: Rows = [("platform", "torch device", "way", "latency [µs]", "bandwidth [MB/s]", "why this way", "verdict")]
-    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    devices = _devices()
     fine = True
     for index in range(openmm.Platform.getNumPlatforms()):
         engine = openmm.Platform.getPlatform(index)
@@ -176,7 +176,7 @@ def torch_rows(n: int = 4096, n_compared: int = 32) -> tuple[Rows, bool]:
     expected = torch.tensor([_energy_at(context, frame) for frame in x[:n_compared]], dtype=torch.float64)
     rows: Rows = [("torch device", "precision", "energies per second", "difference [kJ/mol]", "verdict")]
     fine = True
-    for device in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
+    for device in _devices():
         for dtype, allowed in TORCH_AGREEMENT.items():
             name = str(dtype).removeprefix("torch.")
             try:
@@ -210,6 +210,11 @@ def _context(system: openmm.System, engine: openmm.Platform, device: str | None 
     on_gpu = None if device in (None, "cpu") else device
     properties = openmm_properties(engine.getName(), on_gpu)
     return openmm.Context(system, openmm.VerletIntegrator(0.001), engine, properties)
+
+
+def _devices() -> list[str]:
+    """Every torch device of this machine."""
+    return ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
 
 
 def _one_line(text: object) -> str:

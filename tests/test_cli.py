@@ -321,9 +321,7 @@ def test_a_chain_follows_from_its_seed():
 
 
 def test_workers_do_not_share_a_gpu(capsys, teacher_file, tmp_path, monkeypatch):
-    from openmm_regflow.cli import data
-
-    monkeypatch.setattr(data, "use_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("openmm_regflow.device.resolve_device", lambda name: torch.device("cuda"))
     line = refused(capsys, "pairs", teacher_file, "-n", 50, "--workers", 2, "--device", "auto", "-o", tmp_path / "x")
     assert "2 workers" in line and "--device cpu" in line and not (tmp_path / "x").exists()
 

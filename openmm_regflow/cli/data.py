@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from openmm_regflow.cli.shell import Device, Output, Seed, bars, command, show_table, use_device, use_platform
+from openmm_regflow.cli.shell import Device, Output, Seed, bars, command, show_table, use_platform
 from openmm_regflow.errors import InputError
 
 
@@ -53,11 +53,12 @@ def simulate(
     import numpy as np
 
     from openmm_regflow import simulate as engines
+    from openmm_regflow.device import resolve_device
     from openmm_regflow.systems import load_system
 
     if engine not in ("openmmtools", "batched"):
         raise InputError(f"unknown engine {engine!r}; known: openmmtools, batched")
-    where: dict[str, Any] = {"device": str(use_device(device))}
+    where: dict[str, Any] = {"device": str(resolve_device(device))}
     if engine == "openmmtools":
         platform = use_platform(device)
         where = {} if platform is None else {"platform": platform}
@@ -123,10 +124,11 @@ def pairs(
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
+    from openmm_regflow.device import resolve_device
     from openmm_regflow.recipes import load_teacher
     from openmm_regflow.targets import reflow_pairs
 
-    where = use_device(device)
+    where = resolve_device(device)
     if workers > 1 and where.type == "cuda":
         raise InputError(f"{workers} workers would share one GPU; leave --workers out, or take --device cpu")
     field = load_teacher(teacher, where)

@@ -18,7 +18,6 @@ from openmm_regflow.cli.shell import (
     finish_output,
     open_proposal,
     prepare_output,
-    use_device,
 )
 
 
@@ -68,12 +67,13 @@ def _train(
 
     from openmm_regflow import recipes
     from openmm_regflow.constraints import fixed_bonds
+    from openmm_regflow.device import resolve_device
     from openmm_regflow.ensemble import frame_mover, phi_positive, training_potential
     from openmm_regflow.flows import FlowMetadata
     from openmm_regflow.systems import load_system, load_trajectory
     from openmm_regflow.training import write_history
 
-    where = use_device(device)
+    where = resolve_device(device)
     mol = load_system(system)
     frames = load_trajectory(data, mol.topology) if data else mol.reference("train")
     held_out = load_trajectory(validation, mol.topology) if validation else mol.reference("validation")

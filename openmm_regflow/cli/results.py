@@ -20,7 +20,6 @@ from openmm_regflow.cli.shell import (
     open_proposal,
     prepare_output,
     show_table,
-    use_device,
     use_platform,
 )
 
@@ -111,13 +110,14 @@ def check(
     Example: openmm-regflow check my-box/ runs/my-flow/flow.safetensors --atoms "protein"
     """
     from openmm_regflow.check import run_checks
+    from openmm_regflow.device import resolve_device
     from openmm_regflow.flows import Flow
     from openmm_regflow.systems import load_system, select_atoms
 
     platform = use_platform(device)
     molecule = load_system(system)
     platform = platform or cpu_platform(molecule.system)
-    loaded = Flow.load(flow, use_device(device))
+    loaded = Flow.load(flow, resolve_device(device))
     subset = None if atoms is None else select_atoms(molecule.topology, atoms)
     with bars() as bar:
         progress = bar("kernel", n)
@@ -195,9 +195,10 @@ def tfep(
     Example: openmm-regflow tfep states.toml --output runs/tfep
     """
     if source.suffix == ".toml":
+        from openmm_regflow.device import resolve_device
         from openmm_regflow.tfep import load_states, run_states
 
-        where = use_device(device)
+        where = resolve_device(device)
         config = load_states(source)
         config = config if seed is None else config.model_copy(update={"seed": seed})
         prepare_output(output, "tfep", config.model_dump(mode="json"), overwrite)

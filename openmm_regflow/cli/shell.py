@@ -147,17 +147,6 @@ def finish_output(folder: Path) -> None:
     marker.write_text(json.dumps(json.loads(marker.read_text()) | {"finished": True}, indent=1))
 
 
-def use_device(device: str) -> Any:
-    """The torch device that a command was given (`device.resolve_device`, imported where it is needed).
-
-    Raises:
-        InputError: an unknown name, or a GPU that is not there.
-    """
-    from openmm_regflow.device import resolve_device
-
-    return resolve_device(device)
-
-
 def use_platform(device: str) -> str | None:
     """OpenMM's platform beside the torch device: CUDA on a GPU, on the same one and in mixed precision by default.
 
@@ -170,9 +159,9 @@ def use_platform(device: str) -> str | None:
     """
     import openmm
 
-    from openmm_regflow.device import memory_line, openmm_properties
+    from openmm_regflow.device import memory_line, openmm_properties, resolve_device
 
-    where = use_device(device)
+    where = resolve_device(device)
     if where.type != "cuda":
         return None
     try:
@@ -191,22 +180,21 @@ def use_platform(device: str) -> str | None:
 
 def cpu_platform(system: Any) -> str | None:
     """OpenMM's platform for a System where no GPU is to be used; None: the faster one, and none needs a GPU."""
-    import openmm
-
     from openmm_regflow.check import small_platform
     from openmm_regflow.device.choice import GPU_PLATFORMS
+    from openmm_regflow.potentials import platform_names
 
-    names = {openmm.Platform.getPlatform(k).getName() for k in range(openmm.Platform.getNumPlatforms())}
-    return small_platform(system) or "CPU" if names & set(GPU_PLATFORMS) else None
+    return small_platform(system) or "CPU" if set(platform_names()) & set(GPU_PLATFORMS) else None
 
 
 def open_proposal(flow_file: Path, system: str, device: str, allow_mismatch: bool = False) -> tuple[Any, Any, Any]:
     """(flow, molecule, proposal) for a flow file and a system; flow and energies on the device."""
+    from openmm_regflow.device import resolve_device
     from openmm_regflow.flows import Flow
     from openmm_regflow.proposals import FlowProposal
     from openmm_regflow.systems import load_system
 
-    flow = Flow.load(flow_file, use_device(device))
+    flow = Flow.load(flow_file, resolve_device(device))
     molecule = load_system(system)
     potential = _potential(molecule.system, device)
     return flow, molecule, FlowProposal(flow, potential, molecule.temperature, allow_mismatch=allow_mismatch)
@@ -214,10 +202,11 @@ def open_proposal(flow_file: Path, system: str, device: str, allow_mismatch: boo
 
 def _potential(system: Any, device: str) -> Any:
     """Energies on the device: in torch on a GPU, by OpenMM on the CPU and for forces that have no torch form."""
+    from openmm_regflow.device import resolve_device
     from openmm_regflow.errors import UnsupportedForceError
     from openmm_regflow.potentials import OpenMMPotential, TorchPotential
 
-    where = use_device(device)
+    where = resolve_device(device)
     if where.type == "cpu":
         return OpenMMPotential(system, cpu_platform(system))
     try:

@@ -18,7 +18,6 @@ from openmm_regflow.cli.shell import (
     finish_output,
     prepare_output,
     show_table,
-    use_device,
 )
 from openmm_regflow.errors import InputError
 
@@ -61,16 +60,18 @@ def benchmark(
     if what != "speed":
         raise InputError(f"unknown benchmark {what!r}; known: speed, paper")
     from openmm_regflow.demo import speed_table
+    from openmm_regflow.device import resolve_device
     from openmm_regflow.systems import load_system
 
     n = n or 4096
-    rows = speed_table(load_system(system), n, use_device(device), seed)
+    rows = speed_table(load_system(system), n, resolve_device(device), seed)
     show_table(f"{system}, {n} samples, {torch.get_num_threads()} threads, {device}", [("what", "per second"), *rows])
     if output:
         output.write_text(json.dumps(dict(rows), indent=1))
 
 
 def _paper(output: Path, given: dict[str, Any], settings: list[str], device: str) -> None:
+    from openmm_regflow.device import resolve_device
     from openmm_regflow.paper import load_config, run_table
 
     config = load_config(given, settings)
@@ -83,7 +84,7 @@ def _paper(output: Path, given: dict[str, Any], settings: list[str], device: str
             if name:
                 print(f"{name} ({done + 1} of {total})", flush=True)
 
-        rows = run_table(output, config, device=use_device(device), report=report)
+        rows = run_table(output, config, device=resolve_device(device), report=report)
     show_table("One budget of training for every run", rows)
     print(f"wrote {output / 'table.md'} and {output / 'table.csv'}")
 
@@ -132,8 +133,9 @@ def demo(
     Example: openmm-regflow demo --pretrained --output demo
     """
     from openmm_regflow.demo import Monitor, run_demo
+    from openmm_regflow.device import resolve_device
 
-    use_device(device)
+    resolve_device(device)
     prepare_output(output, "demo", {"pretrained": pretrained, "seed": seed}, overwrite)
     began = time.monotonic()
     with bars() as bar:

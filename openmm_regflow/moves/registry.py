@@ -22,7 +22,7 @@ import torch
 from openmm_regflow.device import resolve_device
 from openmm_regflow.errors import CorruptFileError, IncompatibleFlowError, InputError, UnsupportedForceError
 from openmm_regflow.flows import Flow
-from openmm_regflow.potentials import OpenMMPotential, TorchPotential
+from openmm_regflow.potentials import OpenMMPotential, TorchPotential, platform_names
 from openmm_regflow.proposals import FlowProposal, SubsetProposal
 from openmm_regflow.sampling import ProposalPool, new_pool
 
@@ -290,7 +290,7 @@ def _device(stored: str) -> torch.device:
 
 def _available(options: dict[str, Any]) -> dict[str, Any]:
     """Options of an OpenMMPotential without a platform that this machine lacks, which is said."""
-    known = [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())]
+    known = platform_names()
     if options.get("platform") in (None, *known):
         return options
     warnings.warn(

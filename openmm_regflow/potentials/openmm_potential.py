@@ -100,9 +100,14 @@ def _store(state: openmm.State, i: int, energy: np.ndarray, force: np.ndarray | 
     energy[i] = value
 
 
+def platform_names() -> list[str]:
+    """Names of the platforms that this OpenMM has, in its own order."""
+    return [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())]
+
+
 def _candidates() -> list[tuple[str, dict[str, str]]]:
     """Platforms of this installation; the CPU platform also with one thread, which suits small molecules."""
-    names = [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())]
+    names = platform_names()
     choices: list[tuple[str, dict[str, str]]] = [(name, openmm_properties(name)) for name in names]
     return choices + ([("CPU", {"Threads": "1"})] if "CPU" in names else [])
 

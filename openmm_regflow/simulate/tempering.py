@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from openmm_regflow.device import openmm_properties
 from openmm_regflow.errors import CorruptFileError, InputError, InsufficientDataError
+from openmm_regflow.potentials import platform_names
 from openmm_regflow.systems import MolecularSystem, compare_fingerprints
 from openmm_regflow.units import GAS_CONSTANT
 
@@ -76,7 +77,7 @@ class TemperingSettings(BaseModel):
     @classmethod
     def _known_platform(cls, values: Any) -> Any:
         name = values.get("platform") if isinstance(values, dict) else None
-        names = [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())]
+        names = platform_names()
         if name is not None and name not in names:
             raise ValueError(f"platform {name!r} is not among {', '.join(names)}")
         return values

@@ -27,6 +27,7 @@ from openmm_regflow import Flow, FlowProposal, TorchPotential, flows, load_syste
 from openmm_regflow.device import choose_way, openmm_properties, read_positions, why_no_gpu, write_positions
 from openmm_regflow.doctor import driver_version, platform_rows, plugin_failures, torch_rows, transfer_rows
 from openmm_regflow.objectives import LikelihoodLoss, RegFlowLoss
+from openmm_regflow.potentials import platform_names
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -75,7 +76,7 @@ class Record:
 def header() -> dict[str, Any]:
     """Chip, driver, versions and commit."""
     chip = torch.cuda.get_device_properties(torch.cuda.current_device())
-    platforms = [openmm.Platform.getPlatform(k).getName() for k in range(openmm.Platform.getNumPlatforms())]
+    platforms = platform_names()
     return {
         "chip": chip.name,
         "memory [GB]": chip.total_memory / 1e9,
