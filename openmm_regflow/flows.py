@@ -24,6 +24,7 @@ from openmm_regflow._version import __version__
 from openmm_regflow.bijections import AffineCoupling, Bijection, Composition, SplineCoupling, wrap
 from openmm_regflow.coordinates import CartesianMap, CoordinateMap, InternalMap, build_zmatrix, topology_tables
 from openmm_regflow.errors import CorruptFileError, InputError
+from openmm_regflow.graphs import Replayed
 from openmm_regflow.networks import MLP, Conditioner, ResidualMLP, TokenTransformer
 
 #: 2: the outputs of a conditioner lie element by element in parts (splines, shifts, scales), lines before circles.
@@ -33,6 +34,8 @@ FORMAT_VERSION = 2
 CPU_CHUNK, DEVICE_CHUNK = 4096, 65536
 #: What a pass may take on a GPU. Fixed and not a share of what is free: the draws of a seed depend on the chunks.
 DEVICE_BYTES = 4 << 30
+#: Batches up to this size are so quick on a GPU that telling it of each kernel takes longer.
+RECORDED_ROWS = 16384
 #: Largest inverse error of a flow that is kept in float32, see `Flow.secure`.
 INVERSE_ERROR = 1e-4
 #: Latents this many times as wide as the prior's are its tails.
@@ -157,6 +160,8 @@ class Flow(nn.Module):
         self.architecture = dict(architecture)
         self.metadata = metadata or FlowMetadata()
         self.path: Path | None = None
+        self._drawn = Replayed(self._draw, "sampling", patience=2)
+        self._judged = Replayed(self._density, "densities", patience=2)
 
     @property
     def n_atoms(self) -> int:
@@ -235,8 +240,25 @@ class Flow(nn.Module):
 
     def _log_prob(self, x: Tensor) -> Tensor:
         # Features in float64: the map is cheap, and a float32 bond is a tenth of its thermal width off.
-        z, log_det = self.inverse(x.to(self.device, torch.float64))
-        return self.prior.log_prob(z) + log_det
+        return self._by(self._judged, x.to(self.device, torch.float64))[0]
+
+    def _density(self, x: Tensor) -> tuple[Tensor, ...]:
+        z, log_det = self.inverse(x)
+        return (self.prior.log_prob(z) + log_det,)
+
+    def _draw(self, z: Tensor) -> tuple[Tensor, ...]:
+        y, log_det = self.bijection(z)
+        x, log_volume = self.coordinates.to_positions(y)
+        return x, self.prior.log_prob(z) - log_det - log_volume
+
+    def _by(self, replayed: Replayed, given: Tensor) -> tuple[Tensor, ...]:
+        """Batches that a GPU has done before it was told of them come from a recording."""
+        if given.device.type != "cuda" or len(given) > RECORDED_ROWS:
+            return replayed.function(given)
+        fused = any(getattr(module, "compiled", False) for module in self.bijection.modules())
+        # Where the weights lie: a recording reads them there.
+        state = (fused, *(t.data_ptr() for t in (*self.parameters(), *self.buffers())))
+        return tuple(t.clone() for t in replayed(given, state=state))
 
     @torch.no_grad()
     def log_prob(self, x: Tensor) -> Tensor:
@@ -255,10 +277,7 @@ class Flow(nn.Module):
         return torch.cat([x for x, _ in parts]), torch.cat([q for _, q in parts])
 
     def _sample(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        z = self.prior.sample(n, generator, self.dtype).double()
-        y, log_det = self.bijection(z)
-        x, log_volume = self.coordinates.to_positions(y)
-        log_q = self.prior.log_prob(z) - log_det - log_volume
+        x, log_q = self._by(self._drawn, self.prior.sample(n, generator, self.dtype).double())
         return self.coordinates.relabel(x, generator), log_q
 
     @torch.no_grad()

@@ -28,9 +28,9 @@ from openmm_regflow import reweighting
 from openmm_regflow.errors import IncompatibleFlowError, InputError
 from openmm_regflow.flows import Flow, read_safetensors, write_safetensors
 from openmm_regflow.frames import Indicator, Mover, inside, rare_frames
+from openmm_regflow.graphs import Gradients
 from openmm_regflow.objectives import GeneralisedKLLoss
-from openmm_regflow.products import coarse_gradients
-from openmm_regflow.training import Batch, Batches, average_into, cosine, pack_optimizer, unpack_optimizer
+from openmm_regflow.training import Batch, Batches, adamw, average_into, cosine, pack_optimizer, unpack_optimizer
 
 CHECKPOINT_KIND = "openmm_regflow.refinement"
 CHECKPOINT_VERSION = 2
@@ -111,8 +111,8 @@ class _Learner:
     def __init__(self, flow: Flow, config: RefineConfig) -> None:
         self.flow, self.config = flow, config
         self.live = copy.deepcopy(flow.bijection)
-        self.optimizer = torch.optim.AdamW(self.live.parameters(), lr=config.learning_rate, weight_decay=0.0)
-        self.loss = GeneralisedKLLoss(flow.prior)
+        self.optimizer = adamw(self.live, config.learning_rate, weight_decay=0.0)
+        self.gradients = Gradients(GeneralisedKLLoss(flow.prior).of, self.live, config.precision)
         self.steps = 0
 
     def go_back(self, weights: dict[str, Tensor]) -> None:
@@ -137,10 +137,7 @@ class _Learner:
     def _step(self, batch: Batch, rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss.of(self.live, batch)[0]
-        with coarse_gradients(self.config.precision == "mixed"):
-            loss.backward()
+        self.gradients(batch)
         norm = torch.nn.utils.clip_grad_norm_(self.live.parameters(), self.config.clip)
         if bool(torch.isfinite(norm)):  # a batch that overflows teaches nothing; the next pool judges the rest
             self.optimizer.step()
@@ -237,7 +234,7 @@ def refine(
     for k in range(len(state.records), config.rounds + 1):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + k)
         energies += config.pool + (anchors.renew(k, generator) if anchors else 0)
-        x, log_q = flow.sample(config.pool, generator)
+        x, log_q = flow.sample(config.pool, _on(flow.device, generator))
         log_w = _log_weights(flow, x, log_q, reduced_potential)
         mixed = anchors.mix(flow, x, log_q, log_w, generator) if anchors else _Pool(x, log_q, log_q, log_w)
         mixed.log_w = mixed.log_w + lift(mixed.x)
@@ -316,6 +313,13 @@ def log_normalisation(log_p: np.ndarray, log_q: np.ndarray, n: int, m: int) -> f
 
     middle = float(np.median(log_p - log_q))
     return float(brentq(excess, middle - 700.0, middle + 700.0, xtol=1e-9))
+
+
+def _on(device: torch.device, generator: torch.Generator) -> torch.Generator:
+    """The generator, or on a GPU one of its own: millions of normal numbers take a CPU longer than a GPU their flow."""
+    if device.type == "cpu":
+        return generator
+    return torch.Generator(device).manual_seed(generator.initial_seed())
 
 
 def _judge(

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from openmm_regflow import ranks
 from openmm_regflow.errors import DivergenceError, IncompatibleFlowError, InputError
 from openmm_regflow.flows import read_safetensors, write_safetensors
+from openmm_regflow.graphs import Gradients
 from openmm_regflow.objectives import Loss, SplitLoss, describe
-from openmm_regflow.products import coarse_gradients
 
 Batch = tuple[Tensor, ...]
 #: (steps done, steps in total, figures of the last step)
@@ -221,9 +221,9 @@ class _Run:
         self.validation, self.checkpoint = validation, checkpoint
         self.ranks = ranks.current()
         self.averaged = copy.deepcopy(module)
-        self.optimizer = torch.optim.AdamW(
-            module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-        )
+        self.optimizer = adamw(module, config.learning_rate, config.weight_decay)
+        self.noise = torch.Generator()
+        self.gradients = Gradients(self._loss, module, config.precision, record=isinstance(loss, SplitLoss))
         self.history = History()
         self.step = 0
         self.rate_factor = 1.0
@@ -250,18 +250,13 @@ class _Run:
         self.module.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate_factor * self.rate()
-        self.optimizer.zero_grad(set_to_none=True)
         batch = self.batches(self.step, generator)
         self.drawn += len(batch[0])
-        with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            total, parts = self._loss(batch, generator)
-        figures = torch.stack([total.detach(), *(p.detach().to(total) for p in parts.values())])
+        figures = self.gradients(self._own(batch, generator))
         self.ranks.mean_([figures])
-        value = float(figures[0])
+        value, *parts = figures.tolist()
         if not self._sane(value):
             return self._roll_back(value)
-        with coarse_gradients(self.config.precision == "mixed"):
-            total.backward()
         self.ranks.mean_([p.grad for p in self.module.parameters() if p.grad is not None])
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip)
         if not bool(torch.isfinite(norm)):
@@ -272,16 +267,20 @@ class _Run:
         self.recent.append(value)
         speed = self.drawn / max(time.monotonic() - self.since, 1e-9)
         self._periodic(speed)
-        return {"loss": value, **dict(zip(parts, figures[1:].tolist())), "samples/s": speed}
+        return {"loss": value, **dict(zip(self.gradients.names, parts)), "samples/s": speed}
 
-    def _loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of this rank's slice of a batch; its noise was drawn for the whole."""
-        if self.ranks.size == 1:
-            return self.loss(self.module, batch, generator)
+    def _own(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """This rank's slice of a batch; the noise of a loss that can be split was drawn for the whole."""
         if isinstance(self.loss, SplitLoss):
-            return self.loss.of(self.module, self.ranks.slice(self.loss.draw(batch, generator)))
-        own = step_generator(self.config.seed, self.step, 2 + self.ranks.rank)
-        return self.loss(self.module, self.ranks.slice(batch), own)
+            return self.ranks.slice(self.loss.draw(batch, generator))
+        alone = self.ranks.size == 1
+        self.noise = generator if alone else step_generator(self.config.seed, self.step, 2 + self.ranks.rank)
+        return self.ranks.slice(batch)
+
+    def _loss(self, module: nn.Module, drawn: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        if isinstance(self.loss, SplitLoss):
+            return self.loss.of(module, drawn)
+        return self.loss(module, drawn, self.noise)
 
     def _sane(self, value: float) -> bool:
         if not math.isfinite(value):
@@ -455,6 +454,12 @@ class _Run:
 def cosine(turn: float, final: float) -> float:
     """From 1 at the start of a run to ``final`` at its end, ``turn`` being the part of it that is over."""
     return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, turn)))
+
+
+def adamw(module: nn.Module, rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over all parameters of a module; on a GPU in one kernel."""
+    on_gpu = any(p.device.type == "cuda" for p in module.parameters())
+    return torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=weight_decay, fused=on_gpu or None)
 
 
 @torch.no_grad()

@@ -12,6 +12,9 @@ Runs that were stopped continue when the command is given again. A run can be ma
 Longer peptides: batched replica exchange of many ladders whose upper states are hotter and have every phi flattened by
 the bias found for alanine dipeptide. The lowest state is the unbiased target and gives the frames.
 
+``python systems/make_reference.py ladders [runs] [name] [device]`` makes the frames of a name of ``LADDERS`` on a GPU:
+one run of hundreds of ladders, of which some give the training frames, others those for validation and test.
+
 ``python systems/make_reference.py step-bias [runs] [name]`` compares energies under the time step and hydrogen mass of
 these runs with energies under 1 fs and physical masses, and records the difference.
 """
@@ -19,6 +22,7 @@ these runs with energies under 1 fs and physical masses, and records the differe
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,11 +35,14 @@ from openmm_regflow.simulate import (
     analyse,
     analysis_record,
     batched_tempering,
+    export_hdf5,
     export_reference,
     flattening_bias,
     load_run,
     load_runs,
     parallel_tempering,
+    target_frames,
+    thin,
     torsion_bias_system,
     with_torsion_bias,
 )
@@ -61,6 +68,13 @@ PEPTIDES = {
     "alanine-hexapeptide": {"train": (400, 61), "validation": (150, 62), "test": (400, 63)},
 }
 PEPTIDE_LADDER = {"n_copies": 24, "n_replicas": 4, "max_temperature": 450.0, "scramble_steps": 50_000}
+#: name -> settings, ladders and most frames of each split. A GPU moves a thousand replicas as quickly as one.
+LADDERS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, int]]]] = {
+    "alanine-hexapeptide": (
+        {"n_copies": 384, "n_replicas": 4, "max_temperature": 450.0, "n_iterations": 200, "scramble_steps": 30_000},
+        {"train": (304, 16_000), "validation": (16, 1000), "test": (64, 4000)},
+    ),
+}
 PEPTIDE_FRAMES = {"train": 6000, "validation": 1000, "test": 4000}
 ESTIMATES = ("delta_f_phi", "delta_f_phi_core", "delta_f_phi_mbar", "delta_f_phi_core_mbar")
 MIXING = ("acceptance", "round_trips", "inefficiency", "visits")
@@ -101,6 +115,28 @@ def peptide(name: str, output: Path, only: str | None = None) -> None:
     if only is None:
         outputs = {split: [output / f"{name}-{split}"] for split in wanted}
         export_reference(molecule, outputs, burn_in=BURN_IN, max_frames=PEPTIDE_FRAMES)
+
+
+def ladders(name: str, output: Path, device: str) -> None:
+    """One run of many ladders; its frames go into the reference folder, populations of every phi > 0 to the screen.
+
+    Ladders never exchange replicas with each other, so those of one split know nothing of another's.
+    """
+    molecule, amplitudes = load_system(name), dipeptide_bias()
+    bias = torsion_bias_system(molecule.n_atoms, [(phi, amplitudes) for phi in molecule.torsions("phi")])
+    given, parts = LADDERS[name]
+    settings = BatchedSettings.create(**given, device=device, seed=64)
+    batched_tempering(molecule, output / f"{name}-ladders", settings, bias=bias)
+    runs = load_runs(output / f"{name}-ladders", BURN_IN)
+    for split, (n, most) in parts.items():
+        by_ladder = [target_frames(run) for run in runs[:n]]
+        runs = runs[n:]
+        shares = np.array([(metrics.dihedrals(x, molecule.torsions("phi")) > 0).mean(0) for x in by_ladder])
+        error = shares.std(0, ddof=1) / np.sqrt(n)
+        frames = np.concatenate(by_ladder)
+        print(f"{split}: {len(frames)} frames; share with phi > 0", shares.mean(0).round(4), "+-", error.round(4))
+        frames = frames[~metrics.wrong_chirality(frames, molecule.chiral_centres)]
+        export_hdf5(thin(frames, most), molecule.topology, molecule.folder / "reference" / f"{split}.h5")
 
 
 def step_bias(name: str, output: Path) -> None:
@@ -172,6 +208,8 @@ if __name__ == "__main__":
         free_energy(folder, part)
     elif stage == "trajectories":
         trajectories(folder)
+    elif stage == "ladders":
+        ladders(part or "alanine-hexapeptide", folder, rest[2] if len(rest) > 2 else "cuda")
     elif stage == "step-bias":
         step_bias(part or "alanine-dipeptide", folder)
     else:

@@ -164,6 +164,10 @@ class InternalMap(CoordinateMap):
             if row_of[rotor.atoms[0]] in self.soft
         ]
         self.rotors = [r for r in self.zmatrix.rotors if row_of[r.atoms[0]] in self.soft]
+        # Buffers, as for the levels below: a list as an index would be sent to a GPU in every call, which waits for it.
+        for k, (rotor, (raw, _)) in enumerate(zip(self.rotors, self._rotor_raw)):
+            self.register_buffer(f"rotor_atoms_{k}", torch.tensor(rotor.atoms), persistent=False)
+            self.register_buffer(f"rotor_siblings_{k}", torch.tensor(raw[1:], dtype=torch.long), persistent=False)
         multiplicity = torch.ones(len(self.circular), dtype=torch.float64)
         for raw, m in self._rotor_raw:
             multiplicity[int(self.unorder[raw[0]])] = m
@@ -295,9 +299,8 @@ class InternalMap(CoordinateMap):
 
     def _turn_labels(self, x: Tensor, turns: list[Tensor]) -> Tensor:
         index = torch.arange(self.n_atoms, device=x.device).repeat(x.shape[0], 1)
-        for rotor, turn in zip(self.rotors, turns, strict=True):
-            m = len(rotor.atoms)
-            ring = torch.tensor(rotor.atoms, device=x.device)
+        for k, (rotor, turn) in enumerate(zip(self.rotors, turns, strict=True)):
+            m, ring = len(rotor.atoms), getattr(self, f"rotor_atoms_{k}").to(x.device)
             shift = (torch.arange(m, device=x.device)[None, :] + turn[:, None]) % m
             index[:, ring] = ring[shift]
         return x.gather(1, index[..., None].expand(-1, -1, 3))
@@ -334,9 +337,10 @@ class InternalMap(CoordinateMap):
         n_bonds, n_lengths = len(self.zmatrix.rows) + 2, 2 * len(self.zmatrix.rows) + 3
         bonds, angles = raw[:, :n_bonds], raw[:, n_bonds:n_lengths]
         fine = (bonds > 0).all(1) & (angles > 0).all(1) & (angles < math.pi).all(1)
-        for columns, m in self._rotor_raw:
+        for k, (_, m) in enumerate(self._rotor_raw):
             if m > 2:  # past its side a sibling would count as deviating the other way, and the rotor's mean would jump
-                siblings = raw[:, columns[1:]] * _side(self.origin[self.unorder[columns[1:]]]).to(raw.dtype)
+                columns = getattr(self, f"rotor_siblings_{k}")
+                siblings = raw[:, columns] * _side(self.origin[self.unorder[columns]]).to(raw.dtype)
                 fine = fine & ((siblings > 0) & (siblings < math.pi)).all(1)
         return fine & (delta[:, self.n_lengths : self.n_stiff].abs() < math.pi).all(1)
 

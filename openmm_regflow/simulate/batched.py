@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from openmm_regflow.errors import CorruptFileError, InputError, InsufficientDataError
+from openmm_regflow.graphs import Replayed
 from openmm_regflow.potentials import TorchPotential
 from openmm_regflow.simulate.tempering import (
     RECORD,
@@ -87,6 +88,9 @@ class _Ladder:
     """Reduced energies of every state, and forces for replicas that stand in different states."""
 
     def __init__(self, molecule: MolecularSystem, bias: openmm.System | None, settings: BatchedSettings) -> None:
+        self.mass = _masses(molecule.system, settings).to(settings.device)
+        self.timestep, self.damp = settings.timestep, float(np.exp(-settings.collision_rate * settings.timestep))
+        self._step = Replayed(self._langevin, "steps of Langevin dynamics")
         kelvin = temperature_ladder(molecule.temperature, settings.max_temperature, settings.n_replicas)
         options: dict[str, Any] = {"dtype": torch.float32, "device": settings.device, "compile": settings.compile}
         self.potential = TorchPotential(molecule.system, **options)
@@ -102,6 +106,31 @@ class _Ladder:
             return u, torch.zeros_like(u), force
         b, force_b = self.bias.energy_and_forces(x)
         return u, b, force + self.scale[states, None, None] * force_b
+
+    def dynamics(
+        self, x: Tensor, v: Tensor, states: Tensor, n_steps: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Langevin steps of all replicas, as OpenMM's LangevinMiddleIntegrator: kick, half drift, friction, half drift.
+
+        Args:
+            x: positions `(n, n_atoms, 3)` [nm].
+            v: velocities `(n, n_atoms, 3)` [nm/ps].
+            states: `(n,)`.
+            n_steps: how many.
+            generator: on the device of x.
+        """
+        spread = ((1.0 - self.damp**2) * self.kt[states][:, None, None] / self.mass).sqrt()
+        for _ in range(n_steps):
+            noise = spread * torch.randn(v.shape, generator=generator, device=v.device)
+            x, v = self._step(x, v, states, noise)
+        return x.clone(), v.clone()
+
+    def _langevin(self, x: Tensor, v: Tensor, states: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        _, _, force = self.energies_and_forces(x, states)
+        v = v + self.timestep * force / self.mass
+        x = x + 0.5 * self.timestep * v
+        v = self.damp * v + noise
+        return x + 0.5 * self.timestep * v, v
 
     def swap(self, states: Tensor, u: Tensor, b: Tensor, parity: int, generator: torch.Generator) -> Tensor:
         """States `(n_copies, n_replicas)` after attempted swaps of neighbours k, k+1 with k of one parity."""
@@ -149,20 +178,19 @@ def batched_tempering(
     folder = writable_folder(Path(output))
     _check(folder / RECORD, molecule, bias, settings)
     ladder = _Ladder(molecule, bias, settings)
-    mass = _masses(molecule.system, settings).to(settings.device)
     chunks = _sound_chunks(folder)
     if chunks:
         with np.load(chunks[-1], allow_pickle=False) as last:
             x, v, states = (torch.as_tensor(last[k]).to(settings.device) for k in ("x", "v", "last_states"))
     else:
-        x, v, states = _scrambled(molecule, ladder, mass, settings)
+        x, v, states = _scrambled(molecule, ladder, settings)
     done = sum(_length(path) for path in chunks)
     progress(min(done, settings.n_iterations), settings.n_iterations)
     while done < settings.n_iterations:
         rows: list[tuple[np.ndarray, ...]] = []
         for iteration in range(done, min(done + CHUNK, settings.n_iterations)):
             generator = _generator(settings.seed, iteration + 1, settings.device)
-            x, v, states, row = _iterate(ladder, x, v, states, mass, settings, generator)
+            x, v, states, row = _iterate(ladder, x, v, states, settings, generator)
             rows.append(row)
             progress(iteration + 1, settings.n_iterations)
         path = folder / f"chunk-{done:07d}.npz"
@@ -183,13 +211,12 @@ def _iterate(
     x: Tensor,
     v: Tensor,
     states: Tensor,
-    mass: Tensor,
     settings: BatchedSettings,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[np.ndarray, ...]]:
     """Dynamics, then swaps; also what is kept: positions, states before the swaps, energies, bias, swaps accepted."""
     shape = states.shape
-    x, v = _dynamics(ladder, x, v, states.reshape(-1), mass, settings, settings.steps_per_iteration, generator)
+    x, v = ladder.dynamics(x, v, states.reshape(-1), settings.steps_per_iteration, generator)
     x = x - x.mean(1, keepdim=True)
     u, b, _ = ladder.energies_and_forces(x, states.reshape(-1))
     if not torch.isfinite(u).all():
@@ -206,31 +233,8 @@ def _iterate(
     return x, v, after, tuple(part.cpu().numpy().copy() for part in row)
 
 
-def _dynamics(
-    ladder: _Ladder,
-    x: Tensor,
-    v: Tensor,
-    states: Tensor,
-    mass: Tensor,
-    settings: BatchedSettings,
-    n_steps: int,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    """Langevin steps of all replicas, as OpenMM's LangevinMiddleIntegrator: kick, half drift, friction, half drift."""
-    dt = settings.timestep
-    damp = float(np.exp(-settings.collision_rate * dt))
-    spread = ((1.0 - damp**2) * ladder.kt[states][:, None, None] / mass).sqrt()
-    for _ in range(n_steps):
-        _, _, force = ladder.energies_and_forces(x, states)
-        v = v + dt * force / mass
-        x = x + 0.5 * dt * v
-        v = damp * v + spread * torch.randn(v.shape, generator=generator, device=v.device)
-        x = x + 0.5 * dt * v
-    return x, v
-
-
 def _scrambled(
-    molecule: MolecularSystem, ladder: _Ladder, mass: Tensor, settings: BatchedSettings
+    molecule: MolecularSystem, ladder: _Ladder, settings: BatchedSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Positions, velocities and states after dynamics of all replicas in the highest state."""
     integrator = openmm.VerletIntegrator(0.001)
@@ -243,8 +247,8 @@ def _scrambled(
     x = start.to(settings.device).repeat(n, 1, 1)
     states = torch.full((n,), top, device=settings.device)
     noise = torch.randn(x.shape, generator=generator, device=x.device)
-    v = (ladder.kt[top] / mass).sqrt() * noise
-    x, v = _dynamics(ladder, x, v, states, mass, settings, settings.scramble_steps, generator)
+    v = (ladder.kt[top] / ladder.mass).sqrt() * noise
+    x, v = ladder.dynamics(x, v, states, settings.scramble_steps, generator)
     if not torch.isfinite(x).all():
         raise InputError(f"dynamics blew up at a time step of {settings.timestep} ps; choose a smaller one")
     states = torch.arange(settings.n_replicas, device=x.device).repeat(settings.n_copies, 1)

@@ -1,9 +1,9 @@
 """Everything on a GPU: its tests, then its figures, written to docs/results/gpu-<chip>.json: ``make gpu-check``.
 
-    python tests/benchmarks/gpu.py --skip-tests
+    python tests/benchmarks/gpu.py --parts training dynamics
 
-The file is written after every part, so that one which fails or is stopped takes nothing along; exit code 1 if one
-failed. Where torch finds no GPU it says so in one line, writes nothing and ends with exit code 0: nothing was checked.
+The file is written after every part, so that one which fails or is stopped takes nothing along; parts that are not run
+again stay, if they are of the same commit. Exit code 1 if one failed. Where torch finds no GPU it says so in one line, writes nothing and ends with exit code 0: nothing was checked.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial, update_wrapper
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -26,8 +27,12 @@ from speed.likelihoods import features
 from openmm_regflow import Flow, FlowProposal, TorchPotential, flows, load_system
 from openmm_regflow.device import choose_way, openmm_properties, read_positions, why_no_gpu, write_positions
 from openmm_regflow.doctor import driver_version, platform_rows, plugin_failures, torch_rows, transfer_rows
+from openmm_regflow.graphs import Gradients
 from openmm_regflow.objectives import LikelihoodLoss, RegFlowLoss
 from openmm_regflow.potentials import platform_names
+from openmm_regflow.simulate import BatchedSettings
+from openmm_regflow.simulate.batched import _Ladder
+from openmm_regflow.training import adamw
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -49,6 +54,9 @@ class Record:
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         self.path, self.found, self.failed = path, dict(header), []
+        before = json.loads(path.read_text()) if path.is_file() else {}
+        if before.get("conditions", {}).get("commit") == header.get("conditions", {}).get("commit", ""):
+            self.found = before | self.found
         self._write()
 
     def add(self, part: Callable[[], Any]) -> None:
@@ -89,9 +97,9 @@ def header() -> dict[str, Any]:
     }
 
 
-def tests() -> dict[str, Any]:
+def tests(processes: int = 0) -> dict[str, Any]:
     """The tests with the marker gpu: how many passed, failed or were skipped, and why."""
-    counts = outcomes(["-m", "gpu", "tests"], ROOT)
+    counts = outcomes(["-m", "gpu", "tests", *(["-n", str(processes)] if processes else [])], ROOT)
     if counts["failed"] or not counts["passed"]:
         raise RuntimeError(json.dumps(counts))
     return counts
@@ -162,6 +170,47 @@ def architectures() -> dict[str, dict[str, float]]:
     return found
 
 
+def training() -> dict[str, dict[str, float]]:
+    """Optimiser steps per second of a tetrapeptide's spline (8 + 8 couplings of 128): kernel by kernel, or recorded."""
+    molecule = load_system("alanine-tetrapeptide")
+    x = torch.as_tensor(molecule.reference("train"))
+    coordinates = flows.coordinates_for(molecule.topology, x)
+    y = coordinates.to_features(x.double())[0].float().to(DEVICE)
+    flow = flows.spline(coordinates, n_layers=8, torsion_layers=8, hidden=128, line_bins=4).to(DEVICE)
+    optimizer = adamw(flow.bijection, 1e-4, 0.0)
+    found: dict[str, dict[str, float]] = {}
+    for size in (1024, 4096):
+        calls = {}
+        for way in ("eager", "eager, recorded", "fused", "fused, recorded"):
+            gradients = Gradients(LikelihoodLoss(flow.prior).of, flow.bijection, record=way.endswith("recorded"))
+
+            def step(gradients: Gradients = gradients, way: str = way, batch: torch.Tensor = y[:size]) -> None:
+                flow.fuse(way.startswith("fused"))
+                gradients((batch,))
+                torch.nn.utils.clip_grad_norm_(flow.bijection.parameters(), 1.0)
+                optimizer.step()
+
+            calls[way] = step
+        found[f"batch {size}"] = {way: 1 / best for way, best in race(calls, 0.5, device=DEVICE).items()}
+    return found
+
+
+def dynamics() -> dict[str, float]:
+    """Langevin steps of 4,096 alanine hexapeptides together, per second."""
+    molecule = load_system("alanine-hexapeptide")
+    settings = BatchedSettings.create(n_copies=1024, device=DEVICE)
+    ladder = _Ladder(molecule, None, settings)
+    x = torch.as_tensor(molecule.positions, dtype=torch.float32, device=DEVICE).repeat(4096, 1, 1)
+    states = torch.arange(4, device=DEVICE).repeat(1024)
+    found = {}
+    for way in ("recorded", "kernel by kernel"):
+        ladder._step.failed = way != "recorded"
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        run = partial(ladder.dynamics, x, torch.zeros_like(x), states, 50, generator)
+        found[way] = 50 / race({"": run}, 0.3, device=DEVICE)[""]
+    return found
+
+
 def energies() -> dict[str, float]:
     """Energies per second of alanine dipeptide and hexapeptide in batches of 100,000, by TorchPotential."""
     found = {}
@@ -180,16 +229,20 @@ def energies() -> dict[str, float]:
 def pool() -> dict[str, Any]:
     """A pool of 10,000 proposals with densities, energies and weights; none of it leaves the device."""
     molecule, flow = shipped()
-    potential = TorchPotential(molecule.system, dtype=torch.float32, device=DEVICE)
-    proposal = FlowProposal(flow, potential, molecule.temperature, chunk_size=POOL)
     generator = torch.Generator(device=DEVICE).manual_seed(0)
-    best = race({"": lambda: proposal.sample(POOL, generator).log_weights}, 1.0, device=DEVICE)[""]
-    batch = proposal.sample(POOL, generator)
-    return {
-        "seconds": best,
-        "samples per second": POOL / best,
-        "on the device": all(t.device.type == DEVICE for t in batch),
-    }
+    found: dict[str, Any] = {}
+    for way in ("eager", "eager, recorded", "fused and compiled", "fused and compiled, recorded"):
+        compiled = way.startswith("fused")
+        flow.fuse(compiled)
+        flow._drawn.failed = not way.endswith("recorded")
+        potential = TorchPotential(molecule.system, dtype=torch.float32, device=DEVICE, compile=compiled)
+        proposal = FlowProposal(flow, potential, molecule.temperature, chunk_size=POOL)
+        for _ in range(3):
+            batch = proposal.sample(POOL, generator)
+        best = race({"": lambda p=proposal: p.sample(POOL, generator).log_weights}, 0.5, device=DEVICE)[""]
+        found[way] = {"seconds": best, "samples per second": POOL / best}
+        found["on the device"] = all(t.device.type == DEVICE for t in batch)
+    return found
 
 
 def agreement() -> dict[str, Any]:
@@ -217,14 +270,19 @@ def context() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--skip-tests", action="store_true", help="figures alone")
+    names = [part.__name__ for part in PARTS]
+    parser.add_argument("--parts", nargs="+", choices=names, default=names, metavar="PART", help=", ".join(names))
+    parser.add_argument("--processes", type=int, default=0, help="for the tests; needs pytest-xdist")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print(f"NOT RUN: there is no GPU here ({why_no_gpu()}). Neither the GPU tests nor the GPU benchmarks were run.")
         return
     chip = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     record = Record(RESULTS / f"gpu-{chip}.json", header())
-    for part in PARTS[options.skip_tests :]:
+    chosen = {part.__name__: part for part in PARTS if part.__name__ in options.parts}
+    if "tests" in chosen:
+        chosen["tests"] = update_wrapper(partial(tests, options.processes), tests)
+    for part in chosen.values():
         record.add(part)
     print(f"wrote {record.path}")
     if record.failed:
@@ -232,7 +290,7 @@ def main() -> None:
 
 
 #: In this order; the tests first.
-PARTS = (tests, agreement, likelihoods, architectures, energies, pool, context)
+PARTS = (tests, agreement, likelihoods, training, pool, context, dynamics, architectures, energies)
 
 if __name__ == "__main__":
     main()

@@ -32,6 +32,22 @@ def test_a_part_that_fails_takes_nothing_along(tmp_path, capsys):
     assert record.failed == ["second"] and "Third." in capsys.readouterr().out
 
 
+def test_parts_of_the_same_commit_stay(tmp_path):
+    path = tmp_path / "gpu.json"
+    for commit, name in (("a", "first"), ("a", "second"), ("b", "third")):
+        record = gpu.Record(path, {"conditions": {"commit": commit}})
+
+        def part():
+            """A part."""
+            return 1
+
+        part.__name__ = name
+        record.add(part)
+        found = json.loads(path.read_text())
+        assert set(found) >= ({"first", "second"} if name == "second" else {name})
+    assert "first" not in found and "second" not in found
+
+
 def test_outcomes_count_what_pytest_did(tmp_path):
     (tmp_path / "test_some.py").write_text(
         "import pytest\n"
