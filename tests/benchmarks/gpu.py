@@ -3,7 +3,8 @@
     python tests/benchmarks/gpu.py --parts training dynamics
 
 The file is written after every part, so that one which fails or is stopped takes nothing along; parts that are not run
-again stay, if they are of the same commit. Exit code 1 if one failed. Where torch finds no GPU it says so in one line, writes nothing and ends with exit code 0: nothing was checked.
+again stay, if they are of the same commit. Exit code 1 if one failed. Where torch finds no GPU it says so in one line,
+writes nothing and ends with exit code 0: nothing was checked.
 """
 
 import argparse
