@@ -153,7 +153,7 @@ def load_trajectory(path: Path | str, topology: app.Topology) -> np.ndarray:
         Positions [nm], float32 `(n_frames, n_atoms, 3)`.
 
     Raises:
-        InputError: no such file, another molecule, or fewer than two frames.
+        InputError: no such file, another molecule, fewer than two frames, or no PyTables.
         CorruptFileError: truncated or damaged file, or positions that are not finite.
     """
     from mdtraj.formats import HDF5TrajectoryFile
@@ -165,6 +165,8 @@ def load_trajectory(path: Path | str, topology: app.Topology) -> np.ndarray:
         with HDF5TrajectoryFile(str(path), "r") as file:
             elements = [atom.element.symbol for atom in file.topology.atoms]
             frames = file.read(atom_indices=None).coordinates
+    except ImportError as error:
+        raise InputError(f"{path} cannot be read: mdtraj needs PyTables, which cannot be imported") from error
     except Exception as error:  # h5py, tables and mdtraj raise a dozen unrelated types on damaged files
         raise CorruptFileError(
             f"{path} is not a readable HDF5 trajectory ({type(error).__name__}); copy or simulate it again"

@@ -68,6 +68,8 @@ def export_hdf5(positions: np.ndarray, topology: app.Topology, path: str | Path)
     try:
         _write_and_verify(positions.astype(np.float32), topology, partial)
         partial.replace(path)
+    except ImportError as error:
+        raise InputError(f"{path} could not be written: mdtraj needs PyTables, which cannot be imported") from error
     except Exception as error:  # PyTables, HDF5 and the operating system raise unrelated types on a full disk
         raise InputError(f"{path} could not be written ({error}); is the disk full? Free some space") from error
     finally:
