@@ -1,13 +1,11 @@
 """Functions that `torch.compile` makes quicker, and that run as they are, after one warning, where it cannot."""
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-#: Reasons that have been given in this process: a missing compiler is said once, not for every function.
-_WARNED: set[str] = set()
+from openmm_regflow.errors import warn_once
 
 
 class WithFallback:
@@ -53,12 +51,10 @@ class WithFallback:
 
     def _warn(self, error: Exception) -> None:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if reason in _WARNED:
-            return
-        _WARNED.add(reason)
-        warnings.warn(
+        # A missing compiler is said once, not for every function.
+        warn_once(
             f"could not compile {self.name} ({reason}); running eagerly, several times slower. A C++ compiler on the "
             "path (or in the variable CXX) is needed.",
-            RuntimeWarning,
-            stacklevel=3,
+            reason,
+            stacklevel=4,
         )

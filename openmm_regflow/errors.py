@@ -1,4 +1,11 @@
-"""Every exception this package raises on bad input: one base class, each naming value, place and remedy."""
+"""Every exception this package raises on bad input: one base class, each naming value, place and remedy.
+
+Beside them, warnings of what goes on more slowly than it could: once for each reason in a process.
+"""
+
+import warnings
+
+_SAID: set[str] = set()
 
 
 class RegflowError(Exception):
@@ -27,3 +34,17 @@ class DivergenceError(RegflowError):
 
 class InsufficientDataError(RegflowError):
     """Too few, too correlated or too one-sided samples for the estimate that was asked for."""
+
+
+def warn_once(text: str, reason: str | None = None, stacklevel: int = 3) -> None:
+    """Give a RuntimeWarning unless the same reason has been given in this process.
+
+    Args:
+        text: of the warning.
+        reason: what counts as the same; the text, if not given.
+        stacklevel: as in ``warnings.warn``, counted from here.
+    """
+    reason = text if reason is None else reason
+    if reason not in _SAID:
+        _SAID.add(reason)
+        warnings.warn(text, RuntimeWarning, stacklevel=stacklevel)

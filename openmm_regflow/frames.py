@@ -37,20 +37,21 @@ class FramesConfig(BaseModel):
     seed: int = 0
 
 
-def inside(x: Tensor, sets: Sequence[Indicator]) -> np.ndarray:
-    """Whether each conformation `(n, n_atoms, 3)` [nm] is in any of the sets, `(n,)` bool."""
-    return np.any([indicator(x).cpu().numpy().astype(bool) for indicator in sets], axis=0)
+def memberships(x: Tensor, sets: Sequence[Indicator]) -> np.ndarray:
+    """Whether each conformation `(n, n_atoms, 3)` [nm] is in each of k sets, `(k, n)` bool."""
+    found = [indicator(x).cpu().numpy().astype(bool) for indicator in sets]
+    return np.stack(found) if found else np.zeros((0, len(x)), dtype=bool)
 
 
 def rare_frames(x: Tensor, sets: Sequence[Indicator] | None) -> np.ndarray:
-    """`inside` of frames that a share is wanted for.
+    """Whether each frame `(n, n_atoms, 3)` [nm] is in any of the sets that a share is wanted for, `(n,)` bool.
 
     Raises:
         InputError: there are no sets, or no frame in them.
     """
     if not sets:
         raise InputError("rare_share needs watched sets (for peptides, phi > 0); set it to 0")
-    rare = inside(x, sets)
+    rare = np.asarray(memberships(x, sets).any(0))
     if not rare.any():
         raise InputError("none of the frames is in a watched set, so nothing says how rare it is; set rare_share to 0")
     return rare

@@ -1,11 +1,10 @@
 """Work that a GPU replays from a recording (a CUDA graph) instead of being told kernel by kernel.
 
-A step of a flow is some hundreds of kernels of a few microseconds each; telling a GPU of them takes several times as
-long as they do. `Replayed` records what a function of tensors does, once for each shape of its arguments, and replays
+A training step of a flow is about a thousand kernels of a few microseconds each; telling a GPU of them takes several
+times as long as they do. `Replayed` records what a function of tensors does, once for each shape of its arguments, and replays
 that. It is the function itself on a CPU, and, after one warning, where recording fails.
 """
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openmm_regflow.errors import warn_once
 from openmm_regflow.products import coarse_gradients
 
 #: Runs before a recording, on a stream of their own: libraries allocate, kernels are compiled and chosen.
@@ -106,10 +106,9 @@ class Replayed:
         with torch.cuda.device(device), torch.cuda.graph(torch.cuda.CUDAGraph()):
             torch.zeros(1, device=device)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        warnings.warn(
+        warn_once(
             f"could not record {self.name} ({reason}); the GPU is told kernel by kernel, several times slower",
-            RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

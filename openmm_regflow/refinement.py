@@ -27,7 +27,7 @@ from torch import Tensor
 from openmm_regflow import reweighting
 from openmm_regflow.errors import IncompatibleFlowError, InputError
 from openmm_regflow.flows import Flow, read_safetensors, write_safetensors
-from openmm_regflow.frames import Indicator, Mover, inside, rare_frames
+from openmm_regflow.frames import Indicator, Mover, memberships, rare_frames
 from openmm_regflow.graphs import Gradients
 from openmm_regflow.objectives import GeneralisedKLLoss
 from openmm_regflow.training import Batch, Batches, adamw, average_into, cosine, pack_optimizer, unpack_optimizer
@@ -225,7 +225,8 @@ def refine(
     """
     path = None if checkpoint is None else Path(checkpoint)
     learner = _Learner(flow, config)
-    lift = _lift(watch or [], data, config.rare_share)
+    watch = watch or []
+    lift = _lift(watch, data, config.rare_share)
     state = _Progress.load(path, learner) if path and path.exists() else _Progress()
     anchors = _Anchors(data, reduced_potential, config, mover) if data is not None and config.anchors else None
     if anchors and state.anchors is not None:
@@ -237,8 +238,9 @@ def refine(
         x, log_q = flow.sample(config.pool, _on(flow.device, generator))
         log_w = _log_weights(flow, x, log_q, reduced_potential)
         mixed = anchors.mix(flow, x, log_q, log_w, generator) if anchors else _Pool(x, log_q, log_q, log_w)
-        mixed.log_w = mixed.log_w + lift(mixed.x)
-        record = _judge(mixed, x, log_w, watch or [], energies)
+        members = memberships(mixed.x, watch)
+        mixed.log_w = mixed.log_w + lift * members.any(0)
+        record = _judge(mixed, log_w, members[:, : config.pool], energies)
         margin = max(-math.log(config.tolerance), 3 * record.divergence_error)
         undone = record.divergence > state.best_divergence + margin
         state.records.append(replace(record, undone=undone))
@@ -322,10 +324,9 @@ def _on(device: torch.device, generator: torch.Generator) -> torch.Generator:
     return torch.Generator(device).manual_seed(generator.initial_seed())
 
 
-def _judge(
-    pool: _Pool, x: Tensor, log_w: np.ndarray, watch: list[Indicator], energies: int
-) -> Round:
-    """The record of a pool; ESS and populations are those of the flow's own samples."""
+def _judge(pool: _Pool, log_w: np.ndarray, members: np.ndarray, energies: int) -> Round:
+    """The record of a pool; ESS and populations are those of the flow's own samples, `members` `(k, n)` theirs."""
+    w = reweighting.normalised_weights(log_w)
     divergence, error = pool.divergence()
     return Round(
         energies=energies,
@@ -333,7 +334,7 @@ def _judge(
         ess_truncated=reweighting.truncated_effective_sample_size(log_w),
         divergence=divergence,
         divergence_error=error,
-        occupied=_occupied(x, log_w, watch),
+        occupied=tuple(float(w[member].sum()) for member in members),
         undone=False,
     )
 
@@ -409,23 +410,15 @@ def _log_weights(flow: Flow, x: Tensor, log_q: Tensor, reduced_potential: Callab
     return log_w
 
 
-def _lift(
-    watch: list[Indicator], data: Tensor | None, share: float
-) -> Callable[[Tensor], np.ndarray | float]:
-    """What is added to the log-weights of positions so that the watched sets hold `share` of the target, or as before.
+def _lift(watch: list[Indicator], data: Tensor | None, share: float) -> float:
+    """What is added to the log-weights in the watched sets so that these hold `share` of the target, or as before.
 
     Raises:
         InputError: a share is wanted, and no frames, no watched sets or none of the frames in them.
     """
     if not share:
-        return lambda x: 0.0
+        return 0.0
     if data is None:
         raise InputError("rare_share needs frames; set it to 0")
     held = float(rare_frames(data, watch).mean())
-    log_factor = max(0.0, math.log(share / (1 - share)) - math.log(held / (1 - held))) if held < 1 else 0.0
-    return lambda x: np.where(inside(x, watch), log_factor, 0.0)
-
-
-def _occupied(x: Tensor, log_w: np.ndarray, watch: list[Indicator]) -> tuple[float, ...]:
-    w = reweighting.normalised_weights(log_w)
-    return tuple(float(w[inside(x, [one])].sum()) for one in watch)
+    return max(0.0, math.log(share / (1 - share)) - math.log(held / (1 - held))) if held < 1 else 0.0

@@ -9,7 +9,7 @@ import torch
 from openmm import app, unit
 from openmmtools import integrators
 
-from openmm_regflow import OpenMMPotential, device, doctor
+from openmm_regflow import OpenMMPotential, device, doctor, errors
 from openmm_regflow.cli import main, shell
 from openmm_regflow.device import (
     choose_way,
@@ -643,7 +643,7 @@ def test_one_warning_where_the_helper_cannot_be_built(monkeypatch):
 
     mol = load_system("alanine-dipeptide")
     way._attempt.cache_clear()
-    device._WARNED.clear()
+    errors._SAID.clear()
     monkeypatch.setattr(way, "VERSIONS", ("0.0",))
     contexts = [context_of(mol.system, "CUDA", "mixed") for _ in range(2)]
     with pytest.warns(RuntimeWarning, match="by way of the host") as caught:

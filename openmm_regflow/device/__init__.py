@@ -7,7 +7,6 @@ there is one warning and the host carries the positions.
 """
 
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +25,7 @@ from openmm_regflow.device.choice import (
     why_no_gpu,
 )
 from openmm_regflow.device.native import Native, Unavailable
-from openmm_regflow.errors import InputError
+from openmm_regflow.errors import InputError, warn_once
 
 __all__ = [
     "Transfer",
@@ -72,7 +71,6 @@ class Transfer:
 
 
 _CHOSEN: WeakKeyDictionary[Any, dict[torch.device, Transfer]] = WeakKeyDictionary()
-_WARNED: list[str] = []
 
 
 def read_positions(context: Any, device: torch.device | str = "cpu", way: Way = "auto") -> Tensor:
@@ -169,7 +167,7 @@ def _choose(context: Any, device: torch.device) -> Transfer:
             raise Unavailable(f"the Context is on CUDA device {index}, the tensor on {device}")
         self_test(native, context, device)
     except Unavailable as error:
-        _warn(f"positions travel by way of the host: {error}")
+        warn_once(f"positions travel by way of the host: {error}", stacklevel=5)
         return Transfer("host", str(error))
     ways: dict[str, Any] = {"host": host, "native": native}
     times = {name: _microseconds(partial(way.read, context, device), device) for name, way in ways.items()}
@@ -192,8 +190,3 @@ def _microseconds(call: Callable[[], Any], device: torch.device, repeats: int = 
         best = min(best, time.perf_counter() - began)
     return 1e6 * best
 
-
-def _warn(text: str) -> None:
-    if text not in _WARNED:
-        _WARNED.append(text)
-        warnings.warn(text, RuntimeWarning, stacklevel=4)
