@@ -1,8 +1,8 @@
 """Work that a GPU replays from a recording (a CUDA graph) instead of being told kernel by kernel.
 
 A training step of a flow is about a thousand kernels of a few microseconds each; telling a GPU of them takes several
-times as long as they do. `Replayed` records what a function of tensors does, once for each shape of its arguments, and replays
-that. It is the function itself on a CPU, and, after one warning, where recording fails.
+times as long as they do. `Replayed` records what a function of tensors does, once for each shape of its arguments, and
+replays that. It is the function itself on a CPU, and, after one warning, where recording fails.
 """
 
 from collections import Counter
@@ -69,42 +69,48 @@ class Replayed:
             self._seen[key] += 1
             if self._seen[key] <= self.patience:
                 return self.function(*given)
-            try:
-                recording = self._record(given)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # an operation that waits for the GPU, or that cannot be recorded at all
-                self._give_up(error, given[0].device)
-                return self.function(*given)
+            with torch.cuda.device(given[0].device):
+                places = self._warm_up(given)
+                try:
+                    graph, values = self._record(places)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:  # an operation that waits for the GPU, or that cannot be recorded at all
+                    self._give_up(error)
+                    return self.function(*given)
             if len(self._kept) >= MOST:
                 self._kept.pop(next(iter(self._kept)))
-            self._kept[key] = recording
+            self._kept[key] = graph, places, values
         graph, places, values = self._kept[key]
         for place, tensor in zip(places, given, strict=True):
             place.copy_(tensor)
         graph.replay()
         return values
 
-    def _record(self, given: Sequence[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Values]:
+    def _warm_up(self, given: Sequence[Tensor]) -> list[Tensor]:
+        """Copies of the arguments, where a recording will read them; errors of the function itself are raised here."""
         places = [t.detach().clone() for t in given]
-        aside = torch.cuda.Stream(places[0].device)
-        aside.wait_stream(torch.cuda.current_stream(places[0].device))
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(WARM_UP):
                 self.function(*places)
-        torch.cuda.current_stream(places[0].device).wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(aside)
+        return places
+
+    def _record(self, places: Sequence[Tensor]) -> tuple[torch.cuda.CUDAGraph, Values]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             values = self.function(*places)
-        return graph, places, values
+        return graph, values
 
-    def _give_up(self, error: Exception, device: torch.device) -> None:
+    def _give_up(self, error: Exception) -> None:
         self.failed = True
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize()
         # A recording that broke off leaves torch's random numbers in the belief that it goes on; one that ends well
         # puts that right.
-        with torch.cuda.device(device), torch.cuda.graph(torch.cuda.CUDAGraph()):
-            torch.zeros(1, device=device)
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.zeros(1, device="cuda")
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warn_once(
             f"could not record {self.name} ({reason}); the GPU is told kernel by kernel, several times slower",
