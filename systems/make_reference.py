@@ -69,7 +69,7 @@ PEPTIDES = {
 }
 PEPTIDE_LADDER = {"n_copies": 24, "n_replicas": 4, "max_temperature": 450.0, "scramble_steps": 50_000}
 #: name -> settings, ladders and most frames of each split. A GPU moves a thousand replicas as quickly as one. The one
-#: run so far left out 100 of 200 iterations, and in the first quarter of the rest phi > 0 still was a third too frequent.
+#: run so far left out 100 of 200 iterations; in the first quarter of the rest phi > 0 still was a third too frequent.
 LADDERS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, int]]]] = {
     "alanine-hexapeptide": (
         {"n_copies": 384, "n_replicas": 4, "max_temperature": 450.0, "n_iterations": 250, "scramble_steps": 30_000},
