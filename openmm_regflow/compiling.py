@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from openmm_regflow.errors import warn_once
+from openmm_regflow.errors import first_line, warn_once
 
 
 class WithFallback:
@@ -50,7 +50,7 @@ class WithFallback:
         return self.plain(*arguments)
 
     def _warn(self, error: Exception) -> None:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         # A missing compiler is said once, not for every function.
         warn_once(
             f"could not compile {self.name} ({reason}); running eagerly, several times slower. A C++ compiler on the "

@@ -36,6 +36,11 @@ class InsufficientDataError(RegflowError):
     """Too few, too correlated or too one-sided samples for the estimate that was asked for."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says in its first line, without a full stop; its name if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 def warn_once(text: str, reason: str | None = None, stacklevel: int = 3) -> None:
     """Give a RuntimeWarning unless the same reason has been given in this process.
 

@@ -197,6 +197,8 @@ class Flow(nn.Module):
         for module in self.bijection.modules():
             if isinstance(module, SplineCoupling):
                 module.compiled = fused
+        for replayed in (self._drawn, self._judged):
+            replayed.forget()
         return self
 
     @property
@@ -255,10 +257,9 @@ class Flow(nn.Module):
         """Batches that a GPU has done before it was told of them come from a recording."""
         if given.device.type != "cuda" or len(given) > RECORDED_ROWS:
             return replayed.function(given)
-        fused = any(getattr(module, "compiled", False) for module in self.bijection.modules())
         # Where the weights lie: a recording reads them there.
-        state = (fused, *(t.data_ptr() for t in (*self.parameters(), *self.buffers())))
-        return tuple(t.clone() for t in replayed(given, state=state))
+        places = tuple(t.data_ptr() for t in (*self.parameters(), *self.buffers()))
+        return tuple(t.clone() for t in replayed(given, state=places))
 
     @torch.no_grad()
     def log_prob(self, x: Tensor) -> Tensor:

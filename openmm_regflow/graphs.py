@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openmm_regflow.errors import warn_once
+from openmm_regflow.errors import first_line, warn_once
 from openmm_regflow.products import coarse_gradients
 
 #: Runs before a recording, on a stream of their own: libraries allocate, kernels are compiled and chosen.
@@ -49,6 +49,11 @@ class Replayed:
     def __reduce__(self) -> tuple[Any, ...]:
         # Copied and pickled without its recordings: they are of this process, and of the weights of this module.
         return Replayed, (self.function, self.name, self.patience)
+
+    def forget(self) -> None:
+        """Drop the recordings, where what the function does has changed."""
+        self._kept.clear()
+        self._seen.clear()
 
     @property
     def recordings(self) -> int:
@@ -111,7 +116,7 @@ class Replayed:
         # puts that right.
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             torch.zeros(1, device="cuda")
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         warn_once(
             f"could not record {self.name} ({reason}); the GPU is told kernel by kernel, several times slower",
             stacklevel=4,

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openmm
 
 from openmm_regflow import metrics
 from openmm_regflow.reweighting import Estimate
@@ -35,6 +36,7 @@ from openmm_regflow.simulate import (
     analyse,
     analysis_record,
     batched_tempering,
+    checked_frames,
     export_hdf5,
     export_reference,
     flattening_bias,
@@ -42,7 +44,6 @@ from openmm_regflow.simulate import (
     load_runs,
     parallel_tempering,
     target_frames,
-    thin,
     torsion_bias_system,
     with_torsion_bias,
 )
@@ -106,10 +107,15 @@ def dipeptide_bias() -> np.ndarray:
     return flattening_bias(metrics.dihedrals(frames, molecule.torsions("phi")[:1]), molecule.temperature)
 
 
+def with_flat_phi(name: str) -> tuple[MolecularSystem, openmm.System]:
+    """A peptide, and the bias that flattens each of its phi as that of alanine dipeptide."""
+    molecule, amplitudes = load_system(name), dipeptide_bias()
+    return molecule, torsion_bias_system(molecule.n_atoms, [(phi, amplitudes) for phi in molecule.torsions("phi")])
+
+
 def peptide(name: str, output: Path, only: str | None = None) -> None:
     """Runs what is missing (one split alone if named) and writes the reference folder and ``reference.json``."""
-    molecule, amplitudes = load_system(name), dipeptide_bias()
-    bias = torsion_bias_system(molecule.n_atoms, [(phi, amplitudes) for phi in molecule.torsions("phi")])
+    molecule, bias = with_flat_phi(name)
     wanted = {split: run for split, run in PEPTIDES[name].items() if only in (None, split)}
     for split, (n, seed) in wanted.items():
         settings = BatchedSettings.create(**PEPTIDE_LADDER, n_iterations=n, seed=seed)
@@ -124,21 +130,19 @@ def ladders(name: str, output: Path, device: str) -> None:
 
     Ladders never exchange replicas with each other, so those of one split know nothing of another's.
     """
-    molecule, amplitudes = load_system(name), dipeptide_bias()
-    bias = torsion_bias_system(molecule.n_atoms, [(phi, amplitudes) for phi in molecule.torsions("phi")])
+    molecule, bias = with_flat_phi(name)
     given, parts = LADDERS[name]
     settings = BatchedSettings.create(**given, device=device, seed=64)
     batched_tempering(molecule, output / f"{name}-ladders", settings, bias=bias)
     runs = load_runs(output / f"{name}-ladders", LADDERS_BURN_IN)
     for split, (n, most) in parts.items():
-        by_ladder = [target_frames(run) for run in runs[:n]]
-        runs = runs[n:]
-        shares = np.array([(metrics.dihedrals(x, molecule.torsions("phi")) > 0).mean(0) for x in by_ladder])
+        own, runs = runs[:n], runs[n:]
+        phi = [metrics.dihedrals(target_frames(run), molecule.torsions("phi")) for run in own]
+        shares = np.array([(angles > 0).mean(0) for angles in phi])
         error = shares.std(0, ddof=1) / np.sqrt(n)
-        frames = np.concatenate(by_ladder)
-        print(f"{split}: {len(frames)} frames; share with phi > 0", shares.mean(0).round(4), "+-", error.round(4))
-        frames = frames[~metrics.wrong_chirality(frames, molecule.chiral_centres)]
-        export_hdf5(thin(frames, most), molecule.topology, molecule.folder / "reference" / f"{split}.h5")
+        print(f"{split}: share with phi > 0", shares.mean(0).round(4), "+-", error.round(4))
+        frames, _ = checked_frames(molecule, own, most)
+        export_hdf5(frames, molecule.topology, molecule.folder / "reference" / f"{split}.h5")
 
 
 def step_bias(name: str, output: Path) -> None:

@@ -325,7 +325,7 @@ def test_export_reference_refuses(short_run, dipeptide, tmp_path):
 def test_frames_of_the_wrong_chirality_are_dropped_and_counted(short_run, dipeptide, tmp_path):
     run = load_run(short_run)
     mirrored = TemperingRun(run.positions * [-1, 1, 1], run.states, run.energies, run.temperatures, run.acceptance)
-    frames, counts = export._checked_frames(dipeptide, [mirrored], None)
+    frames, counts = export.checked_frames(dipeptide, [mirrored], None)
     assert (len(frames), counts["wrong_chirality_dropped"]) == (0, 6)
 
 

@@ -167,7 +167,7 @@ def _choose(context: Any, device: torch.device) -> Transfer:
             raise Unavailable(f"the Context is on CUDA device {index}, the tensor on {device}")
         self_test(native, context, device)
     except Unavailable as error:
-        warn_once(f"positions travel by way of the host: {error}", stacklevel=5)
+        warn_once(f"positions travel by way of the host: {error}", stacklevel=4)
         return Transfer("host", str(error))
     ways: dict[str, Any] = {"host": host, "native": native}
     times = {name: _microseconds(partial(way.read, context, device), device) for name, way in ways.items()}
@@ -189,4 +189,3 @@ def _microseconds(call: Callable[[], Any], device: torch.device, repeats: int = 
         synchronize(device)
         best = min(best, time.perf_counter() - began)
     return 1e6 * best
-

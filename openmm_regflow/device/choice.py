@@ -5,7 +5,7 @@ import warnings
 
 import torch
 
-from openmm_regflow.errors import InputError
+from openmm_regflow.errors import InputError, first_line
 
 KNOWN = "known: cpu, cuda, cuda:N, auto"
 #: OpenMM platforms that take a device and a precision.
@@ -61,7 +61,7 @@ def failure_of(device: torch.device) -> str | None:
     try:
         found, expected = _small_computation(device), _small_computation(torch.device("cpu"))
     except (RuntimeError, AssertionError) as error:
-        return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        return first_line(error)
     return None if abs(found / expected - 1) < 1e-6 else f"it computes {found} where {expected} is right"
 
 
@@ -79,7 +79,7 @@ def why_no_gpu() -> str:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:  # the first line names the driver, or that there is none
-        return f"torch is built for CUDA {built_for}, and {str(error).strip().splitlines()[0].rstrip('.')}"
+        return f"torch is built for CUDA {built_for}, and {first_line(error)}"
     return f"torch is built for CUDA {built_for} and the driver lists no device (see CUDA_VISIBLE_DEVICES)"
 
 

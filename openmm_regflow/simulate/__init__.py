@@ -12,6 +12,7 @@ from openmm_regflow.simulate.analysis import (
 from openmm_regflow.simulate.batched import BatchedSettings, batched_tempering, load_batched, torsion_bias_system
 from openmm_regflow.simulate.export import (
     analysis_record,
+    checked_frames,
     export_hdf5,
     export_reference,
     load_runs,
@@ -45,6 +46,7 @@ __all__ = [
     "analyse",
     "analysis_record",
     "batched_tempering",
+    "checked_frames",
     "export_hdf5",
     "export_reference",
     "flattening_bias",

@@ -133,7 +133,7 @@ def export_reference(
     record["splits"] = {}
     for split, of_split in runs.items():
         limit = max_frames.get(split) if isinstance(max_frames, Mapping) else max_frames
-        frames, counts = _checked_frames(molecule, of_split, limit)
+        frames, counts = checked_frames(molecule, of_split, limit)
         export_hdf5(frames, molecule.topology, target / "reference" / f"{split}.h5")
         made = [_made(Path(path), of_folder) for path, of_folder in zip(outputs[split], by_folder[split])]
         record["splits"][split] = {**counts, **_describe(molecule, of_split), "runs": made}
@@ -167,10 +167,19 @@ def _check_system(molecule: MolecularSystem, output: Path) -> None:
         raise InputError(f"{output} is a run of another System ({'; '.join(lines)}); give one of {molecule.name}")
 
 
-def _checked_frames(
+def checked_frames(
     molecule: MolecularSystem, runs: Sequence[TemperingRun], max_frames: int | None
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Frames of the right chirality, and what was found among all of them."""
+    """Frames of the right chirality at the lowest temperature of runs, and what was found among all of them.
+
+    Args:
+        molecule: the system that was simulated.
+        runs: after their burn-in.
+        max_frames: keep at most this many, evenly thinned.
+
+    Returns:
+        Positions [nm], float32 `(n_frames, n_atoms, 3)`, and counts for the record.
+    """
     frames = np.concatenate([target_frames(run) for run in runs])
     wrong = metrics.wrong_chirality(frames, molecule.chiral_centres)
     frames = thin(frames[~wrong], max_frames)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from functools import partial, update_wrapper
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -60,14 +60,14 @@ class Record:
             self.found = before | self.found
         self._write()
 
-    def add(self, part: Callable[[], Any]) -> None:
+    def add(self, part: Callable[..., Any], *arguments: Any) -> None:
         """Run a part and write what it found, or how it failed, with its own peak of the GPU's memory."""
         print(part.__doc__.splitlines()[0], flush=True)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         try:
-            figures = part()
+            figures = part(*arguments)
         except Exception as error:
             figures = {"FAILED": f"{type(error).__name__}: {' '.join(str(error).split())}"}
             self.failed.append(part.__name__)
@@ -280,11 +280,9 @@ def main() -> None:
         return
     chip = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     record = Record(RESULTS / f"gpu-{chip}.json", header())
-    chosen = {part.__name__: part for part in PARTS if part.__name__ in options.parts}
-    if "tests" in chosen:
-        chosen["tests"] = update_wrapper(partial(tests, options.processes), tests)
-    for part in chosen.values():
-        record.add(part)
+    for part in PARTS:
+        if part.__name__ in options.parts:
+            record.add(part, *([options.processes] if part is tests else []))
     print(f"wrote {record.path}")
     if record.failed:
         sys.exit(f"failed: {', '.join(record.failed)}")
