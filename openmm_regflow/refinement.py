@@ -8,6 +8,10 @@ truncated at sqrt(n) times their mean (Ionides 2008), every sample is used once,
 (new moments would shake the weights at the start of each), and a round that raises the divergence, as a fresh pool
 shows it, is undone. Where a Markov kernel of the target is given, the frames move before
 every pool, so that these are not learnt by heart either.
+
+KL(p || q) counts a spot where q is a thousand times too low by the logarithm of that, the ESS by the thousand. With
+``tail`` = a the weights get a factor (p/q)^a, which is the gradient of the alpha-divergence E_q[(p/q)^(1 + a)]; with
+a = 1 that is the variance of the weights (alpha = 2 of Midgley et al. 2023, arXiv 2208.01893).
 """
 
 import copy
@@ -56,6 +60,9 @@ class RefineConfig(BaseModel):
     clip_top: float = Field(0.0, ge=0, lt=1, description="fraction of the largest weights cut to the next ones")
     rare_share: float = Field(
         0.0, ge=0, lt=1, description="of the target that is trained for, at least this share in the watched sets"
+    )
+    tail: float = Field(
+        0.0, ge=0, lt=1, description="power of p/q in the weights: 0 lowers KL(p || q), near 1 the weights' variance"
     )
     precision: Literal["float32", "mixed"] = Field(
         "float32", description="mixed: gradients by products in bfloat16, on CPUs that gain by it"
@@ -124,7 +131,8 @@ class _Learner:
         """One pass over pool k, each sample seen once, at ``factor`` times its learning rate."""
         c, flow = self.config, self.flow
         fine = torch.isfinite(pool.x).flatten(1).all(1) & torch.isfinite(pool.log_r)
-        w = torch.as_tensor(truncate(pool.log_w, c.clip_top), dtype=flow.dtype, device=pool.x.device)[fine]
+        w = truncate(pool.log_w + c.tail * pool.log_ratio(), c.clip_top)
+        w = torch.as_tensor(w, dtype=flow.dtype, device=pool.x.device)[fine]
         y, log_det = flow.coordinates.to_features(pool.x[fine])
         log_r_y = (pool.log_r[fine] - log_det).to(flow.dtype)  # density of the features, as the loss compares it
         batches = Batches((y.to(flow.dtype), log_r_y, w), min(c.batch_size, len(y)), c.seed + k)
@@ -279,12 +287,16 @@ class _Pool:
     log_r: Tensor
     log_w: np.ndarray
 
+    def log_ratio(self) -> np.ndarray:
+        """log p/q `(n,)`, ``p/q = (p/r) (r/q)``, where p is normalised by the weights; -inf where there is none."""
+        log_p = self.log_w + self.log_r.cpu().numpy() - _log_mean(self.log_w)
+        return np.where(np.isfinite(self.log_w), log_p - self.log_q.cpu().numpy(), -np.inf)
+
     def divergence(self) -> tuple[float, float]:
-        """KL(p || q) = E_p[log p/q] [nat], ``p/q = (p/r) (r/q)``, with its error; p is normalised by the weights."""
+        """KL(p || q) = E_p[log p/q] [nat], with its error."""
         fine = np.isfinite(self.log_w)
         w = reweighting.normalised_weights(self.log_w[fine])
-        log_p = self.log_w[fine] + self.log_r.cpu().numpy()[fine] - _log_mean(self.log_w)
-        log_ratio = log_p - self.log_q.cpu().numpy()[fine]
+        log_ratio = self.log_ratio()[fine]
         value = float(np.sum(w * log_ratio))
         return value, float(np.sqrt(np.sum((w * (log_ratio - value)) ** 2)))
 

@@ -88,7 +88,7 @@ def reference_part(molecule: MolecularSystem, record: dict[str, Any]) -> list[st
 
 def refine_command(molecule: MolecularSystem, settings: dict[str, Any], source: str, target: str) -> str:
     """The command of one refinement, from what the flow file recorded."""
-    names = ("rounds", "pool", "learning_rate", "anchors", "anchor_moves", "rare_share", "ema")
+    names = ("rounds", "pool", "learning_rate", "anchors", "anchor_moves", "rare_share", "tail", "ema")
     options = [k for k in names if settings.get(k)]
     flags = " ".join(f"--{k.replace('_', '-')} {settings[k]}" for k in options)
     flags += " --compile" if settings.get("anchor_moves") else ""

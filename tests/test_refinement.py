@@ -166,6 +166,33 @@ def test_a_rare_set_gets_its_share(coordinates):
     assert found[0.4] > 0.25
 
 
+def test_a_tail_that_the_flow_cannot_follow_is_covered(coordinates):
+    """A second bump, 3.5 standard deviations out: for a lower variance of the weights a higher KL(p || q) is paid."""
+    target = flows.real_nvp(coordinates, n_layers=2, hidden=8)
+    column, shift, share = int((~coordinates.circular).nonzero()[0]), 3.5, torch.tensor(0.05)
+
+    def log_p(x):
+        y = coordinates.to_features(x)[0][:, column]
+        bump = share.log() + shift * y - shift**2 / 2
+        return target.log_prob(x) + torch.logaddexp((1 - share).log(), bump)
+
+    def draw(n, seed):
+        g = torch.Generator().manual_seed(seed)
+        y = target.prior.sample(n, g).double()
+        y[:, column] += shift * (torch.rand(n, generator=g) < share)
+        return coordinates.to_positions(y)[0]
+
+    data, fresh, ratios = draw(4000, 5), draw(20_000, 6), {}
+    for tail in (0.0, 0.5):
+        flow = flows.real_nvp(coordinates, n_layers=2, hidden=8)
+        settings = config(1e-2, rounds=12).model_copy(update={"anchors": 1000, "tail": tail})
+        refine(flow, lambda x: -log_p(x), settings, data=data)
+        ratios[tail] = (log_p(fresh) - flow.log_prob(fresh)).detach().double().numpy()
+    more = np.exp(ratios[0.0]) - np.exp(ratios[0.5])  # E_p[p/q] = 1 / ESS
+    assert more.mean() > 3 * more.std() / len(more) ** 0.5
+    assert ratios[0.0].mean() < ratios[0.5].mean()
+
+
 def test_a_share_of_nothing_is_refused(coordinates):
     flow, potential = pair(coordinates)
     settings = config(1e-3).model_copy(update={"rare_share": 0.2})

@@ -123,6 +123,7 @@ def refine(
     anchors: Annotated[int, typer.Option(help="Training frames mixed into every pool.")] = 10_000,
     anchor_moves: Annotated[int, typer.Option(help="Monte Carlo trajectories of every frame before each pool.")] = 0,
     rare_share: Annotated[float, typer.Option(help="Least share of the trained target with a phi > 0.")] = 0.0,
+    tail: Annotated[float, typer.Option(help="Power of p/q in the weights: below 1, for fewer large ones.")] = 0.0,
     ema: Annotated[float, typer.Option(help="Of the weights.")] = 0.98,
     compile: Annotated[bool, typer.Option("--compile", help="Fused splines, compiled float32 energies.")] = False,
     data: Annotated[Path | None, typer.Option(help="Training trajectory; default: the system's own.")] = None,
@@ -146,7 +147,7 @@ def refine(
     opened, mol, _ = open_proposal(flow, system, device)
     config = RefineConfig(
         enabled=True, rounds=rounds, pool=pool, learning_rate=learning_rate, anchors=anchors, anchor_moves=anchor_moves,
-        rare_share=rare_share, ema=ema, seed=seed,
+        rare_share=rare_share, tail=tail, ema=ema, seed=seed,
     )  # fmt: skip
     frames = load_trajectory(data, mol.topology) if data else mol.reference("train")
     described = {"flow": str(flow), "system": system, "data": str(data), "compile": compile}
