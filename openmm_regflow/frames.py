@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from openmm_regflow.errors import CorruptFileError, InputError
-from openmm_regflow.flows import digest, read_safetensors, write_safetensors
+from openmm_regflow.files import digest, read_safetensors, write_safetensors
 
 #: A Markov kernel that leaves the target invariant: chains `(n, n_atoms, 3)` [nm] -> their next state, and the energies
 #: that it took.

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from openmm_regflow import flows, ranks
 from openmm_regflow.coordinates import CartesianMap, CoordinateMap, identical_atoms
 from openmm_regflow.errors import IncompatibleFlowError, InputError
-from openmm_regflow.flows import Flow, FlowMetadata, read_safetensors, write_safetensors
+from openmm_regflow.files import digest, read_safetensors, write_safetensors
+from openmm_regflow.flows import Flow, FlowMetadata
 from openmm_regflow.frames import FramesConfig, Indicator, Mover, lifted, more_frames, rare_frames
 from openmm_regflow.objectives import FlowMatchingLoss, LikelihoodLoss, RegFlowLoss
 from openmm_regflow.refinement import RefineConfig, Round, refine
@@ -344,7 +345,7 @@ class _Workspace:
             raise InputError(f"cannot write {folder}: {error}; choose a writable folder") from error
         if RunConfig.model_validate_json(path.read_text()) != config:
             raise IncompatibleFlowError(f"{folder} holds a run of another configuration; choose another folder")
-        sha256, seen = flows.digest(data), folder / "data.sha256"
+        sha256, seen = digest(data), folder / "data.sha256"
         if not seen.exists():
             seen.write_text(sha256)
         if seen.read_text() != sha256:

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from openmm_regflow import reweighting
 from openmm_regflow.errors import IncompatibleFlowError, InputError
-from openmm_regflow.flows import Flow, read_safetensors, write_safetensors
+from openmm_regflow.files import read_safetensors, write_safetensors
+from openmm_regflow.flows import Flow
 from openmm_regflow.frames import Indicator, Mover, memberships, rare_frames
 from openmm_regflow.graphs import Gradients
 from openmm_regflow.objectives import GeneralisedKLLoss
@@ -131,8 +132,8 @@ class _Learner:
         """One pass over pool k, each sample seen once, at ``factor`` times its learning rate."""
         c, flow = self.config, self.flow
         fine = torch.isfinite(pool.x).flatten(1).all(1) & torch.isfinite(pool.log_r)
-        w = truncate(pool.log_w + c.tail * pool.log_ratio(), c.clip_top)
-        w = torch.as_tensor(w, dtype=flow.dtype, device=pool.x.device)[fine]
+        weights = truncate(pool.log_w + c.tail * pool.log_ratio(), c.clip_top)
+        w = torch.as_tensor(weights, dtype=flow.dtype, device=pool.x.device)[fine]
         y, log_det = flow.coordinates.to_features(pool.x[fine])
         log_r_y = (pool.log_r[fine] - log_det).to(flow.dtype)  # density of the features, as the loss compares it
         batches = Batches((y.to(flow.dtype), log_r_y, w), min(c.batch_size, len(y)), c.seed + k)

@@ -20,7 +20,8 @@ from openmm_regflow import ranks
 from openmm_regflow.bijections import wrap
 from openmm_regflow.coordinates import align, rotated_squared_distances
 from openmm_regflow.errors import CorruptFileError, DivergenceError, IncompatibleFlowError, InputError
-from openmm_regflow.flows import Prior, read_safetensors, write_safetensors
+from openmm_regflow.files import read_safetensors, write_safetensors
+from openmm_regflow.flows import Prior
 from openmm_regflow.teachers import VectorField, check_integration, integrate
 
 FORMAT_VERSION = 1

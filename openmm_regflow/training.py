@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from openmm_regflow import ranks
 from openmm_regflow.errors import DivergenceError, IncompatibleFlowError, InputError
-from openmm_regflow.flows import read_safetensors, write_safetensors
+from openmm_regflow.files import read_safetensors, write_safetensors
 from openmm_regflow.graphs import Gradients
 from openmm_regflow.objectives import Loss, SplitLoss, describe
 

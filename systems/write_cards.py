@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from openmm_regflow import metrics, plots
-from openmm_regflow.flows import FORMAT_VERSION, Flow, read_safetensors
+from openmm_regflow.files import read_safetensors
+from openmm_regflow.flows import FORMAT_VERSION, KIND, ROUNDED_VERSION, Flow
 from openmm_regflow.systems import MolecularSystem, available_systems, load_system
 
 #: Systems whose frames every user makes.
@@ -95,15 +96,16 @@ def refine_command(molecule: MolecularSystem, settings: dict[str, Any], source: 
     return f"$ openmm-regflow refine {source}/flow.safetensors --system {molecule.name} {flags} --output {target}"
 
 
-def in_half_precision(path: Path) -> bool:
-    """Whether the weights of a flow file are stored in float16."""
-    _, tensors = read_safetensors(path, "openmm_regflow.flow", FORMAT_VERSION)
-    return any(v.dtype == torch.float16 for v in tensors.values())
+def stored_bits(path: Path) -> int:
+    """In how many bits the weights of a flow file are stored."""
+    _, tensors = read_safetensors(path, KIND, FORMAT_VERSION, ROUNDED_VERSION)
+    types = {v.dtype for v in tensors.values()}
+    return 8 if torch.int8 in types else 16 if torch.float16 in types else 32
 
 
-def halve_command(path: str) -> str:
-    """The command that rounds the weights of a flow file to float16, in place."""
-    return f"$ python -c \"from openmm_regflow import Flow; Flow.load('{path}').save('{path}', half=True)\""
+def rounding_command(path: str, bits: int) -> str:
+    """The command that rounds the weights of a flow file, in place."""
+    return f"$ python -c \"from openmm_regflow import Flow; Flow.load('{path}').save('{path}', bits={bits})\""
 
 
 def flow_part(molecule: MolecularSystem, folder: Path) -> list[str]:
@@ -127,7 +129,7 @@ def flow_part(molecule: MolecularSystem, folder: Path) -> list[str]:
         "```console",
         f"$ openmm-regflow train {molecule.name} --config systems/{molecule.name}/train.toml --output runs/flow",
         *(refine_command(molecule, r, *places) for r, places in zip(refinements, pairwise(folders))),
-        *([halve_command(f"{folders[-1]}/flow.safetensors")] if in_half_precision(path) else []),
+        *([rounding_command(f"{folders[-1]}/flow.safetensors", bits)] if (bits := stored_bits(path)) < 32 else []),
         f"$ openmm-regflow evaluate {folders[-1]}/flow.safetensors --system {molecule.name} -n {found['n']} "
         "-o runs/card",
         "```",

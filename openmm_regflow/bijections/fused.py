@@ -18,7 +18,7 @@ from openmm_regflow.compiling import WithFallback
 Rows = list[Tensor]
 #: Operations that the compiler may put into one loop on a CPU. Its default of 64 cuts the derivative in two, with 32
 #: arrays written and read in between: four times the time. GPUs keep the default, since a thread has few registers.
-FUSED = {"max_fusion_size": 1024}
+FUSED: dict[str, Any] = {"max_fusion_size": 1024}
 
 
 def spline(raw: Tensor, ends: Tensor, v: Tensor, half: float, inverse: bool) -> tuple[Tensor, Tensor]:

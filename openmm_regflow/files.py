@@ -1,0 +1,131 @@
+"""Files of tensors: safetensors with a JSON header, written atomically, checked when read, weights rounded if wished.
+
+Nothing in them is run when they are read.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from openmm_regflow.errors import CorruptFileError, InputError
+
+#: Ending of the name of the scales that belong to a matrix of integers.
+SCALE = "|scale"
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the names and bytes of tensors."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        sha.update(name.encode())
+        sha.update(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write tensors and a JSON header to a temporary file beside `path`, fsync it and rename it into place.
+
+    Raises:
+        InputError: the folder cannot be written or the disk is full.
+    """
+    temporary = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(dict(tensors), temporary, metadata={"regflow": json.dumps(header), "sha256": digest(tensors)})
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
+        # safetensors makes private files; the umask is the user's word on that.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error}; choose a writable folder with free space") from error
+
+
+def read_safetensors(path: Path, kind: str, *versions: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a file written by this package, checked against its own digest.
+
+    Args:
+        path: of the file.
+        kind: what its header has to call it.
+        versions: formats that can be read.
+
+    Raises:
+        InputError: no such file.
+        CorruptFileError: truncated, damaged, of another kind, or of a newer format.
+    """
+    if not path.is_file():
+        raise InputError(f"no file {path}; give the path of an existing file")
+    try:
+        with safe_open(path, framework="pt") as handle:
+            metadata = handle.metadata() or {}
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        header = json.loads(metadata["regflow"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise CorruptFileError(
+            f"{path} is damaged or no file of this package ({error}); copy or make it again"
+        ) from error
+    if header.get("format") != kind:
+        raise CorruptFileError(f"{path} holds {header.get('format')!r}, {kind!r} is needed")
+    found = header.get("format_version", 0)
+    if found not in versions:
+        newer = found > max(versions)
+        remedy = "update the package" if newer else "it was written before the first release; make it again"
+        read = " and ".join(map(str, versions))
+        raise CorruptFileError(f"{path} has format {found}, this package reads {read}; {remedy}")
+    if metadata.get("sha256") != digest(tensors):
+        raise CorruptFileError(f"{path} is damaged: its contents do not match their checksum; copy or make it again")
+    return header, tensors
+
+
+def rounded(weights: Mapping[str, Tensor], bits: Literal[8, 16]) -> dict[str, Tensor]:
+    """Float32 tensors in fewer bits; others as they are.
+
+    Args:
+        weights: by name.
+        bits: 16: float16. 8: matrices as integers -127 to 127 with a scale `(n, 1)` for each row under a name of its
+            own, the rest as float16. What has been rounded once stays as it is when it is rounded again.
+
+    Raises:
+        InputError: a weight that is not finite, or beyond the range of float16.
+    """
+    found: dict[str, Tensor] = {}
+    for name, v in weights.items():
+        if v.dtype != torch.float32:
+            found[name] = v
+        elif bits == 8 and v.ndim == 2:
+            found[name + SCALE] = _scales(v)
+            found[name] = (v / found[name + SCALE]).round().to(torch.int8)
+        else:
+            found[name] = v.half()
+    if not all(bool(torch.isfinite(v).all()) for v in found.values() if v.is_floating_point()):
+        raise InputError("weights beyond 65504 cannot be rounded; save the flow with bits=32")
+    return found
+
+
+def _scales(v: Tensor) -> Tensor:
+    """A 127th of the largest magnitude of each row, with twelve bits, so that its multiples are exact."""
+    mantissa, exponent = torch.frexp(v.abs().amax(1, keepdim=True) / 127)
+    scale = torch.ldexp((mantissa * 4096).ceil() / 4096, exponent)
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def restored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `rounded` made of weights, as float32 again."""
+    return {
+        name: v.float() * tensors[name + SCALE] if v.dtype == torch.int8 else v.float() if v.dtype == torch.half else v
+        for name, v in tensors.items()
+        if not name.endswith(SCALE)
+    }
