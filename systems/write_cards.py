@@ -136,6 +136,7 @@ def flow_part(molecule: MolecularSystem, folder: Path) -> list[str]:
         "",
         f"`train` took, in minutes on one core shared with other work: {seconds}. Energies evaluated in all: "
         f"{training.get('energies', 0):,}" + (f", of these {made:,} for more frames." if made else "."),
+        *([training["note"]] if "note" in training else []),
         "",
         f"| figure ({found['n']:,} fresh samples, float64 energies of OpenMM) | |",
         "|---|---|",
