@@ -95,7 +95,7 @@ def demo_config(seed: int = 0) -> RunConfig:
                 steps=1500, seconds=70, learning_rate=1e-3, ema=0.99, validate_every=50, patience=5, seed=seed
             )
         ),
-        refinement=RefineConfig(enabled=True, rounds=6, pool=40_000, rare_share=0.05, tail=0.5, seed=seed),
+        refinement=RefineConfig(enabled=True, rounds=6, pool=40_000, rare_share=0.05, seed=seed),
     )
 
 
