@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "openmm_regflow"
 
-ARRAYS = ["errors", "_version", "allocation", "device", "ranks", "compiling", "products", "graphs"]
+ARRAYS = ["errors", "_version", "allocation", "files", "device", "ranks", "compiling", "products", "graphs"]
 ARRAYS += ["reweighting", "metrics", "plots"]
 LEARNING = [
     "networks",
