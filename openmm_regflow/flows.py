@@ -336,8 +336,10 @@ class Flow(nn.Module):
                 most a part in 2,000 of themselves, or in 250 of the largest of their row; evaluate what it cost.
 
         Raises:
-            InputError: the folder cannot be written, or the weights are too large to be rounded or need float64.
+            InputError: the folder cannot be written, other ``bits``, or weights too large to be rounded or in float64.
         """
+        if bits not in (8, 16, 32):
+            raise InputError(f"weights are kept in 8, 16 or 32 bits, not in {bits}")
         header = {
             "format": KIND,
             "format_version": FORMAT_VERSION if bits == 32 else ROUNDED_VERSION,

@@ -166,6 +166,8 @@ def test_weights_that_cannot_be_rounded(bits, data, tmp_path):
     flow.bijection.double()
     with pytest.raises(InputError, match="float64"):
         flow.save(tmp_path / "large.safetensors", bits=bits)
+    with pytest.raises(InputError, match="not in 4"):
+        flow.save(tmp_path / "large.safetensors", bits=4)
     assert not (tmp_path / "large.safetensors").exists()
 
 
