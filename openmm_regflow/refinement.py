@@ -132,7 +132,8 @@ class _Learner:
         """One pass over pool k, each sample seen once, at ``factor`` times its learning rate."""
         c, flow = self.config, self.flow
         fine = torch.isfinite(pool.x).flatten(1).all(1) & torch.isfinite(pool.log_r)
-        weights = truncate(pool.log_w + c.tail * pool.log_ratio(), c.clip_top)
+        tilt = c.tail * pool.log_ratio() if c.tail else 0.0  # 0 times the -inf of an impossible sample is no number
+        weights = truncate(pool.log_w + tilt, c.clip_top)
         w = torch.as_tensor(weights, dtype=flow.dtype, device=pool.x.device)[fine]
         y, log_det = flow.coordinates.to_features(pool.x[fine])
         log_r_y = (pool.log_r[fine] - log_det).to(flow.dtype)  # density of the features, as the loss compares it

@@ -193,6 +193,19 @@ def test_a_tail_that_the_flow_cannot_follow_is_covered(coordinates):
     assert ratios[0.0].mean() < ratios[0.5].mean()
 
 
+@pytest.mark.parametrize("tail", [0.0, 0.5])
+def test_impossible_samples_have_no_weight(tail, coordinates):
+    flow, potential = pair(coordinates)
+    column = int((~coordinates.circular).nonzero()[0])
+
+    def walled(x):
+        beyond = coordinates.to_features(x)[0][:, column] > 1.5
+        return torch.where(beyond, torch.inf, potential(x))
+
+    records = refine(flow, walled, config(3e-3, rounds=2).model_copy(update={"tail": tail}))
+    assert records[-1].divergence < records[0].divergence
+
+
 def test_a_share_of_nothing_is_refused(coordinates):
     flow, potential = pair(coordinates)
     settings = config(1e-3).model_copy(update={"rare_share": 0.2})
