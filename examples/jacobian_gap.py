@@ -71,7 +71,10 @@ class Bench:
         self.potential = training_potential(self.molecule, compile=True)
         self.molecule_kt = thermal_energy(self.molecule.temperature)
         self.many, _ = more_frames(
-            self.few, frame_mover(self.molecule, compile=True), FramesConfig(copies=COPIES, moves=1), folder / "frames"
+            self.few,
+            frame_mover(self.molecule, self.few, compile=True),
+            FramesConfig(copies=COPIES, moves=1),
+            folder / "frames",
         )
         self.coordinates = flows.coordinates_for(self.molecule.topology, self.few)
         self.circular = self.coordinates.circular

@@ -248,7 +248,7 @@ def obtain_flow(
         stage=monitor.bar,
         device=where,
         reduced_potential=training_potential(molecule, where, compile=many),
-        mover=frame_mover(molecule, where, compile=True) if many else None,
+        mover=frame_mover(molecule, train, where, compile=True) if many else None,
         watch=phi_positive(molecule),
     )
     if trained.field is not None:

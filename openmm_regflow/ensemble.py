@@ -16,6 +16,9 @@ from openmm_regflow.simulate.tempering import with_hydrogen_mass
 from openmm_regflow.systems import MolecularSystem
 from openmm_regflow.units import thermal_energy
 
+#: Frames that a kernel's time step is tuned on.
+TUNED_ON = 200
+
 
 def training_potential(
     molecule: MolecularSystem, device: torch.device | str = "cpu", compile: bool = False
@@ -34,8 +37,19 @@ def training_potential(
     return lambda x: potential(x.to(potential.dtype)).double() / kt - constraints.log_metric(x.double())
 
 
-def frame_mover(molecule: MolecularSystem, device: torch.device | str = "cpu", compile: bool = False) -> Mover:
-    """Hamiltonian Monte Carlo of a molecule at its own temperature, its time step tuned on the first frames given.
+def frame_mover(
+    molecule: MolecularSystem, frames: Tensor, device: torch.device | str = "cpu", compile: bool = False
+) -> Mover:
+    """Hamiltonian Monte Carlo of a molecule at its own temperature.
+
+    Its time step is tuned on the given frames before the first move, in every process alike: a run that is interrupted
+    goes on with the same moves, at the price of tuning once more.
+
+    Args:
+        molecule: System and temperature.
+        frames: of the ensemble `(n, n_atoms, 3)` [nm]; the first two hundred are looked at.
+        device: of the energies.
+        compile: through ``torch.compile``, in float32.
 
     Raises:
         InputError: a System with constraints.
@@ -46,7 +60,7 @@ def frame_mover(molecule: MolecularSystem, device: torch.device | str = "cpu", c
     def move(x: Tensor, generator: torch.Generator) -> tuple[Tensor, int]:
         before = kernel.n_energies
         if not before:
-            kernel.tune(x[:200], generator)
+            kernel.tune(frames[:TUNED_ON].to(device), torch.Generator().manual_seed(0))
         moved = torch.cat([kernel(part, generator) for part in x.split(4096)])
         return moved, kernel.n_energies - before
 

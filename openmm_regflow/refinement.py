@@ -30,15 +30,15 @@ from torch import Tensor
 
 from openmm_regflow import reweighting
 from openmm_regflow.errors import IncompatibleFlowError, InputError
-from openmm_regflow.files import read_safetensors, write_safetensors
-from openmm_regflow.flows import Flow
+from openmm_regflow.files import digest, read_safetensors, write_safetensors
+from openmm_regflow.flows import Flow, origin
 from openmm_regflow.frames import Indicator, Mover, memberships, rare_frames
 from openmm_regflow.graphs import Gradients
 from openmm_regflow.objectives import GeneralisedKLLoss
 from openmm_regflow.training import Batch, Batches, adamw, average_into, cosine, pack_optimizer, unpack_optimizer
 
 CHECKPOINT_KIND = "openmm_regflow.refinement"
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
 #: Steps of linear warm-up, once: the optimiser's moments are then those of the pools.
 WARMUP = 30
 
@@ -157,8 +157,13 @@ class _Learner:
 
 @dataclass
 class _Progress:
-    """Where a refinement stands: what a checkpoint holds beside the learner."""
+    """Where a refinement stands: what a checkpoint holds beside the learner.
 
+    Attributes:
+        made_of: what the refinement began with, which a resumed one must begin with, too.
+    """
+
+    made_of: dict[str, Any]
     factor: float = 1.0
     best: dict[str, Tensor] = field(default_factory=dict)
     best_divergence: float = math.inf
@@ -175,6 +180,7 @@ class _Progress:
             "format": CHECKPOINT_KIND,
             "format_version": CHECKPOINT_VERSION,
             "config": learner.config.model_dump(),
+            "made of": self.made_of,
             "factor": self.factor,
             "steps": learner.steps,
             "best_divergence": self.best_divergence,
@@ -183,18 +189,33 @@ class _Progress:
         write_safetensors(path, {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, header)
 
     @classmethod
-    def load(cls, path: Path, learner: _Learner) -> "_Progress":
+    def load(cls, path: Path, learner: _Learner, made_of: dict[str, Any]) -> "_Progress":
         """Continue from a checkpoint; the flow gets the weights that it had."""
         header, tensors = read_safetensors(path, CHECKPOINT_KIND, CHECKPOINT_VERSION)
         if header["config"] != learner.config.model_dump():
             raise IncompatibleFlowError(f"{path} is a refinement with other settings; choose another folder")
+        others = [name for name, value in made_of.items() if header["made of"].get(name) != value]
+        if others:
+            raise IncompatibleFlowError(
+                f"{path} is a refinement that began with other {' and '.join(others)}; choose another folder"
+            )
         learner.flow.bijection.load_state_dict(_named(tensors, "now."))
         learner.live.load_state_dict(_named(tensors, "live."))
         learner.optimizer.load_state_dict(unpack_optimizer(learner.optimizer, tensors))
         learner.steps = header["steps"]
         records = [Round(**{**r, "occupied": tuple(r["occupied"])}) for r in header["records"]]
         best = {k: v.to(learner.flow.device) for k, v in _named(tensors, "best.").items()}
-        return cls(header["factor"], best, header["best_divergence"], records, tensors.get("anchors"))
+        return cls(made_of, header["factor"], best, header["best_divergence"], records, tensors.get("anchors"))
+
+
+def _made_of(flow: Flow, data: Tensor | None) -> dict[str, Any]:
+    """What a refinement begins with, JSON-ready: digests of weights and frames, what the flow is of, its temperature."""
+    return {
+        "weights": digest(flow.bijection.state_dict()),
+        "frames": None if data is None else digest({"x": data}),
+        "coordinates or system": origin(flow),
+        "temperature": flow.metadata.temperature,
+    }
 
 
 def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -231,13 +252,14 @@ def refine(
 
     Raises:
         InputError: no sample of the first pool has a finite weight.
-        IncompatibleFlowError: a checkpoint of other settings.
+        IncompatibleFlowError: a checkpoint of other settings, or of a refinement of another flow or with other frames.
     """
     path = None if checkpoint is None else Path(checkpoint)
+    made_of = _made_of(flow, data) if path else {}
     learner = _Learner(flow, config)
     watch = watch or []
     lift = _lift(watch, data, config.rare_share)
-    state = _Progress.load(path, learner) if path and path.exists() else _Progress()
+    state = _Progress.load(path, learner, made_of) if path and path.exists() else _Progress(made_of)
     anchors = _Anchors(data, reduced_potential, config, mover) if data is not None and config.anchors else None
     if anchors and state.anchors is not None:
         anchors.place(state.anchors.to(anchors.x))

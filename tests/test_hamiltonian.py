@@ -104,13 +104,26 @@ def test_tuning_finds_the_acceptance_and_moves_nothing():
 def test_frames_of_a_peptide_keep_their_energy():
     """The kernel that training uses: mean energy of the reference before and after, with the error of the change."""
     mol = rf.load_system("alanine-dipeptide")
-    potential, mover = training_potential(mol), frame_mover(mol)
     x = torch.as_tensor(mol.reference("test")[::20]).double()
+    potential, mover = training_potential(mol), frame_mover(mol, x)
     moved, n_energies = mover(x, generator(6))
     change = (potential(moved) - potential(x)).numpy()
     assert n_energies > len(x)
     assert abs(change.mean()) < SIGMAS * change.std() / len(x) ** 0.5
     assert change.std() > 1.0  # [kT]: they did move
+
+
+def test_a_kernel_made_anew_goes_on_with_the_same_moves():
+    """As after an interruption: the time step depends on the frames given, not on where the chains are by then."""
+    mol = rf.load_system("alanine-dipeptide")
+    x = torch.as_tensor(mol.reference("test")[:20]).double()
+    whole, g = frame_mover(mol, x), generator(7)
+    first, _ = whole(x, g)
+    second, _ = whole(first, g)
+    g = generator(7)
+    again, _ = frame_mover(mol, x)(x, g)
+    resumed, _ = frame_mover(mol, x)(again, g)
+    assert torch.equal(resumed, second) and not torch.equal(second, first)
 
 
 def test_constraints_and_bad_settings_are_refused():

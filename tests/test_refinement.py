@@ -77,6 +77,16 @@ def test_a_refinement_that_was_stopped_goes_on_as_if_it_had_not(coordinates, tmp
     assert records == whole and same_weights(flow, fresh)
     with pytest.raises(IncompatibleFlowError, match="other settings"):
         refine(fresh, potential, config(1e-3), checkpoint=path)
+    moved, _ = pair(coordinates)
+    next(moved.bijection.parameters()).data.add_(1e-3)
+    with pytest.raises(IncompatibleFlowError, match="other weights"):
+        refine(moved, potential, config(3e-3), checkpoint=path)
+    other, _ = pair(coordinates)
+    other.metadata = flows.FlowMetadata(temperature=600.0)
+    with pytest.raises(IncompatibleFlowError, match="other temperature"):
+        refine(other, potential, config(3e-3), checkpoint=path)
+    with pytest.raises(IncompatibleFlowError, match="other frames"):
+        refine(pair(coordinates)[0], potential, config(3e-3), data=flow.sample(10)[0], checkpoint=path)
 
 
 def test_anchors_give_the_divergence_and_bounded_weights(coordinates):

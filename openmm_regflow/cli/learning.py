@@ -93,7 +93,9 @@ def _train(
             stage=bar,
             device=where,
             reduced_potential=training_potential(mol, where, settings.compile) if settings.refinement.enabled else None,
-            mover=frame_mover(mol, where, settings.compile) if recipes.needs_mover(settings) else None,
+            mover=frame_mover(mol, torch.as_tensor(frames), where, settings.compile)
+            if recipes.needs_mover(settings)
+            else None,
             watch=phi_positive(mol),
             fixed=fixed_bonds(mol.system),
         )
@@ -159,7 +161,7 @@ def refine(
             training_potential(mol, opened.device, compile),
             config,
             data=torch.as_tensor(frames, device=opened.device),
-            mover=frame_mover(mol, opened.device, compile) if anchor_moves else None,
+            mover=frame_mover(mol, torch.as_tensor(frames), opened.device, compile) if anchor_moves else None,
             watch=phi_positive(mol),
             checkpoint=output / "refinement-checkpoint.safetensors",
             progress=bar("refinement", rounds),
