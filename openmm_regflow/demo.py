@@ -16,17 +16,18 @@ import numpy as np
 import openmm
 import torch
 
-from openmm_regflow import flows, metrics, plots, reweighting, tfep
+from openmm_regflow import metrics, plots, reweighting
 from openmm_regflow._version import __version__
 from openmm_regflow.chains import ChainTrace, run_chain, write_trajectory
-from openmm_regflow.device import resolve_device, synchronize
+from openmm_regflow.device import resolve_device
 from openmm_regflow.ensemble import frame_mover, phi_positive, training_potential
 from openmm_regflow.errors import InputError
-from openmm_regflow.evaluation import Evaluation, evaluate
+from openmm_regflow.evaluation import Evaluation
 from openmm_regflow.flows import Flow, FlowMetadata
 from openmm_regflow.frames import FramesConfig
 from openmm_regflow.moves import FlowMove
-from openmm_regflow.potentials import OpenMMPotential, TorchPotential
+from openmm_regflow.outputs import Rows, basin_tfep, draw_samples, evaluate_batch, write_batch
+from openmm_regflow.potentials import OpenMMPotential
 from openmm_regflow.proposals import FlowProposal, ProposalBatch
 from openmm_regflow.recipes import (
     FitResult,
@@ -43,20 +44,16 @@ from openmm_regflow.recipes import (
 )
 from openmm_regflow.refinement import RefineConfig
 from openmm_regflow.report import Figure, Table, write_report
-from openmm_regflow.sampling import Annealed, annealed_samples
 from openmm_regflow.systems import MolecularSystem, load_system
 from openmm_regflow.tfep import TargetedFreeEnergy
 from openmm_regflow.training import Progress, TrainConfig, write_history
 
 SYSTEM = "alanine-dipeptide"
 FLOW_FILE = "flow.safetensors"
-#: Points on either side of the exact T-W2: the cost matrix grows with the square, the solver faster.
-TORSION_POINTS = 4000
 #: Proposals per flow move: a batch of 32 costs less than the density at the current state does.
 PROPOSALS = 32
 #: Name of the refinement's panel among the training curves.
 REFINED = "refinement: 1 − ESS"
-Rows = list[tuple[str, ...]]
 
 LEAD = (
     "A flow trained by regression on alanine dipeptide (Ace-Ala-Nme, amber99sbildn with OBC implicit solvent, 300 K) "
@@ -216,7 +213,7 @@ def run_demo(
     with result.clock("chains"):
         chains = run_chains(molecule, proposal, seconds, seed, monitor)
     with result.clock("free energy"):
-        free_energy = basin_tfep(batch, proposal, molecule, seed)
+        free_energy = basin_tfep(batch, proposal, molecule, test, seed)
     with result.clock("plots and files"):
         figures = draw(folder, molecule, batch, test, proposal, chains, trained)
         write_samples(folder, batch, chains, molecule)
@@ -257,47 +254,6 @@ def obtain_flow(
     return trained.flow, trained
 
 
-def evaluate_batch(
-    batch: ProposalBatch, proposal: FlowProposal, molecule: MolecularSystem, reference: np.ndarray, seed: int
-) -> Evaluation:
-    """All figures of a batch of flow samples against reference positions `(m, n_atoms, 3)` [nm]."""
-    return evaluate(
-        batch.positions.cpu(),
-        batch.log_q.cpu(),
-        batch.u.cpu(),
-        reference,
-        proposal.reduced_potential(reference).cpu(),
-        phi=molecule.torsions("phi"),
-        psi=molecule.torsions("psi"),
-        centres=molecule.chiral_centres,
-        n_torsion_points=TORSION_POINTS,
-        generator=seed,
-    )
-
-
-def drawn(proposal: FlowProposal, n: int, seed: int, refine_samples: int = 0) -> tuple[ProposalBatch, Annealed | None]:
-    """Samples of a flow, annealed to the target in ``refine_samples`` steps if that is not zero."""
-    generator = torch.Generator(device=proposal.device).manual_seed(seed)
-    if not refine_samples:
-        return proposal.sample(n, generator), None
-    found = annealed_samples(proposal, n, generator, n_steps=refine_samples)
-    return found.batch, found
-
-
-def evaluate_flow(
-    proposal: FlowProposal, molecule: MolecularSystem, folder: Path, n: int, seed: int, refine_samples: int = 0
-) -> Rows:
-    """Draw, evaluate against the test split, write metrics.json, the samples and the plots; the table of figures."""
-    batch, annealed = drawn(proposal, n, seed, refine_samples)
-    test = molecule.reference("test")
-    evaluation = evaluate_batch(batch, proposal, molecule, test, seed)
-    record = evaluation.to_dict() | ({"annealed": annealed.to_dict()} if annealed else {})
-    (folder / "metrics.json").write_text(json.dumps(record, indent=1))
-    draw_samples(folder, molecule, batch, test, proposal)
-    write_batch(folder, batch, molecule, density=annealed is None)
-    return [*evaluation.rows(), *(annealed.rows() if annealed else [])]
-
-
 def phase_rows(trained: FitResult | None, proposal: FlowProposal, seed: int, n: int = 10_000) -> Rows:
     """ESS of the student after each training phase, on fresh samples."""
     if trained is None:
@@ -328,103 +284,11 @@ def run_chains(
     return Chains(mixed, plain, *(metrics.dihedrals(t.positions, phi)[:, 0] for t in traces))
 
 
-def basin_tfep(
-    batch: ProposalBatch, proposal: FlowProposal, molecule: MolecularSystem, seed: int
-) -> TargetedFreeEnergy:
-    """F(phi > 0) - F(phi < 0) by TFEP: flow samples one way, test-split samples of each basin the other way."""
-    held_out = proposal.evaluate(torch.as_tensor(molecule.reference("test"), dtype=torch.float64))
-    phi = molecule.torsions("phi")
-    positive = metrics.dihedrals(held_out.positions.cpu().numpy(), phi)[:, 0] > 0
-    angle = metrics.dihedrals(batch.positions.cpu().numpy(), phi)[:, 0]
-    log_q, u = held_out.log_q.cpu().numpy(), held_out.u.cpu().numpy()
-    return tfep.basin_free_energy(
-        batch.log_q.cpu().numpy(),
-        batch.u.cpu().numpy(),
-        angle < 0,
-        angle > 0,
-        log_q[~positive],
-        u[~positive],
-        log_q[positive],
-        u[positive],
-        temperature=molecule.temperature,
-        generator=seed,
-    )
-
-
-def speed_table(molecule: MolecularSystem, n: int, device: torch.device, seed: int) -> list[tuple[str, str]]:
-    """Energies, samples and densities per second on this machine."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.as_tensor(molecule.positions) + 0.003 * torch.randn(n, molecule.n_atoms, 3, generator=generator).double()
-    rows: list[tuple[str, str]] = []
-
-    def measure(name: str, call: Callable[[], Any], work: int) -> None:
-        call()
-        times = []
-        for _ in range(3):
-            synchronize(device)
-            began = time.perf_counter()
-            call()
-            synchronize(device)
-            times.append(time.perf_counter() - began)
-        rows.append((name, f"{work / min(times):,.0f}"))
-
-    few = x[: min(n, 2000)]
-    slow = OpenMMPotential(molecule.system)
-    measure("energies, OpenMMPotential", lambda: slow(few), len(few))
-    quick = TorchPotential(molecule.system, dtype=torch.float32, device=device)
-    measure("energies, TorchPotential float32", lambda: quick(x.float().to(device)), n)
-    measure("energies and forces, TorchPotential float32", lambda: quick.energy_and_forces(x.float().to(device)), n)
-    coordinates = flows.coordinates_for(molecule.topology, x)
-    for factory in (flows.real_nvp, flows.res_nvp, flows.spline, flows.jet):
-        flow = factory(coordinates).to(device)
-        measure(f"samples with log q, {factory.__name__}", lambda flow=flow: flow.sample(n), n)  # type: ignore[misc]
-        measure(f"densities, {factory.__name__}", lambda flow=flow: flow.log_prob(x.to(device)), n)  # type: ignore[misc]
-    return rows
-
-
-def write_batch(folder: Path, batch: ProposalBatch, molecule: MolecularSystem, density: bool = True) -> int:
-    """Samples as samples.dcd (finite frames) and samples.npz (every row); returns the frames written.
-
-    Annealed samples have weights, but no density that could be written.
-    """
-    positions = batch.positions.cpu().numpy()
-    columns: dict[str, Any] = {"in_trajectory": np.isfinite(positions).all(axis=(1, 2))}
-    columns |= {"u": batch.u.cpu().numpy(), "log_weights": batch.log_weights.cpu().numpy()}
-    columns |= {"log_q": batch.log_q.cpu().numpy()} if density else {}
-    np.savez(folder / "samples.npz", **columns)
-    return write_trajectory(folder / "samples.dcd", positions, molecule.topology)
-
-
 def write_samples(folder: Path, batch: ProposalBatch, chains: Chains, molecule: MolecularSystem) -> None:
     """Every conformation of the run as a trajectory that mdtraj and VMD open."""
     write_batch(folder, batch, molecule)
     write_trajectory(folder / "chain_flow.dcd", chains.mixed.positions, molecule.topology)
     write_trajectory(folder / "chain_md.dcd", chains.plain.positions, molecule.topology)
-
-
-def draw_samples(
-    folder: Path, molecule: MolecularSystem, batch: ProposalBatch, reference: np.ndarray, proposal: FlowProposal
-) -> dict[str, Path]:
-    """Plots of a batch against the reference: Ramachandran, energies, weights, free energy along phi."""
-    finite = torch.isfinite(batch.positions).flatten(1).all(1).cpu().numpy()
-    x, log_w = batch.positions.cpu().numpy()[finite], batch.log_weights.cpu().numpy()[finite]
-    (phi, psi), (phi_r, psi_r) = (
-        [metrics.dihedrals(p, molecule.torsions(kind))[:, 0] for kind in ("phi", "psi")] for p in (x, reference)
-    )
-    panels = {"reference (test)": (phi_r, psi_r), "flow": (phi, psi), "flow, reweighted": (phi, psi, log_w)}
-    profiles = {
-        "reference (test)": metrics.free_energy_profile(phi_r, block=metrics.block_length(np.cos(phi_r))),
-        "flow": metrics.free_energy_profile(phi),
-        "flow, reweighted": metrics.free_energy_profile(phi, log_weights=log_w),
-    }
-    u_reference = proposal.reduced_potential(reference).cpu().numpy()
-    drawn = {
-        "ramachandran": plots.ramachandran(panels),
-        "energies": plots.energies(u_reference, batch.u.cpu().numpy()[finite], log_w),
-        "weights": plots.weights(batch.log_weights.cpu().numpy()),
-        "free_energy_phi": plots.free_energy_profiles(profiles),
-    }
-    return {name: plots.save(figure, folder / f"{name}.png") for name, figure in drawn.items()}
 
 
 def draw(

@@ -209,7 +209,7 @@ class _Progress:
 
 
 def _made_of(flow: Flow, data: Tensor | None) -> dict[str, Any]:
-    """What a refinement begins with, JSON-ready: digests of weights and frames, what the flow is of, its temperature."""
+    """What a refinement begins with, JSON-ready: digests of weights and frames, what the flow is of, temperature."""
     return {
         "weights": digest(flow.bijection.state_dict()),
         "frames": None if data is None else digest({"x": data}),

@@ -136,8 +136,8 @@ class MolecularSystem:
         path = self.reference_path(split)
         if not path.is_file():
             raise InputError(
-                f"{self.name} has no {split} reference at {path}; make it with "
-                f"`openmm-regflow simulate {self.name}` or choose a system that ships one"
+                f"{self.name} has no {split} reference at {path}; put a trajectory of `openmm-regflow simulate "
+                f"{self.name}` there, or give it as an option"
             )
         return load_trajectory(path, self.topology)
 

@@ -24,7 +24,7 @@ LEARNING = [
 ]
 PHYSICS = ["units", "constraints", "potentials", "systems", "simulate"]
 MEETING = ["refusals", "proposals", "sampling", "ensemble", "moves", "chains", "tfep", "evaluation", "check", "report"]
-MEETING += ["demo", "paper", "doctor", "cli"]
+MEETING += ["outputs", "speed", "demo", "paper", "doctor", "cli"]
 OPTIONAL = {
     "ot": {"targets", "metrics"},
     "pymbar": {"tfep"},

@@ -27,7 +27,7 @@ from openmm_regflow.check import HybridMonteCarlo, jacobian_log_determinant, ker
 from openmm_regflow.cli import main
 from openmm_regflow.constraints import Constraints, fixed_bonds
 from openmm_regflow.coordinates.cartesian import random_rotations
-from openmm_regflow.demo import training_potential
+from openmm_regflow.ensemble import training_potential
 from openmm_regflow.errors import IncompatibleFlowError, InputError, UnsupportedForceError
 from openmm_regflow.metrics import integrated_autocorrelation_time
 from openmm_regflow.moves import FlowMove, NCMCFlowMove

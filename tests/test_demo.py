@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from openmm_regflow import flows
-from openmm_regflow.demo import demo_config, run_demo, speed_table
+from openmm_regflow.demo import demo_config, run_demo
 from openmm_regflow.errors import IncompatibleFlowError
 from openmm_regflow.flows import Flow
 from openmm_regflow.recipes import RunConfig
+from openmm_regflow.speed import speed_table
 from openmm_regflow.systems import load_system
 
 PLOTS = ["ramachandran", "energies", "weights", "free_energy_phi", "training", "phi_time"]

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,10 +22,27 @@ from openmm_regflow.cli.shell import (
     show_table,
     use_platform,
 )
+from openmm_regflow.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from openmm_regflow.systems import MolecularSystem
 
 RefineSamples = Annotated[
     int, typer.Option(help="Annealing steps that carry every sample to the target; weights stay unbiased.")
 ]
+TestData = Annotated[
+    Path | None,
+    typer.Option(help="Test trajectory (HDF5) that did not train the flow; default: the system's own."),
+]
+
+
+def test_frames(molecule: "MolecularSystem", data: Path | None) -> "np.ndarray":
+    """Frames `(m, n_atoms, 3)` [nm] to judge a flow by."""
+    from openmm_regflow.systems import load_trajectory
+
+    return load_trajectory(data, molecule.topology) if data else molecule.reference("test")
 
 
 @command
@@ -44,7 +61,7 @@ def sample(
     Example: openmm-regflow sample systems/alanine-dipeptide/flow.safetensors -n 10000 --output runs/samples
     """
     from openmm_regflow import reweighting
-    from openmm_regflow.demo import drawn, write_batch
+    from openmm_regflow.outputs import drawn, write_batch
 
     _, mol, proposal = open_proposal(flow, system, device)
     described = {"flow": str(flow), "system": system, "n": n, "seed": seed, "refine_samples": refine_samples}
@@ -66,20 +83,22 @@ def evaluate(
     system: System = "alanine-dipeptide",
     n: Annotated[int, typer.Option("-n", help="Samples.")] = 20_000,
     refine_samples: RefineSamples = 0,
+    data: TestData = None,
     seed: Seed = 0,
     device: Device = "cpu",
     overwrite: Overwrite = False,
 ) -> None:
-    """ESS, E-W1, T-W2, chirality, delta F against the system's test set: a table, plots and metrics.json.
+    """ESS, E-W1, T-W2, chirality, delta F against a test set: a table, plots and metrics.json.
 
     Example: openmm-regflow evaluate systems/alanine-dipeptide/flow.safetensors --output runs/evaluate
     """
-    from openmm_regflow.demo import evaluate_flow
+    from openmm_regflow.outputs import write_evaluation
 
     _, mol, proposal = open_proposal(flow, system, device)
+    reference = test_frames(mol, data)
     described = {"flow": str(flow), "system": system, "n": n, "seed": seed, "refine_samples": refine_samples}
-    prepare_output(output, "evaluate", described, overwrite)
-    rows = evaluate_flow(proposal, mol, output, n, seed, refine_samples)
+    prepare_output(output, "evaluate", described | {"data": str(data)}, overwrite)
+    rows = write_evaluation(proposal, mol, reference, output, n, seed, refine_samples)
     finish_output(output)
     show_table(f"{mol.name}: {n:,} samples", [("figure", "value"), *rows])
 
@@ -183,6 +202,7 @@ def tfep(
     output: Output = Path("runs/tfep"),
     system: System = "alanine-dipeptide",
     n: Annotated[int, typer.Option("-n", help="Flow samples.")] = 20_000,
+    data: TestData = None,
     seed: Annotated[int | None, typer.Option(help="Seed; default the states file's, or 0.")] = None,
     device: Device = "cpu",
     overwrite: Overwrite = False,
@@ -195,6 +215,8 @@ def tfep(
     Example: openmm-regflow tfep states.toml --output runs/tfep
     """
     if source.suffix == ".toml":
+        if data is not None:
+            raise InputError("--data goes with a flow; a states file names the trajectories of its states")
         from openmm_regflow.device import resolve_device
         from openmm_regflow.tfep import load_states, run_states
 
@@ -206,13 +228,15 @@ def tfep(
     else:
         import torch
 
-        from openmm_regflow.demo import basin_tfep
+        from openmm_regflow.outputs import basin_tfep
 
         seed = seed or 0
         _, mol, proposal = open_proposal(source, system, device)
-        prepare_output(output, "tfep", {"flow": str(source), "system": system, "n": n, "seed": seed}, overwrite)
+        reference = test_frames(mol, data)
+        described = {"flow": str(source), "system": system, "n": n, "seed": seed, "data": str(data)}
+        prepare_output(output, "tfep", described, overwrite)
         batch = proposal.sample(n, torch.Generator(device=proposal.device).manual_seed(seed))
-        result = basin_tfep(batch, proposal, mol, seed)
+        result = basin_tfep(batch, proposal, mol, reference, seed)
         (output / "tfep.json").write_text(json.dumps(result.to_dict(), indent=1))
     finish_output(output)
     print(result)

@@ -59,8 +59,8 @@ def benchmark(
         return
     if what != "speed":
         raise InputError(f"unknown benchmark {what!r}; known: speed, paper")
-    from openmm_regflow.demo import speed_table
     from openmm_regflow.device import resolve_device
+    from openmm_regflow.speed import speed_table
     from openmm_regflow.systems import load_system
 
     n = n or 4096
