@@ -257,6 +257,35 @@ def test_mbar_over_three_mapped_states():
         tfep.estimate_states(u_kn, [1, 2, 3])
 
 
+def temperature_ladder_energies(rng, n):
+    """A solvated box at four temperatures: normal energies of 1e5 kJ/mol, mean U(T) rising by the heat capacity."""
+    kelvin, capacity, ground = np.array([300.0, 310.0, 320.0, 330.0]), 3000.0, -1e5
+    kt = thermal_energy(kelvin[0]) * kelvin / kelvin[0]
+    gas = kt[0] / kelvin[0]
+    means = ground + capacity * gas * (kelvin - kelvin[0])
+    energies = np.concatenate([rng.normal(m, math.sqrt(capacity) * k, n) for m, k in zip(means, kt)])
+    # d(beta F)/d beta = U, with U a function of 1/beta: ground - C kT0 and C log beta.
+    exact = (ground - capacity * kt[0]) * (1 / kt - 1 / kt[0]) + capacity * np.log(kt[0] / kt)
+    return energies / kt[:, None], exact
+
+
+def test_free_energies_of_a_thousand_kt_are_found():
+    """Energies of different states count from different zeros: two force fields, or temperatures of a solvated box."""
+    rng, n = np.random.default_rng(15), 400
+    x = rng.standard_normal(2 * n)
+    apart = tfep.estimate_states(np.stack([x**2 / 2, x**2 / 2 + 2000.0]), [n, n], generator=0)
+    np.testing.assert_allclose(apart.delta_f, [0.0, 2000.0], atol=1e-6)
+    u_kn, exact = temperature_ladder_energies(rng, n)
+    found = tfep.estimate_states(u_kn, [n] * 4, generator=0)
+    assert np.abs(exact[1:]).min() > 1000
+    assert (np.abs(found.delta_f - exact)[1:] < 4 * found.uncertainty[1:]).all() and found.uncertainty.max() < 1.0
+    # States in another order, so that neighbours hardly overlap.
+    order = np.array([0, 3, 1, 2])
+    columns = np.concatenate([np.arange(n) + k * n for k in order])
+    shuffled = tfep.estimate_states(u_kn[order][:, columns], [n] * 4, generator=0)
+    np.testing.assert_allclose(shuffled.delta_f, found.delta_f[order], atol=1e-5)
+
+
 def test_convergence_closes_on_the_answer():
     w_f, w_r = gaussian_works(np.random.default_rng(14), 2000, 2000)
     table = tfep.convergence(w_f, w_r, [0.1, 0.5, 1.0])

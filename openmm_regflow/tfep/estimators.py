@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -642,13 +643,18 @@ def estimate_states(u_kn: Any, n_k: Any, *, n_resamples: int = 50, generator: Se
     bad = int((~np.isfinite(u[owners, np.arange(u.shape[1])])).sum())
     if bad:
         raise InputError(f"{bad} samples have an infinite energy in their own state; filter the trajectories first")
-    # Differences are all that count: with each sample's lowest energy at 0, clipping is harmless (see CLIP).
-    u = np.minimum(u - u.min(axis=0), 5 * CLIP)
-    value, errors, matrix = mbar_solution(u, counts)
+    offset = _neighbour_free_energies(u, owners)
+    for _ in range(counts.size + 1):
+        clipped = _relative(u, offset)
+        rest, errors, matrix = mbar_solution(clipped, counts)
+        value = offset + rest
+        if np.ptp(rest) < CLIP:  # further away, clipping may have decided it
+            break
+        offset = value
     rng, replicas = as_generator(generator), []
     for _ in range(n_resamples):
         index = np.concatenate([rng.choice(np.flatnonzero(owners == k), counts[k]) for k in range(counts.size)])
-        replicas.append(_mbar_values(u[:, index], counts, value))
+        replicas.append(_mbar_values(clipped[:, index], counts, rest))
     error = np.maximum(errors[0], np.std(replicas, axis=0, ddof=1))
     eigenvalue = np.sort(np.linalg.eigvals(matrix).real)[-2] if counts.size > 1 else 0.0
     gap = float(1 - eigenvalue)
@@ -656,6 +662,24 @@ def estimate_states(u_kn: Any, n_k: Any, *, n_resamples: int = 50, generator: Se
     words = "use with care" if gap < OVERLAP_CARE or few < INDEPENDENT_CARE else "reliable"
     words = "do not trust" if gap < OVERLAP_LIMIT or few < INDEPENDENT_LIMIT else words
     return MultistateFreeEnergy(value, error, matrix, f"{words}: overlap {gap:.2g}, {counts.tolist()} samples")
+
+
+def _neighbour_free_energies(u_kn: np.ndarray, owners: np.ndarray) -> np.ndarray:
+    """First estimates `(n_states,)` [kT] of free energies relative to state 0, from each state to the next by BAR."""
+    steps = []
+    for k, (low, high) in enumerate(pairwise(u_kn)):
+        here, there = owners == k, owners == k + 1
+        try:
+            steps.append(bar_root(high[here] - low[here], low[there] - high[there]))
+        except InsufficientDataError:
+            steps.append(0.0)
+    return np.cumsum([0.0, *steps])
+
+
+def _relative(u_kn: np.ndarray, f_k: np.ndarray) -> np.ndarray:
+    """Energies less free energies, each sample's lowest at 0, the highest clipped: exp of these is nothing (`CLIP`)."""
+    u_kn = u_kn - f_k[:, None]
+    return np.minimum(u_kn - u_kn.min(axis=0), 5 * CLIP)
 
 
 def mbar_solution(
