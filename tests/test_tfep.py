@@ -230,6 +230,17 @@ def test_several_maps_combine_and_a_useless_one_does_no_harm():
         tfep.estimate(np.stack([good_f, bad_f]), good_r)
 
 
+def test_a_map_that_fails_in_a_replica_leaves_the_error_of_the_others():
+    """One finite work either way: some bootstrap replicas of this map have none."""
+    good_f, good_r = gaussian_works(np.random.default_rng(16), 300, 300, delta_f=3.0, sigma=1.0)
+    bad_f, bad_r = np.full(300, np.inf), np.full(300, np.inf)
+    bad_f[3], bad_r[5] = 3.0, -3.0
+    single = tfep.estimate(good_f, good_r, correlated=False, generator=0)
+    both = tfep.estimate(np.stack([good_f, bad_f]), np.stack([good_r, bad_r]), correlated=False, generator=0)
+    assert both.delta_f == single.delta_f and both.verdict.startswith("reliable")
+    assert both.bootstrap_error == pytest.approx(single.bootstrap_error, rel=1e-9)
+
+
 def test_duplicated_maps_do_not_shrink_the_error():
     w_f, w_r = gaussian_works(np.random.default_rng(12), 1000, 1000)
     single = tfep.estimate(w_f, w_r, correlated=False, n_resamples=400)

@@ -382,6 +382,9 @@ def _two_sided(
     side_r = make_side(r_kn, expit(-roots[:, None] + m - r_kn), correlated)
     replicas = _map_replicas(side_f, side_r, roots, n_resamples, generator)
     share = _combination(replicas)
+    used = share != 0  # one that fails in a replica says nothing of the others' error
+    f_kn, r_kn, roots, share, replicas = f_kn[used], r_kn[used], roots[used], share[used], replicas[:, used]
+    side_f, side_r = replace(side_f, works=f_kn), replace(side_r, works=r_kn)
     values = np.array([_asymptotic(f, r, root, method)[0] for f, r, root in zip(f_kn, r_kn, roots)])
     asymptotic = _decorrelated_error(side_f, side_r, roots, method, share, replicas)
     errors = asymptotic, spread(replicas @ share)
@@ -451,11 +454,10 @@ def _decorrelated_error(
     for f, r, root in zip(side_f.decorrelated(), side_r.decorrelated(), roots):
         enough = np.isfinite(f).any() and np.isfinite(r).any()
         errors.append(_asymptotic(f, r, bar_root(f, r) if enough else root, method)[1])
-    used = share != 0
-    weighted = share[used] * np.array(errors)[used]
+    weighted = share * np.array(errors)
     if weighted.size == 1 or not np.isfinite(weighted).all():
         return float(np.abs(weighted).sum())
-    correlation = np.corrcoef(replicas[np.isfinite(replicas[:, used]).all(axis=1)][:, used].T)
+    correlation = np.corrcoef(replicas[np.isfinite(replicas).all(axis=1)].T)
     return math.sqrt(max(0.0, float(weighted @ correlation @ weighted)))
 
 
