@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from analytic_molecules import TEMPERATURE, Chain
+from analytic_molecules import TEMPERATURE, Chain, MethylChain, dihedral
 
 import openmm_regflow as rf
 from openmm_regflow import flows, reweighting
@@ -64,7 +64,7 @@ def test_unbiased_and_worth_more(proposal):
 
 def never_rejects(self, start, b, generator):
     now, _ = real_trajectory(self, start, b, generator)
-    return self.at(now.z + 0.3 * torch.ones_like(now.z)), 1.0
+    return self.at(now.z + 0.3 * torch.ones_like(now.z), now.turns), 1.0
 
 
 def other_bridge(self, start, b, generator):
@@ -101,15 +101,48 @@ def test_cartesian_flow_in_its_own_frame():
 
 
 def test_gradients_are_those_of_the_bridge(proposal):
+    check_gradients(proposal)
+
+
+def check_gradients(proposal):
     latent = annealed._Latent(proposal, 1)
-    z = proposal.flow.prior.sample(4, torch.Generator().manual_seed(5), torch.float64)
+    start = latent.start(4, torch.Generator().manual_seed(5), forces=False)
+    z, turns = start.z, start.turns
     for b in (0.3, 1.0):
-        gradient = latent.at(z).gradient(b)
+        gradient = latent.at(z, turns).gradient(b)
         for k in range(z.shape[1]):
             step = torch.zeros_like(z)
             step[:, k] = 1e-5
-            up, down = (latent.at(z + s, forces=False).log_density(b) for s in (step, -step))
+            up, down = (latent.at(z + s, turns, forces=False).log_density(b) for s in (step, -step))
             torch.testing.assert_close(gradient[:, k], (up - down) / 2e-5, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def unlike_hydrogens():
+    """A flow that knows no labels of a methyl's hydrogens, and a target that tells them apart."""
+    target = MethylChain()
+    x = target.sample(2000, torch.Generator().manual_seed(6))
+    flow = flows.real_nvp(flows.coordinates_for(target.topology, x), n_layers=2, hidden=8).double()
+    assert flow.coordinates.rotors
+    return target, rf.FlowProposal(flow, TorchPotential(target.system), TEMPERATURE)
+
+
+def test_energies_are_those_of_the_labels_that_come_back(unlike_hydrogens):
+    target, proposal = unlike_hydrogens
+    found = annealed_samples(proposal, 2000, torch.Generator().manual_seed(7), n_steps=5)
+    batch = found.batch
+    usable = torch.isfinite(batch.u)
+    torch.testing.assert_close(proposal.reduced_potential(batch.positions)[usable], batch.u[usable])
+    w = reweighting.normalised_weights(batch.log_weights.numpy())
+    assert 1 / np.sum(w**2) > 100
+    torsion = dihedral(batch.positions[:, [16, 17, 18, 19]])
+    for name, f in (("cos", torch.cos), ("sin", torch.sin)):
+        value, exact = f(torsion).numpy(), target.torsion.mean(getattr(np, name))
+        assert abs(np.sum(w * value) - exact) < SIGMAS * math.sqrt(np.sum((w * (value - exact)) ** 2))
+
+
+def test_gradients_with_labels(unlike_hydrogens):
+    check_gradients(unlike_hydrogens[1])
 
 
 @pytest.mark.parametrize("keywords", [{"n": 0}, {"n": 5, "n_steps": -1}, {"n": 5, "n_leapfrog": 0}])

@@ -108,6 +108,16 @@ def test_relabelling_leaves_features_and_covers_all_labels(molecule):
         assert (where - 1 / m).abs().max() < 4 * standard_error
 
 
+def test_labels_that_were_left_out_come_back(molecule):
+    _, coordinates, x = molecule
+    again = coordinates.relabel(x, torch.Generator().manual_seed(4))
+    turns = coordinates.turns(again)
+    assert turns.shape == (len(x), len(coordinates.rotors)) and bool(turns.any())
+    assert not coordinates.turns(coordinates.canonical(again)).any()
+    back = coordinates.turned(coordinates.to_positions(coordinates.to_features(again)[0])[0], turns)
+    assert distances(back).sub(distances(again)).abs().max() < 1e-10
+
+
 def test_relabelling_is_a_symmetry_of_the_energy(molecule):
     import openmm
 

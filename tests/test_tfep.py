@@ -9,13 +9,14 @@ import numpy as np
 import pymbar
 import pytest
 import torch
-from analytic_molecules import TEMPERATURE
+from analytic_molecules import TEMPERATURE, MethylChain, dihedral
 from analytic_molecules import Chain as FreeChain
 from hypothesis import given
 from hypothesis import strategies as st
 
 from openmm_regflow import tfep
 from openmm_regflow.errors import InputError, InsufficientDataError
+from openmm_regflow.flows import coordinates_for
 from openmm_regflow.potentials import TorchPotential
 from openmm_regflow.tfep import bennett
 from openmm_regflow.units import thermal_energy
@@ -1106,6 +1107,37 @@ def test_cartesian_stretch_has_the_determinant_of_autodiff_and_the_same_answer()
     internal = tfep.works(tfep.CoordinatesMap(Chain(), ShiftBond(LONG - SHORT)), a, b, x, y)
     assert abs(result.delta_f + math.log(z_b / z_a)) < 4 * result.uncertainty
     assert np.abs(tfep.works(stretch, a, b, x, y).forward - internal.forward).max() < 1e-6
+
+
+def test_a_state_that_tells_the_hydrogens_of_a_methyl_apart():
+    """Features leave labels out, and maps of positions have to keep them."""
+    target, strength, kt = MethylChain(), 3.0, thermal_energy(TEMPERATURE)
+    coordinates = coordinates_for(target.topology, target.sample(2000, torch.Generator().manual_seed(0)))
+    assert len(coordinates.rotors) == 1
+    energy = TorchPotential(target.system)
+
+    def bias(x):
+        return strength * (1 + torch.cos(dihedral(x[:, [16, 17, 18, 19]]) - 0.5))
+
+    a, b = tfep.State(energy, TEMPERATURE), tfep.State(lambda x: energy(x) + kt * bias(x), TEMPERATURE)
+    exact = -math.log(target.torsion.mean(lambda p: np.exp(-strength * (1 + np.cos(p - 0.5)))))
+    x, pool = (target.sample(n, torch.Generator().manual_seed(s)) for n, s in ((1500, 1), (20_000, 2)))
+    y = pool[np.random.default_rng(44).random(len(pool)) < torch.exp(-bias(pool)).numpy()][:1500]
+    works = tfep.works(tfep.CoordinatesMap(coordinates, tfep.IdentityMap()), a, b, x, y)
+    inside = np.isfinite(works.forward)  # of the chart: no hydrogen has passed another
+    assert inside.mean() > 0.99
+    np.testing.assert_allclose(works.forward[inside], bias(x)[inside], atol=1e-6)
+    result = tfep.estimate(works.forward, works.reverse, correlated=False, generator=0)
+    assert abs(result.delta_f - exact) < 4 * result.uncertainty and exact > 5 * result.uncertainty
+    # A map that moves everything brings all atoms back to their places.
+    shift = torch.full((coordinates.dim,), 0.2, dtype=torch.float64)
+    moving = tfep.CoordinatesMap(coordinates, tfep.AffineMap(0 * shift, shift, torch.eye(len(shift)).double()))
+    x = x[inside]
+    there, log_det = moving.forward(x)
+    inside = torch.isfinite(there).flatten(1).all(1)
+    back, log_det_back = moving.inverse(there[inside])
+    assert inside.double().mean() > 0.9 and (log_det[inside] + log_det_back).abs().max() < 1e-9
+    assert (torch.cdist(back, back) - torch.cdist(x, x)[inside]).abs().max() < 1e-6
 
 
 def test_two_temperatures():

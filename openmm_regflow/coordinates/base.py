@@ -45,6 +45,14 @@ class CoordinateMap(nn.Module):
         """Draw the labels of interchangeable atoms uniformly; the identity where there are none."""
         return x
 
+    def turns(self, x: Tensor) -> Tensor:
+        """Labels of interchangeable atoms that features leave out `(n, n_groups)`; `(n, 0)` where there are none."""
+        return torch.zeros(len(x), 0, dtype=torch.long, device=x.device)
+
+    def turned(self, x: Tensor, turns: Tensor) -> Tensor:
+        """Positions from `to_positions` with labels `(n, n_groups)`; the inverse of leaving them out."""
+        return x
+
     def augment(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Training positions with rigid-body motion as the flow's measure assumes it; default: none."""
         return x

@@ -277,33 +277,35 @@ class InternalMap(CoordinateMap):
         deviation = [wrap(raw[:, c] - _side(raw[:, c]) * spacing) for c in columns[1:]]
         return torch.stack(deviation).sum(0) / m
 
+    def turns(self, x: Tensor) -> Tensor:
+        """Labels of every rotor `(n, n_rotors)`: in which of the m sectors its mean torsion lies; 0 is canonical."""
+        if not self.rotors:
+            return super().turns(x)
+        raw = self.raw(x)
+        sectors = [torch.floor(wrap(raw[:, c[0]]) * m / (2 * math.pi) + 0.5).long() % m for c, m in self._rotor_raw]
+        return torch.stack(sectors, dim=1)
+
+    def turned(self, x: Tensor, turns: Tensor) -> Tensor:
+        """The same conformations with the labels of every rotor `(n, n_rotors)` turned on by so many places."""
+        index = torch.arange(self.n_atoms, device=x.device).repeat(x.shape[0], 1)
+        for k, (rotor, turn) in enumerate(zip(self.rotors, turns.unbind(1), strict=True)):
+            m, ring = len(rotor.atoms), getattr(self, f"rotor_atoms_{k}").to(x.device)
+            shift = (torch.arange(m, device=x.device)[None, :] + turn[:, None]) % m
+            index[:, ring] = ring[shift]
+        return x.gather(1, index[..., None].expand(-1, -1, 3))
+
     def canonical(self, x: Tensor) -> Tensor:
         """The same conformations with the labels of interchangeable atoms in canonical order.
 
         Canonical: the mean torsion of every rotor, named by its first atom, lies in [-pi/m, pi/m).
         """
-        if not self.rotors:
-            return x
-        raw = self.raw(x)
-        turns = [torch.floor(wrap(raw[:, c[0]]) * m / (2 * math.pi) + 0.5).long() % m for c, m in self._rotor_raw]
-        return self._turn_labels(x, [-t for t in turns])
+        return self.turned(x, -self.turns(x))
 
     def relabel(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw the labels of every rotor uniformly among its m cyclic orders."""
-        n = x.shape[0]
         device = generator.device if generator is not None else x.device
-        turns = [
-            torch.randint(len(r.atoms), (n,), generator=generator, device=device).to(x.device) for r in self.rotors
-        ]
-        return self._turn_labels(x, turns)
-
-    def _turn_labels(self, x: Tensor, turns: list[Tensor]) -> Tensor:
-        index = torch.arange(self.n_atoms, device=x.device).repeat(x.shape[0], 1)
-        for k, (rotor, turn) in enumerate(zip(self.rotors, turns, strict=True)):
-            m, ring = len(rotor.atoms), getattr(self, f"rotor_atoms_{k}").to(x.device)
-            shift = (torch.arange(m, device=x.device)[None, :] + turn[:, None]) % m
-            index[:, ring] = ring[shift]
-        return x.gather(1, index[..., None].expand(-1, -1, 3))
+        turns = [torch.randint(len(r.atoms), (len(x),), generator=generator, device=device) for r in self.rotors]
+        return self.turned(x, torch.stack(turns, dim=1).to(x.device)) if turns else x
 
     def to_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Positions `(n, n_atoms, 3)` [nm] -> features `(n, dim)`, log-determinant `(n,)`."""

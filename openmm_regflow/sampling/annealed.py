@@ -3,9 +3,10 @@
 Neal, Stat. Comput. 11, 125 (2001). With ``w(z)`` the importance weight of the flow's sample at the latent point z, the
 bridge is ``pi_b(z) ~ prior(z) w(z)^b``: the flow itself at b = 0, the target at b = 1. Between two of its members every
 sample takes one trajectory of Hamiltonian Monte Carlo in the latent space, where a good flow has made the target
-nearly a standard normal (Hoffman et al. 2019, arXiv 1903.03704), and its log-weight grows by ``(b' - b) log w``. The
-product of these weights is unbiased for the ratio of normalisations whatever the trajectories do; steps are tuned on
-samples that are thrown away.
+nearly a standard normal (Hoffman et al. 2019, arXiv 1903.03704), and its log-weight grows by ``(b' - b) log w``. Labels
+of interchangeable atoms, which the latent space leaves out, are drawn at the start and kept. The product of these
+weights is unbiased for the ratio of normalisations whatever the trajectories do; steps are tuned on samples that are
+thrown away.
 """
 
 from dataclasses import dataclass
@@ -94,8 +95,7 @@ def annealed_samples(
     x, u, log_w, before = (torch.cat(column) for column in zip(*parts))
     u = torch.where(torch.isfinite(log_w), u, torch.inf)  # what begins without weight ends without
     log_q = torch.where(torch.isfinite(u), -u - log_w, 0.0)
-    batch = ProposalBatch(proposal.flow.coordinates.relabel(x, generator), log_q, u)
-    return Annealed(batch, before, latent.energies, tuple(accepted.tolist()), latent.step)
+    return Annealed(ProposalBatch(x, log_q, u), before, latent.energies, tuple(accepted.tolist()), latent.step)
 
 
 def _check(proposal: FlowProposal, n: int, n_steps: int, n_leapfrog: int) -> None:
@@ -111,7 +111,7 @@ def _carry(
     latent: "_Latent", n: int, n_steps: int, generator: torch.Generator | None
 ) -> tuple["_State", Tensor, Tensor, list[float]]:
     """``n`` samples along the bridge: last state, log-weights `(n,)` of the path and of its start, acceptances."""
-    state = latent.at(latent.flow.prior.sample(n, generator, latent.flow.dtype), forces=n_steps > 0)
+    state = latent.start(n, generator, forces=n_steps > 0)
     before, log_w, rates = state.log_w, torch.zeros_like(state.log_w), []
     share = 1.0 / (n_steps + 1)
     for k in range(1, n_steps + 1):
@@ -123,9 +123,10 @@ def _carry(
 
 @dataclass
 class _State:
-    """Latent points with what a trajectory needs: `z` `(n, dim)`, `x` [nm], `u` [kT], `log_w`, and gradients by z."""
+    """Latent points `z` `(n, dim)` with what a trajectory needs: labels, `x` [nm], `u` [kT], `log_w`, gradients by z."""
 
     z: Tensor
+    turns: Tensor
     x: Tensor
     u: Tensor
     log_w: Tensor
@@ -154,13 +155,22 @@ class _Latent:
         self.proposal, self.flow, self.n_leapfrog = proposal, proposal.flow, n_leapfrog
         self.step, self.energies = 0.5 * self.flow.dim**-0.25, 0
 
-    def at(self, z: Tensor, forces: bool = True) -> _State:
-        """Energies, weights and gradients of latent points `(n, dim)`."""
+    def start(self, n: int, generator: torch.Generator | None, forces: bool = True) -> _State:
+        """``n`` samples of the flow, their labels drawn uniformly."""
+        coordinates = self.flow.coordinates
+        z = self.flow.prior.sample(n, generator, self.flow.dtype)
+        with torch.no_grad():
+            x = coordinates.to_positions(self.flow.bijection(z)[0].double())[0]
+        return self.at(z, coordinates.turns(coordinates.relabel(x, generator)), forces)
+
+    def at(self, z: Tensor, turns: Tensor, forces: bool = True) -> _State:
+        """Energies, weights and gradients of latent points `(n, dim)` with labels `(n, n_groups)`."""
         z = torch.where(self.flow.prior.circular, wrap(z), z).detach().requires_grad_(forces)
         with torch.set_grad_enabled(forces):
             log_prior = self.flow.prior.log_prob(z).double()
             y, log_det = self.flow.bijection(z)
             x, log_volume = self.flow.coordinates.to_positions(y.double())
+            x = self.flow.coordinates.turned(x, turns)
             # log w = -u - log_q: what of it depends on z beside the energy
             rest = log_det.double() + log_volume - log_prior + self.proposal.frame_log_density(x)
         u, u_gradient = self._energies(x.detach(), forces)
@@ -168,11 +178,11 @@ class _Latent:
         log_w = torch.where(weighty, rest.detach() - u, -torch.inf)
         if not forces:
             zeros = torch.zeros_like(z)
-            return _State(z, x, u, log_w, log_prior, zeros, zeros)
+            return _State(z, turns, x, u, log_w, log_prior, zeros, zeros)
         (by_prior,) = torch.autograd.grad(log_prior.sum(), z, retain_graph=True)
         (by_w,) = torch.autograd.grad([rest, x], z, [torch.ones_like(rest), -u_gradient.to(x)])
         by_w, by_prior = (torch.nan_to_num(g) for g in (by_w, by_prior))  # only of points without weight
-        return _State(z.detach(), x.detach(), u, log_w, log_prior.detach(), by_w, by_prior)
+        return _State(z.detach(), turns, x.detach(), u, log_w, log_prior.detach(), by_w, by_prior)
 
     def _energies(self, x: Tensor, forces: bool) -> tuple[Tensor, Tensor]:
         """Reduced energies `(n,)`, +inf where impossible, and their gradients `(n, n_atoms, 3)` [kT/nm]."""
@@ -195,7 +205,7 @@ class _Latent:
         kinetic, now = 0.5 * v.double().square().sum(1), start
         for _ in range(self.n_leapfrog):
             v = v + 0.5 * step * now.gradient(b)
-            now = self.at(now.z + step * v)
+            now = self.at(now.z + step * v, now.turns)
             v = v + 0.5 * step * now.gradient(b)
         gain = now.log_density(b) - start.log_density(b) + kinetic - 0.5 * v.double().square().sum(1)
         threshold = torch.rand(len(v), generator=generator, dtype=torch.float64, device=device).to(gain.device).log()
@@ -204,7 +214,7 @@ class _Latent:
 
     def tune(self, generator: torch.Generator | None) -> None:
         """Set the step for trajectories at the middle of the bridge, on samples that are thrown away."""
-        state = self.at(self.flow.prior.sample(PILOT, generator, self.flow.dtype))
+        state = self.start(PILOT, generator)
         for trial in range(TRIALS):
             state, rate = self.trajectory(state, 0.5, generator)
             self.step *= correction(rate, trial)

@@ -112,8 +112,13 @@ class CoordinatesMap:
     the coordinates on both sides: ``log_det = log|dz/dx| + log|det inner| + log|dx'/dz'|``. Leaving it out
     biases delta_f: for one bond stretched from b to b' by 2 log(b'/b).
 
+    Features that leave out the labels of interchangeable atoms (methyl rotors) are no bijection of positions: what is
+    mapped keeps the labels that it came with, as a state may tell the atoms apart.
+
     Args:
-        coordinates: object with ``to_features(x) -> (z, log_det)`` and ``to_positions(z) -> (x, log_det)``.
+        coordinates: object with ``to_features(x) -> (z, log_det)`` and ``to_positions(z) -> (x, log_det)``, and, if
+            its features leave out labels, ``turns(x)`` and ``turned(x, turns)`` of
+            :class:`~openmm_regflow.coordinates.CoordinateMap`.
         inner: invertible map of features `(n, dim)`.
         trained_on: positions (of A, of B) that trained it, which `free_energy_difference` then refuses to evaluate.
     """
@@ -127,6 +132,8 @@ class CoordinatesMap:
         z, to_features = self.coordinates.to_features(x)
         moved, inside = step(z.to(self._dtype(z)))
         y, to_positions = self.coordinates.to_positions(moved.to(z.dtype))
+        if hasattr(self.coordinates, "turns"):
+            y = self.coordinates.turned(y, self.coordinates.turns(x))
         return y, to_features + inside.to(z.dtype) + to_positions
 
     def _dtype(self, z: Tensor) -> torch.dtype:
