@@ -14,6 +14,7 @@ from openmm_regflow.errors import CorruptFileError, InputError, InsufficientData
 from openmm_regflow.flows import Flow
 from openmm_regflow.potentials import TorchPotential
 from openmm_regflow.systems import load_system
+from openmm_regflow.tfep import states as file_states
 from openmm_regflow.units import thermal_energy
 
 MOLECULE = load_system("alanine-dipeptide")
@@ -101,6 +102,47 @@ def test_exactly_one_source_of_samples():
     for sources in ({}, {"trajectory": "a.h5", "storage": "b.nc"}):
         with pytest.raises(ValueError, match="give one of"):
             tfep.StatesConfig.model_validate({"a": {"system": "x", **sources}, "b": {"system": "x"}})
+
+
+def test_burn_in_leaves_out_frames_of_a_trajectory(folder, tmp_path):
+    config = states(folder, a={"burn_in": 10, "stride": 4}, b={"burn_in": 150})
+    result = tfep.run_states(config, folder, tmp_path)
+    assert (result.n_forward, result.n_reverse) == (97, 250)
+    x, y = (mdtraj.load(str(folder / n), top=mdtraj.Topology.from_openmm(MOLECULE.topology)).xyz
+            for n in ("cold.h5", "hot.dcd"))  # fmt: skip
+    u = TorchPotential(MOLECULE.system)
+    direct = tfep.works(tfep.IdentityMap(), tfep.State(u, 300.0), tfep.State(u, 330.0), x[12::4], y[150:])
+    written = np.load(tmp_path / "works.npz")
+    np.testing.assert_allclose(written["forward"], direct.forward, atol=1e-9)
+    np.testing.assert_allclose(written["reverse"], direct.reverse, atol=1e-9)
+
+
+def test_training_and_seed_reach_a_nearby_map(folder):
+    read = [file_states.open_state(c, folder, folder) for c in (states(folder).a, states(folder).b)]
+    frames = [torch.as_tensor(x, dtype=torch.float64) for _, x, _ in read]
+
+    def forward(seed=0, **train):
+        train = {"steps": 4, "batch_size": 100, "warmup": 0, "learning_rate": 3e-4, "validate_every": 1} | train
+        config = states(folder, map="nearby", folds=2, n_resamples=2, train=train, seed=seed)
+        return file_states._solve(config, MOLECULE, read[0][0], read[1][0], *frames)[1].forward
+
+    first = forward()
+    assert not np.array_equal(forward(seed=1), first)
+    assert not np.array_equal(forward(learning_rate=1e-4), first)
+    kept = states(folder, map="nearby", train={"steps": 3}).train
+    assert (kept.steps, kept.patience) == (3, 8)
+    assert states(folder, map="nearby").train.steps == 200 and states(folder, map="learned").train.steps == 2000
+
+
+def test_settings_without_effect_are_refused(folder):
+    for changes, words in (
+        ({"a": {"state": 2}}, "state"),
+        ({"map": "nearby", "coupling": "full"}, "coupling needs"),
+        ({"map": "nearby", "architecture": "jet"}, "architecture needs"),
+        ({"map": "identity", "target_noise": 0.1}, "target_noise needs"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            states(folder, **changes)
 
 
 @pytest.mark.slow

@@ -123,7 +123,7 @@ def _carry(
 
 @dataclass
 class _State:
-    """Latent points `z` `(n, dim)` with what a trajectory needs: labels, `x` [nm], `u` [kT], `log_w`, gradients by z."""
+    """Latent points `z` `(n, dim)` and what a trajectory needs: labels, `x` [nm], `u` [kT], `log_w`, gradients by z."""
 
     z: Tensor
     turns: Tensor

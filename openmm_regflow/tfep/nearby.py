@@ -36,6 +36,11 @@ from openmm_regflow.units import thermal_energy
 HARMONICS = 3
 #: Step of the torsional part of a shift relative to that of its constant part, as it has ten times the coefficients.
 DRIFT_STEP = 0.1
+#: Training with energies: short, as the map starts at the identity.
+TRAINING: dict[str, Any] = {
+    "steps": 200, "batch_size": 256, "learning_rate": 3e-3, "ema": 0.95, "warmup": 5, "weight_decay": 0.0,
+    "validate_every": 25, "patience": 8,
+}  # fmt: skip
 
 
 def harmonics(t: Tensor) -> Tensor:
@@ -190,7 +195,7 @@ def fit_nearby_map(
         positions_b: `(m, n_atoms, 3)` training samples of B.
         states: (state_a, state_b) with differentiable potentials, to train the map; None for scales and constant
             shifts of the stiff coordinates alone, which need no energies.
-        config: of that training, in which a fifth of the samples validates; a short run by default.
+        config: of that training, in which a fifth of the samples validates; `TRAINING` by default.
 
     Returns:
         The map, in evaluation mode. Evaluate it on samples that are not among the ones given here.
@@ -205,10 +210,7 @@ def fit_nearby_map(
         raise InsufficientDataError(f"{len(x_a)} and {len(x_b)} samples; a map needs at least {MIN_SAMPLES} of each")
     if x_a.shape[1:] != x_b.shape[1:] or x_a.shape[1] != coordinates.n_atoms:
         raise InputError(f"positions {tuple(x_a.shape)}, {tuple(x_b.shape)} do not fit {coordinates.n_atoms} atoms")
-    config = config or TrainConfig.model_validate(
-        {"steps": 200, "batch_size": 256, "learning_rate": 3e-3, "ema": 0.95, "warmup": 5, "weight_decay": 0.0,
-         "validate_every": 25, "patience": 8}
-    )  # fmt: skip
+    config = config or TrainConfig.model_validate(TRAINING)
     a, b = (coordinates.to_features(x)[0].float() for x in (x_a, x_b))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

@@ -21,7 +21,8 @@
 Instead of ``trajectory`` a state may name one state of an openmmtools sampler (``storage = "exchange.nc"``,
 ``state = 3``), which brings its own System and temperature, or be simulated in the output folder, resumably:
 ``simulate = { n_copies = 8, n_iterations = 200 }``, with the keys of
-:class:`~openmm_regflow.simulate.BatchedSettings`. ``burn_in`` leaves out that many iterations of either.
+:class:`~openmm_regflow.simulate.BatchedSettings`. ``burn_in`` leaves out that many iterations of either, or frames of
+a trajectory.
 
 Relative paths are taken from the folder of the TOML file. States may differ in system (force field, restraints),
 temperature and basin; the atoms and their order, and the constraints, must be the same. A map keeps constrained
@@ -47,6 +48,7 @@ from openmm_regflow.systems import MolecularSystem, load_system, load_trajectory
 from openmm_regflow.tfep.ensembles import shared_bonds, state_of
 from openmm_regflow.tfep.estimators import TargetedFreeEnergy, convergence, estimate
 from openmm_regflow.tfep.learned import fit_map
+from openmm_regflow.tfep.nearby import TRAINING as NEARBY_TRAINING
 from openmm_regflow.tfep.nearby import fit_nearby_map
 from openmm_regflow.tfep.pipeline import (
     CoordinatesMap,
@@ -83,7 +85,7 @@ class StateConfig(_Section):
     storage: str | None = Field(None, description="NetCDF file of an openmmtools multistate sampler")
     state: int = Field(0, description="thermodynamic state in that file; negative counts from the last")
     simulate: dict[str, Any] | None = Field(None, description="settings of batched replica exchange")
-    burn_in: int = Field(0, ge=0, description="iterations left out of a storage or a simulation")
+    burn_in: int = Field(0, ge=0, description="iterations of a storage or a simulation, or frames, left out")
     temperature: float | None = Field(None, gt=0, description="[K]; the system's own by default")
     force_field: tuple[str, ...] | None = Field(None, description="overrides the system's own")
     system_xml: str | None = None
@@ -94,6 +96,8 @@ class StateConfig(_Section):
     def _one_source(self) -> "StateConfig":
         if sum(v is not None for v in (self.trajectory, self.storage, self.simulate)) != 1:
             raise ValueError("give one of trajectory, storage (of openmmtools) and simulate")
+        if self.state and self.storage is None:
+            raise ValueError("state is one of a storage, and there is none; leave it out")
         return self
 
 
@@ -122,10 +126,20 @@ class StatesConfig(_Section):
     n_resamples: int = Field(200, ge=2)
     seed: int = 0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _short_training(cls, values: Any) -> Any:
+        """A nearby map has a training of its own, of which ``[train]`` may change a part."""
+        if isinstance(values, dict) and values.get("map") == "nearby" and isinstance(values.get("train", {}), dict):
+            return values | {"train": NEARBY_TRAINING | values.get("train", {})}
+        return values
+
     @model_validator(mode="after")
     def _map_is_needed(self) -> "StatesConfig":
-        if self.refine and self.map != "learned":
-            raise ValueError("refine needs map = 'learned'")
+        if self.map != "learned":
+            for name in ("coupling", "architecture", "max_pairs", "target_noise", "refine"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} needs map = 'learned'; leave it out")
         return self
 
 
@@ -229,7 +243,8 @@ def _source(
         return state, x
     state = state_of(molecule.system, molecule.temperature, device=device)
     if config.simulate is None:
-        return state, read_positions(folder / str(config.trajectory), molecule, config.stride)
+        frames = read_positions(folder / str(config.trajectory), molecule, config.stride)
+        return state, frames[math.ceil(config.burn_in / config.stride) :]
     batched_tempering(molecule, run_folder, BatchedSettings.create(**{"device": str(device)} | config.simulate))
     ladders = load_runs(run_folder, config.burn_in)
     return state, np.concatenate([run.at_temperature(run.positions)[:: config.stride] for run in ladders])
@@ -283,7 +298,7 @@ def _solve(
     x_a: torch.Tensor,
     x_b: torch.Tensor,
 ) -> tuple[TargetedFreeEnergy, Works]:
-    fixed = shared_bonds(state_a, state_b)
+    fixed, training = shared_bonds(state_a, state_b), config.train.model_copy(update={"seed": config.seed})
     options: dict[str, Any] = {"method": config.method, "n_resamples": config.n_resamples, "generator": config.seed}
     if config.map == "identity":
         same = works(IdentityMap(), state_a, state_b, x_a, x_b)
@@ -293,11 +308,10 @@ def _solve(
         coordinates = coordinates_for(molecule.topology, torch.cat([a, b]).cpu(), config.coordinates, fixed)
         coordinates = coordinates.to(a.device)
         if config.map == "nearby":
-            return fit_nearby_map(coordinates, a, b, (state_a, state_b))
+            return fit_nearby_map(coordinates, a, b, (state_a, state_b), config=training)
         return fit_map(
             coordinates, a, b, coupling=config.coupling, architecture=config.architecture,
-            max_pairs=config.max_pairs, config=config.train.model_copy(update={"seed": config.seed}),
-            target_noise=config.target_noise,
+            max_pairs=config.max_pairs, config=training, target_noise=config.target_noise,
             refine=(state_a, state_b) if config.refine else None,
         )  # fmt: skip
 
