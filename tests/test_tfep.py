@@ -821,8 +821,28 @@ def test_one_work_that_carries_the_average_is_named():
 
 def test_frames_that_are_there_twice_do_not_cross_fit():
     a, b, _, _, x, y = wells(3)
-    with pytest.raises(InputError, match="also trained the map"):
+    with pytest.raises(InputError, match=r"also trained the map.*give every frame once"):
         tfep.cross_fit(tfep.AffineMap.fit, a, b, np.tile(x[:50], (4, 1)), y, folds=4)
+
+
+def test_rejected_moves_cross_fit():
+    """Repeats of the frame before, some across what would be the edge of a fold."""
+    a, b, _, exact, x, y = wells(3)
+    chain = np.repeat(x, np.random.default_rng(71).geometric(0.4, len(x)), axis=0)
+    edges = np.linspace(0, len(chain), 8).astype(int)[1:-1]
+    assert (chain[edges] == chain[edges - 1]).all(1).any()
+    trained = []
+
+    def fit(u, v):
+        trained.append(len(u))
+        return tfep.AffineMap.fit(u, v)
+
+    result = tfep.cross_fit(fit, a, b, chain, y, folds=7, generator=0)
+    assert result.n_forward == len(chain) and len(trained) == 7
+    assert max(abs(n - 6 / 7 * len(chain)) for n in trained) < 20
+    assert abs(result.delta_f - exact) < 4 * result.uncertainty
+    with pytest.raises(InsufficientDataError, match="fewer or run longer"):
+        tfep.cross_fit(fit, a, b, np.repeat(x[:5], 40, axis=0), y, folds=7)
 
 
 def test_few_or_impossible_samples_of_several_states():

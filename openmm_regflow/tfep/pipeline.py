@@ -314,7 +314,13 @@ def _row_keys(positions: Any, dtype: torch.dtype) -> set[bytes]:
     return {row.tobytes() for row in _tensor(positions).to("cpu", dtype).numpy()}
 
 
-def check_disjoint(positions: Any, trained_on: Any, name: str, dtype: torch.dtype = torch.float32) -> None:
+def check_disjoint(
+    positions: Any,
+    trained_on: Any,
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    remedy: str = "evaluate on held-out samples, or use cross_fit to lose none",
+) -> None:
     """Refuses evaluation samples that also trained the map.
 
     Args:
@@ -322,16 +328,14 @@ def check_disjoint(positions: Any, trained_on: Any, name: str, dtype: torch.dtyp
         trained_on: `(m, ...)`.
         name: of the state.
         dtype: in which rows are compared; that of files, unless both come from one array.
+        remedy: of the message.
 
     Raises:
         InputError: at least one row is in both sets.
     """
     shared = len(_row_keys(positions, dtype) & _row_keys(trained_on, dtype))
     if shared:
-        raise InputError(
-            f"{shared} samples of state {name} also trained the map, which biases delta_f; evaluate on held-out "
-            "samples, or use cross_fit to lose none"
-        )
+        raise InputError(f"{shared} samples of state {name} also trained the map, which biases delta_f; {remedy}")
 
 
 def mapped_energies(
@@ -457,10 +461,18 @@ def split(positions: Any, fraction: float = 0.5, gap: int = 0) -> tuple[Any, Any
     return positions[:cut], positions[cut + gap :]
 
 
-def _folds(n: int, k: int, gap: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(training, held-out) frame numbers of ``k`` contiguous folds; ``gap`` frames beside a fold train nothing."""
-    edges = np.linspace(0, n, k + 1).astype(int)
-    index = np.arange(n)
+def _folds(x: Tensor, k: int, gap: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(training, held-out) frame numbers of ``k`` contiguous folds; ``gap`` frames beside a fold train nothing.
+
+    A frame and its repeats (rejected moves) lie in one fold.
+    """
+    n, index = len(x), np.arange(len(x))
+    moved = (x[1:] != x[:-1]).reshape(n - 1, -1).any(1).cpu().numpy()
+    starts = np.concatenate([[0], index[1:][moved], [n]])
+    edges = starts[np.searchsorted(starts, np.linspace(0, n, k + 1).astype(int))]
+    if not np.diff(edges).all():
+        raise InsufficientDataError(f"{n} frames, of which {1 + moved.sum()} differ from the one before, are too few "
+                                    f"for {k} folds; take fewer or run longer")  # fmt: skip
     return [(index[(index < low - gap) | (index >= high + gap)], index[low:high]) for low, high in pairwise(edges)]
 
 
@@ -500,7 +512,8 @@ def cross_fit(
         generator: NumPy generator or seed.
 
     Raises:
-        InputError: fewer than two folds.
+        InputError: fewer than two folds, or a frame that comes back in another fold; repeats of the frame before, as
+            of rejected moves, are legal.
         InsufficientDataError: fewer samples than folds, or no overlap.
     """
     mapped = cross_fit_works(
@@ -530,9 +543,9 @@ def cross_fit_works(
     if min(len(x_a), len(x_b)) < 2 * folds:
         raise InsufficientDataError(f"{len(x_a)} and {len(x_b)} samples are too few for {folds} folds")
     parts = []
-    for (train_a, test_a), (train_b, test_b) in zip(_folds(len(x_a), folds, gap), _folds(len(x_b), folds, gap)):
+    for (train_a, test_a), (train_b, test_b) in zip(_folds(x_a, folds, gap), _folds(x_b, folds, gap)):
         for x, train, test, name in ((x_a, train_a, test_a, "A"), (x_b, train_b, test_b, "B")):
-            check_disjoint(x[test], x[train], name, x.dtype)  # a frame that is there twice
+            check_disjoint(x[test], x[train], name, x.dtype, "give every frame once")
         fitted = fit(x_a[train_a], x_b[train_b])
         parts.append(works(fitted, state_a, state_b, x_a[test_a], x_b[test_b], batch_size=batch_size))
     return Works(*(np.concatenate([getattr(p, side) for p in parts], axis=-1) for side in ("forward", "reverse")))
