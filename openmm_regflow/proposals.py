@@ -19,7 +19,7 @@ from torch import Tensor
 from openmm_regflow.constraints import Constraints
 from openmm_regflow.coordinates.cartesian import random_rotations
 from openmm_regflow.errors import IncompatibleFlowError, InputError, UnsupportedForceError
-from openmm_regflow.potentials import OpenMMPotential
+from openmm_regflow.potentials import OpenMMPotential, TorchPotential
 from openmm_regflow.refusals import (
     check_atoms,
     check_bonded,
@@ -27,6 +27,7 @@ from openmm_regflow.refusals import (
     check_subset,
     check_subset_supported,
     check_supported,
+    external_forces,
     fixed_bonds_of,
     has_global_parameters,
 )
@@ -556,27 +557,54 @@ def chunk_sizes(n: int, chunk: int) -> list[int]:
 
 
 def _find_frame(proposal: FlowProposal) -> Frame:
-    """Decide whether rigid motions change the energy, from a few samples of the flow moved and turned.
+    """Decide whether rigid motions change the energy, from its forces and a few samples of the flow moved and turned.
 
-    Samples without a finite energy say nothing; if there is no other, an external force in the System
-    decides.
+    A force on places decides alone: it may be zero where the samples lie, or small beside their clashes.
     """
+    judge = copy.copy(proposal)
+    judge.potential = potential = _in_float64(proposal.potential)
+    if proposal.system is not None:
+        mask, groups = getattr(potential, "_groups", -1), getattr(potential, "groups", None)
+        numbers = [force.getForceGroup() for force in external_forces(proposal.system)]
+        if any(mask >> k & 1 and (groups is None or k in groups) for k in numbers):
+            return "fixed"
     generator = torch.Generator(device=proposal.device).manual_seed(0)
     with torch.no_grad():
         x = proposal.flow.sample(16, generator=generator)[0].double()
-    turned = rotate(x, random_rotations(len(x), generator, device=x.device)) + 0.3
-    judge = copy.copy(proposal)
-    if isinstance(judge.potential, OpenMMPotential):  # other platforms compute in single precision
-        judge.potential = judge.potential.on_platform("Reference")
-    before, after = judge._energies(x), judge._energies(turned)
+    changes = rigid_motion_changes(judge._energies, x, generator, getattr(potential, "dtype", torch.float64))
+    return "fixed" if changes else "free"
+
+
+def _in_float64(potential: EnergyFunction) -> EnergyFunction:
+    """The same energies in double precision where the package knows how; any other callable as it is."""
+    if isinstance(potential, OpenMMPotential):
+        return potential.on_platform("Reference")
+    if not isinstance(potential, TorchPotential) or potential.dtype == torch.float64:
+        return potential
+    exact = TorchPotential(potential.system, groups=potential.groups)
+    for name, value in potential.parameters.items():
+        exact.set_parameter(name, value)
+    return exact
+
+
+def rigid_motion_changes(
+    energy: EnergyFunction, x: Tensor, generator: torch.Generator, dtype: torch.dtype = torch.float64
+) -> bool | None:
+    """Whether configurations have another energy once moved and turned as a whole; None where no energy is finite.
+
+    Args:
+        energy: reduced energies [kT] of `(n, n_atoms, 3)` [nm] -> `(n,)`.
+        x: `(n, n_atoms, 3)` [nm]. Their own energies come last, so that a Context is left at the last of them.
+        generator: of the rotations.
+        dtype: in which the energies are computed.
+    """
+    centre = x.mean(1, keepdim=True)
+    turned = rotate(x - centre, random_rotations(len(x), generator, device=generator.device)) + centre + 0.3
+    after, before = energy(torch.cat([turned, x])).double().tensor_split(2)
     finite = torch.isfinite(before) & torch.isfinite(after)
-    if not finite.any():
-        forces = proposal.system.getForces() if proposal.system is not None else []
-        return "fixed" if any(isinstance(force, openmm.CustomExternalForce) for force in forces) else "free"
-    # Round-off of an energy grows with its size; half the digits of its dtype leave room for clashes.
-    digits = torch.finfo(getattr(proposal.potential, "dtype", torch.float64)).eps ** 0.5
-    changed = (after - before).abs() > digits * (1 + before.abs())
-    return "fixed" if bool((changed & finite).any()) else "free"
+    # Round-off grows with the energy and, as terms cancel, with the molecule; half the digits leave room for clashes.
+    changed = (after - before).abs() > torch.finfo(dtype).eps ** 0.5 * (x.shape[1] + before.abs())
+    return bool((changed & finite).any()) if finite.any() else None
 
 
 def rotate(positions: Tensor, rotations: Tensor) -> Tensor:

@@ -207,6 +207,12 @@ UNSUPPORTED: tuple[Feature, ...] = (
 )
 
 
+def external_forces(system: openmm.System) -> list[openmm.CustomExternalForce]:
+    """Forces on where atoms are and not on how they lie to each other, which make the frame of a molecule count."""
+    forces = system.getForces()
+    return [force for force in forces if isinstance(force, openmm.CustomExternalForce) and force.getNumParticles()]
+
+
 def has_global_parameters(system: openmm.System) -> bool:
     """Whether a Context can change this System's energies through parameters."""
     return any(getattr(force, "getNumGlobalParameters", int)() for force in system.getForces())

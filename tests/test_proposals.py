@@ -278,3 +278,38 @@ def test_rounding_of_a_single_precision_platform_is_no_external_field():
     potential = OpenMMPotential(molecule.system, "CPU", properties={"Threads": "1"})
     assert FlowProposal(flow, potential, molecule.temperature).frame == "free"
     assert potential.on_platform("Reference").parameters == potential.parameters
+
+
+def untrained_dipeptide():
+    """A Cartesian flow and a copy of the System."""
+    molecule = load_system("alanine-dipeptide")
+    data = torch.as_tensor(molecule.positions) + 0.003 * torch.randn(400, 22, 3, generator=generator()).double()
+    flow = flows.real_nvp(flows.coordinates_for(molecule.topology, data, "cartesian"))
+    return flow, openmm.XmlSerializer.clone(molecule.system)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("expression", ["25*(x^2+y^2+z^2)", "1000*max(0, sqrt(x^2+y^2+z^2)-20)^2"])
+def test_a_restraint_is_found_beside_clashes_and_where_it_is_zero(dtype, expression):
+    """An untrained flow puts atoms on each other: a weak field is nothing beside energies of 1e6 kT in float32."""
+    flow, system = untrained_dipeptide()
+    field = openmm.CustomExternalForce(expression)
+    field.setForceGroup(7)
+    field.addParticle(8, [])
+    system.addForce(field)
+    assert FlowProposal(flow, TorchPotential(system, dtype), TEMPERATURE).frame == "fixed"
+    assert FlowProposal(flow, TorchPotential(system, dtype, groups=[0]), TEMPERATURE).frame == "free"
+    assert FlowProposal(flow, OpenMMPotential(system, "CPU", groups=[0]), TEMPERATURE).frame == "free"
+
+
+def test_a_field_in_another_force_is_found_in_double_precision():
+    """Clashes of some 1e5 kT in float32 would hide it."""
+    flow, system = untrained_dipeptide()
+    force = openmm.CustomCompoundBondForce(2, "field*(x1-x2)")
+    force.addGlobalParameter("field", 0.0)
+    force.addBond([1, 21], [])
+    system.addForce(force)
+    potential = TorchPotential(system, torch.float32)
+    assert FlowProposal(flow, potential, TEMPERATURE).frame == "free"
+    potential.set_parameter("field", 7.0)
+    assert FlowProposal(flow, potential, TEMPERATURE).frame == "fixed"
