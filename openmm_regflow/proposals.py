@@ -36,6 +36,12 @@ from openmm_regflow.units import temperature_kelvin, thermal_energy
 #: Reduced energies this far above the best of their batch [kT] count as impossible.
 ABSURD_ENERGY = 1e6
 
+#: What a free frame asks of the energy of a state.
+NOT_FREE = (
+    "the flow step covers biases of the molecule's shape alone: take the external field or the restraint to a place "
+    "away, or build the proposal's potential from that System, with a Cartesian flow"
+)
+
 Frame = Literal["free", "fixed"]
 EnergyFunction = Callable[[Tensor], Tensor]
 
@@ -164,11 +170,38 @@ class FlowProposal:
     def check_state_system(self, system: openmm.System) -> None:
         """Refuse the System of a state whose own energy decides: as :meth:`check_system`, and the flow must fit.
 
-        Further forces, such as a bias, are expected there.
+        Further forces, such as a bias, are expected there; but none on the places of atoms, where the frame is free.
+
+        Raises:
+            InputError: a CustomExternalForce, which the proposal's own energy does not have.
         """
         self.check_system(system)
         if not self.allow_mismatch:
             check_flow(self.flow, system, self.temperature, extra_forces=True)
+        if external_forces(system) and self.frame == "free":
+            raise InputError(f"the state's System has a CustomExternalForce; {NOT_FREE}")
+
+    def check_state_energy(self, energy: EnergyFunction, positions: Tensor, dtype: torch.dtype) -> bool:
+        """Refuse an energy of a state that rigid motions change, where the proposal takes its frame as free.
+
+        Args:
+            energy: reduced energies [kT] of `(n, n_atoms, 3)` [nm] -> `(n,)`.
+            positions: `(n, n_atoms, 3)` [nm].
+            dtype: in which the energies are computed.
+
+        Returns:
+            Whether the positions have a finite energy, so that they could tell.
+
+        Raises:
+            InputError: the energy changes.
+        """
+        if self.frame == "fixed":
+            return True
+        generator = torch.Generator(device=positions.device).manual_seed(0)
+        changes = rigid_motion_changes(energy, positions.double(), generator, dtype)
+        if changes:
+            raise InputError(f"the state's energy changes when the molecule moves as a whole; {NOT_FREE}")
+        return changes is not None
 
     def _check_masses(self, system: openmm.System) -> None:
         """Refuse a System whose constrained ensemble differs from the proposal's own by its masses."""

@@ -22,7 +22,7 @@ from openmmtools.multistate import (
     SAMSSampler,
 )
 from openmmtools.utils import deserialize, serialize
-from test_sampling import SIGMAS, chain_z, generator, velocity_correlation
+from test_sampling import SIGMAS, chain_z, generator, heights, in_a_field, velocity_correlation
 
 from openmm_regflow import Flow, flows, moves
 from openmm_regflow.errors import CorruptFileError, IncompatibleFlowError, InputError, UnsupportedForceError
@@ -743,3 +743,32 @@ def test_statistics_setter(flow_path):
     move.statistics = kept
     move.apply(thermodynamic_state(), sampler_state())
     assert move.n_proposed == 2
+
+
+@pytest.mark.parametrize("build", [in_a_field, lambda: heights(7.0)])
+@pytest.mark.parametrize("energy", ["auto", "context"])
+def test_an_external_field_is_refused_live_and_restored(flow_path, build, energy):
+    """The frame that is stored is that of the live proposal's System, not that of the state's."""
+    state = thermodynamic_state(system=build().system)
+    move = make_move(flow_path, energy=energy)
+    stored = serialize(move)
+    with pytest.raises(InputError, match="biases of the molecule's shape"):
+        move.apply(state, sampler_state())
+    forget()
+    with pytest.raises(InputError, match="biases of the molecule's shape"):
+        deserialize(stored).apply(state, sampler_state())
+
+
+def test_a_field_that_a_parameter_switches_on_is_refused(flow_path):
+    """The Context is the same, its energy is not."""
+
+    class HeightState(states.GlobalParameterState):
+        heights = states.GlobalParameterState.GlobalParameter("heights", standard_value=0.0)
+
+    system = heights().system
+    state = states.CompoundThermodynamicState(thermodynamic_state(system=system), [HeightState.from_system(system)])
+    move, frame = make_move(flow_path), sampler_state()
+    move.apply(state, frame)
+    state.heights = 7.0
+    with pytest.raises(InputError, match="as a whole"):
+        move.apply(state, frame)

@@ -24,7 +24,7 @@ from scipy.special import ndtri_exp
 
 from openmm_regflow import flows
 from openmm_regflow.device import openmm_properties
-from openmm_regflow.errors import InputError, InsufficientDataError, UnsupportedForceError
+from openmm_regflow.errors import IncompatibleFlowError, InputError, InsufficientDataError, UnsupportedForceError
 from openmm_regflow.metrics import integrated_autocorrelation_time
 from openmm_regflow.potentials import OpenMMPotential, TorchPotential
 from openmm_regflow.proposals import FlowProposal, ProposalBatch
@@ -46,6 +46,7 @@ from openmm_regflow.sampling import (
     system_masses,
 )
 from openmm_regflow.sampling.steps import _context_energy
+from openmm_regflow.systems import fingerprint
 from openmm_regflow.units import GAS_CONSTANT
 
 #: Standard errors: 1e-5 two-sided probability per figure.
@@ -681,3 +682,60 @@ def test_local_kernel_between_flow_steps():
     scores = z_scores(chain.positions[-1], case.target.observables())
     assert chain.statistics.acceptance_rate > 0.2
     assert max(map(abs, scores.values())) < SIGMAS, scores
+
+
+def in_a_field(strength=7.0):
+    """The molecule with a uniform field that turns it without moving it; an internal flow has no density for that."""
+    molecule = Chain(4)
+    field = openmm.CustomExternalForce("a*x")
+    field.addPerParticleParameter("a")
+    field.addParticle(0, [strength])
+    field.addParticle(3, [-strength])
+    molecule.system.addForce(field)
+    return molecule
+
+
+def heights(parameter=0.0):
+    """The same field as a force that does not show it; switched on by a Context parameter."""
+    molecule = Chain(4)
+    field = openmm.CustomCompoundBondForce(2, "heights*(x1-x2)")
+    field.addGlobalParameter("heights", parameter)
+    field.addBond([0, 3], [])
+    molecule.system.addForce(field)
+    return molecule
+
+
+def test_an_external_field_beside_a_free_frame_is_refused():
+    """The proposal knows nothing of it: its frame is free, and an accepted molecule would be turned at random."""
+    with pytest.raises(InputError, match=r"CustomExternalForce; .* biases of the molecule's shape"):
+        FlowSimulation(make_simulation(in_a_field()), internal_proposal())
+    simulation = make_simulation(heights())
+    mixed = FlowSimulation(simulation, internal_proposal())
+    mixed.run(2, 2)  # off
+    simulation.context.setParameter("heights", 7.0)
+    with pytest.raises(InputError, match="as a whole"):
+        mixed.flow_step()
+
+
+def test_a_state_without_finite_energy_is_tested_at_the_next_step():
+    step, x = FlowStep(internal_proposal()), CASES["internal"].target.sample(1, generator())[0]
+    fields = {"nowhere": lambda x: torch.full((len(x),), torch.inf), "field": lambda x: x[:, 0, 0]}
+    current = "nowhere"
+
+    def energy(x):
+        return fields[current](x)
+
+    step(x, energy=energy)
+    current = "field"
+    with pytest.raises(InputError, match="as a whole"):
+        step(x, energy=energy)
+
+
+def test_a_simulation_of_another_system_than_the_flows_is_refused():
+    flow, potential, temperature = CASES["internal"].arguments
+    flow = copy.deepcopy(flow)
+    flow.metadata = flows.FlowMetadata(fingerprint=fingerprint(potential.system), temperature=temperature)
+    proposal = FlowProposal(flow, potential, temperature)
+    with pytest.raises(IncompatibleFlowError, match="HarmonicBondForce"):
+        FlowSimulation(make_simulation(Chain(4, bond_width=0.01)), proposal)
+    FlowSimulation(make_simulation(heights()), proposal)

@@ -174,7 +174,7 @@ def find(description: Description, system: openmm.System, n_steps: int = 0) -> t
         The description, with path and hash of a relinked file, and what it stands for.
 
     Raises:
-        InputError: the flow file is gone.
+        InputError: the flow file is gone, or the state's energy fixes the frame of the molecule, which was free.
         IncompatibleFlowError: the flow file has changed, or belongs to another System.
     """
     if (shared := living(description)) is not None:
@@ -307,7 +307,12 @@ def _build_proposal(description: Description, flow: Flow, system: openmm.System)
     options: dict[str, Any] = {"allow_mismatch": description.allow_mismatch, "chunk_size": description.chunk_size}
     if description.atom_subset is None:
         options |= {"frame": description.frame, "extra_forces": True}
-        return FlowProposal(flow, potential, description.temperature, **options)
+        proposal = FlowProposal(flow, potential, description.temperature, **options)
+        if description.frame == "free":  # that was the System of the live proposal
+            x = proposal.draw(16, torch.Generator(device=proposal.device).manual_seed(0)).positions
+            proposal.check_state_system(system)
+            proposal.check_state_energy(proposal.reduced_potential, x, torch.float32)
+        return proposal
     options["frame_atoms"] = description.frame_atoms
     return SubsetProposal(flow, potential, description.temperature, description.atom_subset, **options)
 

@@ -19,6 +19,7 @@ from openmm_regflow.sampling.kernels import FlowStatistics
 from openmm_regflow.sampling.steps import (
     FlowStep,
     Orientation,
+    ReducedPotential,
     context_potential,
     redrawn,
     seeded_generator,
@@ -47,7 +48,9 @@ class FlowSimulation:
 
     Raises:
         UnsupportedForceError: virtual sites, a periodic box, or constraints that the flow does not hold fixed.
-        InputError: the flow generates another number of atoms.
+        IncompatibleFlowError: the flow belongs to another System (further forces, such as a bias, do not matter).
+        InputError: the flow generates another number of atoms, or the energy changes when the molecule moves as a
+            whole, which the proposal's own does not (an external field, a restraint to a place).
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class FlowSimulation:
         seed: int | None = None,
         orientation: Orientation = "random",
     ) -> None:
-        proposal.check_system(simulation.system)
+        proposal.check_state_system(simulation.system)
         if simulation.system.getNumParticles() != proposal.n_atoms:
             raise InputError(
                 f"the Simulation has {simulation.system.getNumParticles()} atoms, the proposal "
@@ -68,6 +71,7 @@ class FlowSimulation:
         self.simulation = simulation
         self.step = FlowStep(proposal, n_proposals, pool_size, seeded_generator(seed), orientation)
         self._masses = system_masses(simulation.system)
+        self._context_energy: tuple[Any, ReducedPotential] | None = None
         self._direct = travels_directly(proposal.device, simulation.context)
         self._same_energy = (
             proposal.covers_system
@@ -91,9 +95,9 @@ class FlowSimulation:
 
     def flow_step(self) -> bool:
         """One flow step on the Simulation's Context; True if it was accepted."""
-        context, temperature = self.simulation.context, self.temperature
+        temperature = self.temperature
         positions = self._read()
-        energy = None if self._same_energy else context_potential(context, GAS_CONSTANT * temperature)
+        energy = None if self._same_energy else self._energy(temperature)
         new = self.step.propose(positions, temperature, energy)
         if new is not None:
             self._write(new)
@@ -101,6 +105,14 @@ class FlowSimulation:
         elif not self._same_energy:
             self._write(positions)
         return new is not None
+
+    def _energy(self, temperature: float) -> ReducedPotential:
+        """The Context's energy; another object, which is tested anew, for other parameters or temperatures."""
+        context = self.simulation.context
+        state = temperature, dict(context.getParameters())
+        if self._context_energy is None or self._context_energy[0] != state:
+            self._context_energy = state, context_potential(context, GAS_CONSTANT * temperature)
+        return self._context_energy[1]
 
     def _read(self) -> Tensor:
         """The Context's positions `(n_atoms, 3)` [nm], on the flow's device where they need not see the host."""

@@ -130,6 +130,7 @@ class FlowStep:
         self.generator = generator if generator is not None else seeded_generator(None)
         self.pool = pool if pool is not None else new_pool(proposal, pool_size, self.generator)
         self.statistics = FlowStatistics()
+        self._tested: ReducedPotential | None = None
 
     def __call__(
         self, positions: Any, temperature: Any = None, energy: ReducedPotential | None = None
@@ -140,7 +141,7 @@ class FlowStep:
             positions: current configuration `(n_atoms, 3)` [nm or Quantity].
             temperature: of the target [K or Quantity]; by default the proposal's. The pool's energies are scaled.
             energy: reduced potential of the target, used for the current state and the proposals alike; by
-                default the proposal's potential.
+                default the proposal's potential. Give the same object at every step: a new one is tested again.
 
         Returns:
             The new positions `(n_atoms, 3)` [nm], or None after a rejection.
@@ -160,9 +161,15 @@ class FlowStep:
 
         Returns:
             The new positions `(n_atoms, 3)` [nm] on the flow's device, or None after a rejection.
+
+        Raises:
+            InputError: an energy that changes when the molecule moves as a whole, in a free frame (tested once).
         """
         proposal = self.proposal
         current = proposal.as_tensor(positions[None])
+        if energy is not None and energy != self._tested:
+            # Contexts compute in single precision, as other energies may.
+            self._tested = energy if proposal.check_state_energy(energy, current, torch.float32) else None
         framed = proposal.redraw_frame(current, self.generator)
         drawn = self.pool.take(self.n_proposals, energies=energy is None)
         batch = drawn._replace(positions=proposal.in_place(drawn.positions, current))
