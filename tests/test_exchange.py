@@ -9,7 +9,7 @@ import pytest
 import torch
 from analytic_molecules import TEMPERATURE, Chain
 from openmm import app, unit
-from openmmtools import mcmc
+from openmmtools import cache, mcmc
 from openmmtools.multistate import (
     MultiStateReporter,
     MultiStateSampler,
@@ -21,6 +21,7 @@ from test_sampling import SIGMAS, chain_z, generator, internal_proposal, make_si
 
 from openmm_regflow import flows
 from openmm_regflow.errors import InputError
+from openmm_regflow.metrics import integrated_autocorrelation_time
 from openmm_regflow.moves import FlowMove, exchange_acceptance, learned_replica_exchange, temperature_ladder
 from openmm_regflow.potentials import TorchPotential
 from openmm_regflow.proposals import FlowProposal
@@ -228,3 +229,58 @@ def test_openmm_replica_exchange_refusals():
     with pytest.raises(InputError, match="force groups"):
         FlowReplicaExchange([{"groups": {0}}, {"groups": {1}}], simulation, 10, internal_proposal())
     assert isinstance(own_exchange((300.0, 400.0)), app.ReplicaExchangeSampler)
+
+
+def oscillators():
+    """Ten particles in harmonic wells: a mean energy of 15 kT."""
+    system, well = openmm.System(), openmm.CustomExternalForce("500*(x^2+y^2+z^2)")
+    for k in range(10):
+        system.addParticle(12.0)
+        well.addParticle(k, [])
+    system.addForce(well)
+    return system
+
+
+def ladder_of_oscillators(storage, dynamics=None, **options):
+    np.random.seed(0)
+    return learned_replica_exchange(
+        oscillators(), [300.0, 400.0], {}, 0.05 * np.random.normal(size=(10, 3)), str(storage), dynamics=dynamics,
+        online_analysis_interval=None, **options,
+    )  # fmt: skip
+
+
+def test_exchanges_do_not_heat_the_coldest_state(tmp_path):
+    """Velocities kept from the temperature that a replica came from heat it by 0.8 of its 15 kT."""
+    move = mcmc.LangevinDynamicsMove(
+        timestep=8.0 * unit.femtosecond, collision_rate=1.0 / unit.picosecond, n_steps=60
+    )
+    sampler, energies = ladder_of_oscillators(tmp_path / "heat.nc", move, number_of_iterations=1500), []
+    assert not move.reassign_velocities  # a copy is used
+    for _ in range(1500):
+        sampler.run(1)
+        energies.append(sampler._energy_thermodynamic_states[list(sampler._replica_thermodynamic_states).index(0), 0])
+    u = np.array(energies[50:])
+    error = u.std() * math.sqrt(integrated_autocorrelation_time(u) / len(u))
+    assert abs(u.mean() - 15.0) < SIGMAS * error
+
+
+def test_dynamics_within_other_moves_draw_velocities_too(tmp_path):
+    inner = mcmc.WeightedMove([(mcmc.SequenceMove([dynamics(), dynamics()]), 1.0)])
+    sampler = ladder_of_oscillators(tmp_path / "nested.nc", inner)
+    for move in sampler.mcmc_moves:
+        assert [part.reassign_velocities for part in move.move_set[0][0].move_list] == [True, True]
+
+
+def test_default_dynamics_follow_the_seed_and_are_stored(tmp_path):
+    ends = []
+    for name in ("a.nc", "b.nc"):
+        cache.global_context_cache.empty()
+        sampler = ladder_of_oscillators(tmp_path / name, replica_mixing_scheme="swap-neighbors")
+        sampler.run(2)
+        assert len(cache.global_context_cache) == 2  # of dynamics and of energies: a new seed makes no new Context
+        ends.append([state.positions._value for state in sampler.sampler_states])
+    np.testing.assert_array_equal(*ends)
+    back = ReplicaExchangeSampler.from_storage(str(tmp_path / "b.nc"))
+    assert all(move.reassign_velocities for move in back.mcmc_moves)
+    back.extend(1)
+    assert back.iteration == 1  # from the checkpoint at 0

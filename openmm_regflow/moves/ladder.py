@@ -1,7 +1,9 @@
 """Learned replica exchange: a temperature ladder with flow moves in the states that need them."""
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -97,7 +99,10 @@ def learned_replica_exchange(
         flow_moves: one move for all states, or state index -> move; negative indices count from the end.
         positions: start `(n_atoms, 3)` for all replicas, or `(n_states, n_atoms, 3)` [nm or Quantity].
         storage: path of the NetCDF file, or an openmmtools reporter.
-        dynamics: move before each flow move; by default 500 Langevin steps of 1 fs at 1/ps.
+        dynamics: move before each flow move; by default 500 Langevin steps of 1 fs at 1/ps, seeded from NumPy's global
+            state. An exchange leaves velocities at the temperature that a replica came from, so the copies of this move
+            draw them anew at every iteration (openmmtools' ``reassign_velocities``); one of another kind has to do that
+            itself.
         sampler_class: an openmmtools multistate sampler, such as ``ParallelTemperingSampler``; by default
             ``ReplicaExchangeSampler``.
         options: of the sampler, such as ``number_of_iterations``.
@@ -112,9 +117,10 @@ def learned_replica_exchange(
 
     kelvin = [temperature_kelvin(t) for t in temperatures]
     if dynamics is None:
-        dynamics = mcmc.LangevinDynamicsMove(
+        dynamics = _langevin_class()(
             timestep=1.0 * unit.femtosecond, collision_rate=1.0 / unit.picosecond, n_steps=500
         )
+    dynamics = _reassigning(dynamics)
     chosen = _moves_by_state(flow_moves, len(kelvin))
     moves = [mcmc.SequenceMove([dynamics, chosen[k]]) if k in chosen else dynamics for k in range(len(kelvin))]
     starts = positions_nm(positions)
@@ -130,6 +136,57 @@ def learned_replica_exchange(
     else:
         sampler.create(ladder, replicas, storage)
     return sampler
+
+
+def _reassigning(move: Any) -> Any:
+    """A copy of an openmmtools move in which all dynamics draw new velocities before they start.
+
+    With velocities of another temperature a swap is not reversible: kinetic energy flows down the ladder, and the
+    coldest state is sampled too hot. The moves are stored and so keep to it after a restart, with any sampler class,
+    which rescaling on every swap (:mod:`openmm_regflow.simulate.tempering`) would not.
+    """
+    move = copy.deepcopy(move)
+    parts = [move]
+    for part in parts:  # grows
+        parts += [*getattr(part, "move_list", ()), *(inner for inner, _ in getattr(part, "move_set", ()))]
+        if hasattr(part, "reassign_velocities"):
+            part.reassign_velocities = True
+    return move
+
+
+@lru_cache(maxsize=1)
+def _langevin_class() -> type[Any]:
+    """openmmtools' Langevin move with noise and velocities from NumPy's global state (made here: its import is slow).
+
+    Nothing of it is stored, so that a run which goes on after a restart does not repeat its noise.
+    """
+    import mpiplus
+    from openmmtools import mcmc
+
+    def seed() -> int:
+        communicator = mpiplus.get_mpicomm()  # ranks may share NumPy's state, but not their replicas
+        entropy = [np.random.randint(2**31 - 1), 0 if communicator is None else communicator.rank]
+        return 1 + int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1) % (2**31 - 2)  # zero: from the clock
+
+    class SeededLangevinMove(mcmc.LangevinDynamicsMove):
+        def _get_integrator(self, thermodynamic_state: Any) -> Any:
+            integrator = super()._get_integrator(thermodynamic_state)
+            integrator.setRandomNumberSeed(seed())  # counts where it makes the Context
+            return integrator
+
+        def _before_integration(self, context: openmm.Context, thermodynamic_state: Any) -> None:
+            super()._before_integration(context, thermodynamic_state)
+            if self.reassign_velocities:
+                context.setVelocitiesToTemperature(thermodynamic_state.temperature, seed())
+
+    SeededLangevinMove.__qualname__ = SeededLangevinMove.__name__  # storage finds it by this name in this module
+    return SeededLangevinMove
+
+
+def __getattr__(name: str) -> Any:
+    if name == "SeededLangevinMove":
+        return _langevin_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _moves_by_state(flow_moves: FlowMove | Mapping[int, FlowMove], n_states: int) -> dict[int, FlowMove]:
