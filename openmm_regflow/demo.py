@@ -3,7 +3,6 @@
 Every figure in the report is computed in the run that writes it.
 """
 
-import json
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from openmm_regflow.device import resolve_device
 from openmm_regflow.ensemble import frame_mover, phi_positive, training_potential
 from openmm_regflow.errors import InputError
 from openmm_regflow.evaluation import Evaluation
+from openmm_regflow.files import read_json, write_json
 from openmm_regflow.flows import Flow, FlowMetadata
 from openmm_regflow.frames import FramesConfig
 from openmm_regflow.moves import FlowMove
@@ -330,7 +330,7 @@ def _curves(trained: FitResult) -> dict[str, dict[str, tuple[Any, Any]]]:
 def recorded_delta_f(molecule: MolecularSystem) -> dict[str, Any] | None:
     """The reference free energy recorded beside the shipped data, None if there is no record."""
     path = (molecule.folder or Path()) / "reference.json"
-    record = json.loads(path.read_text()) if path.is_file() else {}
+    record = read_json(path, "copy it again") if path.is_file() else {}
     return record.get("delta_f_phi_mbar") or record.get("delta_f_phi")
 
 
@@ -391,7 +391,7 @@ def _write(
         "system": f"{molecule.name}, {molecule.n_atoms} atoms, {molecule.temperature:g} K",
         "seed": str(seed),
     }
-    (folder / "metrics.json").write_text(json.dumps(result.metrics | {"provenance": provenance}, indent=1))
+    write_json(folder / "metrics.json", result.metrics | {"provenance": provenance})
     write_report(
         folder / "report.html",
         title="Alanine dipeptide with a RegFlow proposal",

@@ -1,4 +1,5 @@
-"""Files of tensors: safetensors with a JSON header, written atomically, checked when read, weights rounded if wished.
+"""Files of tensors (safetensors with a JSON header, weights rounded if wished) and of JSON: written atomically, checked
+when they are read.
 
 Nothing in them is run when they are read.
 """
@@ -7,7 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,8 +32,9 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write tensors and a JSON header to a temporary file beside `path`, fsync it and rename it into place.
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` to write to; then it is fsynced and renamed into place.
 
     Raises:
         InputError: the folder cannot be written or the disk is full.
@@ -40,7 +42,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping
     temporary = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(tensors), temporary, metadata={"regflow": json.dumps(header), "sha256": digest(tensors)})
+        yield temporary
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
         # safetensors makes private files; the umask is the user's word on that.
@@ -49,9 +51,58 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {path}: {error}; choose a writable folder with free space") from error
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error}; choose a writable folder with free space") from error
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write text to a file that is whole at any moment.
+
+    Raises:
+        InputError: the folder cannot be written or the disk is full.
+    """
+    with _replacing(Path(path)) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a value as JSON to a file that is whole at any moment.
+
+    Raises:
+        InputError: the folder cannot be written or the disk is full.
+    """
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: str | Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        path: of the file.
+        remedy: what the message says to do about a damaged one.
+
+    Raises:
+        CorruptFileError: no JSON, or no object.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorruptFileError(f"{path} is damaged ({error}); {remedy}") from error
+    if not isinstance(found, dict):
+        raise CorruptFileError(f"{path} is damaged (a {type(found).__name__}, no object); {remedy}")
+    return found
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write tensors and a JSON header to a file that is whole at any moment.
+
+    Raises:
+        InputError: the folder cannot be written or the disk is full.
+    """
+    with _replacing(path) as temporary:
+        save_file(dict(tensors), temporary, metadata={"regflow": json.dumps(header), "sha256": digest(tensors)})
 
 
 def read_safetensors(path: Path, kind: str, *versions: int) -> tuple[dict[str, Any], dict[str, Tensor]]:

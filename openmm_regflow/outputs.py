@@ -1,6 +1,5 @@
 """What a flow's samples of a molecule become: figures against a reference, a trajectory, plots, a free energy."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from openmm_regflow import metrics, plots, tfep
 from openmm_regflow.chains import write_trajectory
 from openmm_regflow.errors import InputError
 from openmm_regflow.evaluation import Evaluation, evaluate
+from openmm_regflow.files import write_json
 from openmm_regflow.proposals import FlowProposal, ProposalBatch
 from openmm_regflow.sampling import Annealed, annealed_samples
 from openmm_regflow.systems import MolecularSystem
@@ -71,7 +71,7 @@ def write_evaluation(
     batch, annealed = drawn(proposal, n, seed, refine_samples)
     evaluation = evaluate_batch(batch, proposal, molecule, reference, seed)
     record = evaluation.to_dict() | ({"annealed": annealed.to_dict()} if annealed else {})
-    (folder / "metrics.json").write_text(json.dumps(record, indent=1))
+    write_json(folder / "metrics.json", record)
     draw_samples(folder, molecule, batch, reference, proposal)
     write_batch(folder, batch, molecule, density=annealed is None)
     return [*evaluation.rows(), *(annealed.rows() if annealed else [])]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from openmm_regflow import flows, ranks
 from openmm_regflow.coordinates import CartesianMap, CoordinateMap, identical_atoms
 from openmm_regflow.errors import IncompatibleFlowError, InputError
-from openmm_regflow.files import digest, read_safetensors, write_safetensors
+from openmm_regflow.files import digest, read_json, read_safetensors, write_json, write_safetensors
 from openmm_regflow.flows import Flow, FlowMetadata
 from openmm_regflow.frames import FramesConfig, Indicator, Mover, lifted, more_frames, rare_frames
 from openmm_regflow.objectives import FlowMatchingLoss, LikelihoodLoss, RegFlowLoss
@@ -266,6 +266,7 @@ def fit(
     Raises:
         InputError: bad data, or a refinement without a potential.
         IncompatibleFlowError: `folder` holds a run of another configuration.
+        CorruptFileError: a file in `folder` is damaged.
     """
     if config.refinement.enabled and reduced_potential is None:
         raise InputError("refinement is enabled but no potential was given; pass reduced_potential or disable it")
@@ -336,33 +337,36 @@ class _Workspace:
         self.folder, self.stage = folder, stage if self.main else None
         if folder is None or not self.main:
             return
+        path, mine = folder / "config.json", {"frames": digest(data)}
+        if not path.exists():
+            write_json(path, {"config": config.model_dump(mode="json")} | mine)
+        found = read_json(path, "choose another folder")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / "config.json"
-            if not path.exists():
-                path.write_text(config.model_dump_json(indent=1))
-        except OSError as error:
-            raise InputError(f"cannot write {folder}: {error}; choose a writable folder") from error
-        if RunConfig.model_validate_json(path.read_text()) != config:
+            same = RunConfig.model_validate(found.get("config")) == config
+        except ValidationError as error:
+            raise IncompatibleFlowError(
+                f"{folder} holds a run of another version of this package; choose another folder"
+            ) from error
+        if not same:
             raise IncompatibleFlowError(f"{folder} holds a run of another configuration; choose another folder")
-        sha256, seen = digest(data), folder / "data.sha256"
-        if not seen.exists():
-            seen.write_text(sha256)
-        if seen.read_text() != sha256:
-            raise IncompatibleFlowError(f"{folder} holds a run on other frames; choose another folder")
+        differing = [name for name, value in mine.items() if found.get(name) != value]
+        if differing:
+            names = " and ".join(differing)
+            raise IncompatibleFlowError(f"{folder} holds a run with other {names}; choose another folder")
 
     @contextmanager
     def clock(self, name: str, result: FitResult) -> Iterator[None]:
         """Add the time of a block, and that of its earlier, interrupted runs in this folder, to the result."""
         path = self.folder / "seconds.json" if self.folder else None
-        known = json.loads(path.read_text()) if path and self.main and path.exists() else {}
+        remedy = "remove it; the run then counts its seconds from now on"
+        known = read_json(path, remedy) if path and self.main and path.exists() else {}
         began = time.monotonic()
         try:
             yield
         finally:
             result.seconds[name] = known.get(name, 0.0) + time.monotonic() - began
             if path and self.main:
-                path.write_text(json.dumps(known | {name: result.seconds[name]}))
+                write_json(path, known | {name: result.seconds[name]})
 
     def run(
         self,

@@ -4,7 +4,6 @@ Rehman et al. 2025, arXiv 2506.01158, section 4 (OT and reflow targets).
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
@@ -20,11 +19,12 @@ from openmm_regflow import ranks
 from openmm_regflow.bijections import wrap
 from openmm_regflow.coordinates import align, rotated_squared_distances
 from openmm_regflow.errors import CorruptFileError, DivergenceError, IncompatibleFlowError, InputError
-from openmm_regflow.files import read_safetensors, write_safetensors
+from openmm_regflow.files import read_json, read_safetensors, write_json, write_safetensors
 from openmm_regflow.flows import Prior
 from openmm_regflow.teachers import VectorField, check_integration, integrate
 
 FORMAT_VERSION = 1
+DAMAGED = "delete the folder and make the pairs again"
 #: Full-batch OT takes 40 bytes for each of n x n entries (costs, plan, network simplex), measured as the peak at 5,000
 #: and 10,000 points: 16 GB at 20,000.
 MAX_EXACT = 20_000
@@ -390,6 +390,7 @@ class PairStore:
 
     Raises:
         InputError: the folder cannot be written.
+        CorruptFileError: the manifest is damaged.
         IncompatibleFlowError: the manifest differs; the message names the difference.
     """
 
@@ -399,17 +400,9 @@ class PairStore:
         self.folder = folder
         self.settings = settings
         manifest = folder / "manifest.json"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not manifest.exists():
-                temporary = manifest.with_suffix(".part")
-                temporary.write_text(json.dumps(settings, indent=1))
-                temporary.replace(manifest)
-            found = json.loads(manifest.read_text())
-        except OSError as error:
-            raise InputError(f"cannot write {folder}: {error}; choose a writable folder") from error
-        except ValueError as error:
-            raise CorruptFileError(f"{manifest} is damaged; delete the folder and make the pairs again") from error
+        if not manifest.exists():
+            write_json(manifest, settings)
+        found = read_json(manifest, DAMAGED)
         if found != settings:
             keys = [k for k in {*found, *settings} if found.get(k) != settings.get(k)]
             raise IncompatibleFlowError(
@@ -461,10 +454,7 @@ def load_pairs(folder: str | Path, n: int | None = None) -> Pairs:
     manifest = Path(folder) / "manifest.json"
     if not manifest.is_file():
         raise InputError(f"{folder} holds no pairs (no manifest.json); make them with `openmm-regflow pairs`")
-    try:
-        settings = json.loads(manifest.read_text())
-    except ValueError as error:
-        raise CorruptFileError(f"{manifest} is damaged; delete the folder and make the pairs again") from error
+    settings = read_json(manifest, DAMAGED)
     store = PairStore(Path(folder), settings)
     last = max((int(path.stem.split("-")[1]) for path in Path(folder).glob("pairs-*.safetensors")), default=-1)
     parts: list[Pairs] = []

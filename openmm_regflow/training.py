@@ -7,7 +7,6 @@ gradients are averaged, so that any number of ranks gives the result of one, up 
 
 import copy
 import csv
-import json
 import math
 import time
 import warnings
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from openmm_regflow import ranks
 from openmm_regflow.errors import DivergenceError, IncompatibleFlowError, InputError
-from openmm_regflow.files import read_safetensors, write_safetensors
+from openmm_regflow.files import read_safetensors, write_json, write_safetensors
 from openmm_regflow.graphs import Gradients
 from openmm_regflow.objectives import Loss, SplitLoss, describe
 
@@ -500,4 +499,4 @@ def write_log(path: str | Path, history: History) -> None:
 
 def write_history(path: str | Path, histories: dict[str, History]) -> None:
     """Write named training histories as JSON."""
-    Path(path).write_text(json.dumps({k: h.to_dict() for k, h in histories.items()}, indent=1))
+    write_json(path, {k: h.to_dict() for k, h in histories.items()})

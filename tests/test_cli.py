@@ -367,6 +367,11 @@ def test_output_folders(capsys, flow_file, tmp_path):
     assert run(capsys, *again, "--overwrite")[0] == 0
 
 
+def test_a_torn_record_of_a_run_is_named(capsys, flow_file, tmp_path):
+    (tmp_path / "run.json").write_text("")
+    assert "run.json is damaged" in refused(capsys, "sample", flow_file, "-n", 10, "-o", tmp_path)
+
+
 def test_bad_configuration(capsys, tmp_path):
     path = tmp_path / "run.toml"
     path.write_text("[flow]\nn_layers = 0\n")

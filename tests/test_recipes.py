@@ -1,10 +1,12 @@
 """The whole training path on a small budget, its configuration file, its resumption."""
 
+import json
+
 import pytest
 import torch
 
 from openmm_regflow import flows, products, recipes
-from openmm_regflow.errors import IncompatibleFlowError, InputError
+from openmm_regflow.errors import CorruptFileError, IncompatibleFlowError, InputError
 from openmm_regflow.flows import FlowMetadata
 from openmm_regflow.potentials import TorchPotential
 from openmm_regflow.recipes import RunConfig
@@ -405,6 +407,33 @@ def test_a_folder_belongs_to_its_frames(data, tmp_path):
     recipes.fit(topology, x, held_out, config(), folder=tmp_path)
     with pytest.raises(IncompatibleFlowError, match="other frames"):
         recipes.fit(topology, x + 0.001, held_out, config(), folder=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "seconds.json"])
+def test_a_torn_file_in_the_folder_is_named(data, tmp_path, name):
+    short = {"steps": 2, "batch_size": 64}
+    settings = config(objective="mle", frames={"copies": 2}, likelihood={"train": short})
+
+    def mover(x, generator):
+        return x, 0
+
+    recipes.fit(*data, settings, folder=tmp_path, mover=mover)
+    (tmp_path / name).write_text("")
+    with pytest.raises(CorruptFileError, match=f"{name} is damaged"):
+        recipes.fit(*data, settings, folder=tmp_path, mover=mover)
+
+
+def test_a_folder_of_another_version_is_refused(data, tmp_path):
+    recipes.fit(*data, config(objective="mle"), folder=tmp_path)
+    path = tmp_path / "config.json"
+    found = json.loads(path.read_text())
+    found["config"]["flow"]["layerz"] = 1
+    path.write_text(json.dumps(found))
+    with pytest.raises(IncompatibleFlowError, match="another version"):
+        recipes.fit(*data, config(objective="mle"), folder=tmp_path)
+    path.write_text(config(objective="mle").model_dump_json())  # as folders were before they named their frames there
+    with pytest.raises(IncompatibleFlowError, match="another version"):
+        recipes.fit(*data, config(objective="mle"), folder=tmp_path)
 
 
 @pytest.mark.parametrize("coordinates", ["internal", "cartesian"])

@@ -1,6 +1,5 @@
 """Training: ``train`` and ``refine``."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,6 +68,7 @@ def _train(
     from openmm_regflow.constraints import fixed_bonds
     from openmm_regflow.device import resolve_device
     from openmm_regflow.ensemble import frame_mover, phi_positive, training_potential
+    from openmm_regflow.files import write_json
     from openmm_regflow.flows import FlowMetadata
     from openmm_regflow.systems import load_system, load_trajectory
     from openmm_regflow.training import write_history
@@ -106,7 +106,7 @@ def _train(
     if result.field is not None:
         recipes.save_teacher(output / "teacher.safetensors", result.field)
     write_history(output / "history.json", result.histories)
-    (output / "refinement.json").write_text(json.dumps([record.to_dict() for record in result.rounds], indent=1))
+    write_json(output / "refinement.json", [record.to_dict() for record in result.rounds])
     for record in result.rounds:
         print(f"refinement: {record.energies:,} energies  ESS {record.ess:.2%}  truncated {record.ess_truncated:.2%}")
     finish_output(output)
@@ -142,6 +142,7 @@ def refine(
     import torch
 
     from openmm_regflow.ensemble import frame_mover, phi_positive, training_potential
+    from openmm_regflow.files import write_json
     from openmm_regflow.refinement import RefineConfig
     from openmm_regflow.refinement import refine as run
     from openmm_regflow.systems import load_trajectory
@@ -173,7 +174,7 @@ def refine(
         refined["refined before"] = [*before.get("refined before", []), before["refinement"]]
     opened.metadata = dataclasses.replace(opened.metadata, training=before | refined)
     opened.save(output / "flow.safetensors")
-    (output / "refinement.json").write_text(json.dumps([record.to_dict() for record in records], indent=1))
+    write_json(output / "refinement.json", [record.to_dict() for record in records])
     finish_output(output)
     best = min(record.divergence for record in records)
     print(f"KL {records[0].divergence:.3f} -> {best:.3f} nat, {energies:,} energies in all")

@@ -1,6 +1,5 @@
 """What a flow is for: ``sample``, ``evaluate``, ``check``, ``mcmc``, ``tfep``."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -130,6 +129,7 @@ def check(
     """
     from openmm_regflow.check import run_checks
     from openmm_regflow.device import resolve_device
+    from openmm_regflow.files import write_json
     from openmm_regflow.flows import Flow
     from openmm_regflow.systems import load_system, select_atoms
 
@@ -146,7 +146,7 @@ def check(
     show_table(f"{flow} on {molecule.name}", [("what", "found", ""), *report.rows()])
     print(report.verdict)
     if output:
-        output.write_text(json.dumps(report.to_dict(), indent=1))
+        write_json(output, report.to_dict())
     if not report.passed:
         raise typer.Exit(1)
 
@@ -171,6 +171,7 @@ def mcmc(
     """
     from openmm_regflow import reweighting
     from openmm_regflow.chains import run_chain, write_trajectory
+    from openmm_regflow.files import write_json
     from openmm_regflow.moves import FlowMove
 
     _, mol, proposal = open_proposal(flow, system, device)
@@ -189,7 +190,7 @@ def mcmc(
         )
     write_trajectory(output / "chain.dcd", trace.positions, mol.topology)
     record = trace.statistics | {"longest_stretch": reweighting.longest_stretch(trace.accepted)}
-    (output / "statistics.json").write_text(json.dumps(record, indent=1))
+    write_json(output / "statistics.json", record)
     finish_output(output)
     print("  ".join(f"{k} {v:.4g}" for k, v in trace.statistics.items()))
     print(reweighting.chain_verdict(trace.accepted))
@@ -228,6 +229,7 @@ def tfep(
     else:
         import torch
 
+        from openmm_regflow.files import write_json
         from openmm_regflow.outputs import basin_tfep
 
         seed = seed or 0
@@ -237,7 +239,7 @@ def tfep(
         prepare_output(output, "tfep", described, overwrite)
         batch = proposal.sample(n, torch.Generator(device=proposal.device).manual_seed(seed))
         result = basin_tfep(batch, proposal, mol, reference, seed)
-        (output / "tfep.json").write_text(json.dumps(result.to_dict(), indent=1))
+        write_json(output / "tfep.json", result.to_dict())
     finish_output(output)
     print(result)
     print(f"without a map: {'no overlap' if result.plain is None else result.plain}")

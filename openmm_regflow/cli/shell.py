@@ -1,7 +1,6 @@
 """What every command shares: errors as one line, progress bars, output folders, tables."""
 
 import functools
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -113,13 +112,16 @@ def prepare_output(folder: Path, command: str, settings: dict[str, Any], overwri
 
     Raises:
         InputError: not writable, or holding something else.
+        CorruptFileError: what a run left there is damaged.
     """
+    from openmm_regflow.files import read_json, write_json
+
     marker = folder / RUN_FILE
     wanted = {"command": command, "settings": settings}
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not marker.is_file())):
         raise InputError(f"{folder} exists and holds other things; choose an empty or new folder with --output")
     if marker.is_file():
-        found = json.loads(marker.read_text())
+        found = read_json(marker, "remove the folder or choose another --output")
         if found.get("finished") and not overwrite:
             raise InputError(f"{folder} holds a finished run; choose another --output or give --overwrite")
         same = {k: found.get(k) for k in wanted} == wanted
@@ -129,9 +131,9 @@ def prepare_output(folder: Path, command: str, settings: dict[str, Any], overwri
             _clear(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        marker.write_text(json.dumps(wanted | {"finished": False}, indent=1))
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error}; choose a writable --output") from error
+    write_json(marker, wanted | {"finished": False})
 
 
 def _clear(folder: Path) -> None:
@@ -143,8 +145,10 @@ def _clear(folder: Path) -> None:
 
 def finish_output(folder: Path) -> None:
     """Mark the run in the folder as finished."""
+    from openmm_regflow.files import read_json, write_json
+
     marker = folder / RUN_FILE
-    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"finished": True}, indent=1))
+    write_json(marker, read_json(marker, "give the command again") | {"finished": True})
 
 
 def use_platform(device: str) -> str | None:

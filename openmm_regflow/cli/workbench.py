@@ -1,6 +1,5 @@
 """This machine: ``benchmark``, ``doctor``, ``demo``."""
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,6 +59,7 @@ def benchmark(
     if what != "speed":
         raise InputError(f"unknown benchmark {what!r}; known: speed, paper")
     from openmm_regflow.device import resolve_device
+    from openmm_regflow.files import write_json
     from openmm_regflow.speed import speed_table
     from openmm_regflow.systems import load_system
 
@@ -67,7 +67,7 @@ def benchmark(
     rows = speed_table(load_system(system), n, resolve_device(device), seed)
     show_table(f"{system}, {n} samples, {torch.get_num_threads()} threads, {device}", [("what", "per second"), *rows])
     if output:
-        output.write_text(json.dumps(dict(rows), indent=1))
+        write_json(output, dict(rows))
 
 
 def _paper(output: Path, given: dict[str, Any], settings: list[str], device: str) -> None:
@@ -98,6 +98,7 @@ def doctor(
     Example: openmm-regflow doctor --output doctor.json
     """
     from openmm_regflow.doctor import platform_rows, torch_rows, transfer_rows, version_rows
+    from openmm_regflow.files import write_json
 
     versions = [("what", "found"), *version_rows()]
     show_table("Versions and devices", versions)
@@ -111,7 +112,7 @@ def doctor(
         tables = {"platforms": rows, "torch": devices, "positions": ways}
         record: dict[str, Any] = {name: [dict(zip(t[0], row)) for row in t[1:]] for name, t in tables.items()}
         found = {"versions": {row[0]: row[1] for row in versions[1:]}, "agrees": fine and same and unchanged}
-        output.write_text(json.dumps(found | record, indent=1))
+        write_json(output, found | record)
     if not unchanged:
         fail("error: positions come back changed; use way='host', and send this output with a bug report", 1)
     if not same:

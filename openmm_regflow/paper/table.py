@@ -1,7 +1,6 @@
 """The paper's table: runs that are missing, means over seeds with errors, plots of the trend with the budget."""
 
 import csv
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +11,13 @@ import torch
 
 from openmm_regflow import plots
 from openmm_regflow.errors import IncompatibleFlowError
+from openmm_regflow.files import read_json, write_json, write_text
 from openmm_regflow.paper.design import Cell, PaperConfig, cells, settings
 from openmm_regflow.paper.runs import ABSURD, run_cell
 from openmm_regflow.systems import load_system
 
 Rows = list[tuple[str, ...]]
+DAMAGED = "remove it, and the run is made again"
 #: (name of the run, runs done, runs in total)
 Report = Callable[[str, int, int], None]
 
@@ -52,9 +53,7 @@ def run_table(
             record, drawing = run_cell(cell, config, device)
             if drawing is not None:
                 plots.save(drawing, folder / f"{cell.name}.png")
-            part = folder / f"{cell.name}.json.part"
-            part.write_text(json.dumps(record, indent=1))
-            part.replace(folder / f"{cell.name}.json")
+            write_json(folder / f"{cell.name}.json", record)
             records[cell] = record
             write_table(folder, _all_finished(folder), config)
     if report:
@@ -75,7 +74,7 @@ def render(folder: Path, config: PaperConfig) -> Rows:
 
 def _all_finished(folder: Path) -> list[dict[str, Any]]:
     """Every run in the folder, those of earlier calls too: more seeds for one system, more systems for one seed."""
-    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*-seed*.json"))]
+    records = [read_json(path, DAMAGED) for path in sorted(folder.glob("*-seed*.json"))]
     keys = ("system", "architecture", "method", "variant", "seconds", "seed")
     return sorted(records, key=lambda record: [record["cell"][key] for key in keys])
 
@@ -84,7 +83,7 @@ def _finished(folder: Path, cell: Cell, config: PaperConfig) -> dict[str, Any] |
     path = folder / f"{cell.name}.json"
     if not path.is_file():
         return None
-    record = json.loads(path.read_text())
+    record = read_json(path, DAMAGED)
     differing = [k for k, v in settings(config).items() if record["config"].get(k) != v]
     if differing:
         raise IncompatibleFlowError(f"{path} was run with another {', '.join(differing)}; choose another --output")
@@ -288,7 +287,7 @@ def write_table(folder: Path, records: list[dict[str, Any]], config: PaperConfig
     if times := equal_times(records):
         heading = "Training time to the E-W1 that maximum likelihood of the same architecture reached at its best:"
         notes = "\n".join([notes, "", heading, "", *_markdown(times)])
-    (folder / "table.md").write_text("\n".join([*lines, "", notes, ""]))
+    write_text(folder / "table.md", "\n".join([*lines, "", notes, ""]))
     return rows
 
 

@@ -6,7 +6,6 @@ The integrator is OpenMM's LangevinMiddle (Zhang et al., J. Phys. Chem. A 123, 6
 neighbours with velocities rescaled (Sugita & Okamoto, Chem. Phys. Lett. 314, 141, 1999, equation 11).
 """
 
-import json
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from openmm_regflow.errors import CorruptFileError, InputError, InsufficientDataError
+from openmm_regflow.files import write_json
 from openmm_regflow.graphs import Replayed
 from openmm_regflow.potentials import TorchPotential
 from openmm_regflow.simulate.tempering import (
@@ -324,7 +324,7 @@ def _check(path: Path, molecule: MolecularSystem, bias: openmm.System | None, se
     """Writes the record of a new run; refuses to continue another one."""
     now = _record(molecule, bias, settings)
     if not path.exists():
-        path.write_text(json.dumps(now, indent=1) + "\n")
+        write_json(path, now)
         return
     then = read_record(path)
     lines = compare_fingerprints(then["fingerprint"], now["fingerprint"], masses=True)

@@ -1,6 +1,5 @@
 """Frames at the target temperature, written as float32 HDF5 in mdtraj's format, and a system's reference folder."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from openmm import app
 
 from openmm_regflow import metrics
 from openmm_regflow.errors import InputError, InsufficientDataError
+from openmm_regflow.files import write_json
 from openmm_regflow.reweighting import Estimate
 from openmm_regflow.simulate.analysis import TemperingAnalysis, analyse
 from openmm_regflow.simulate.batched import load_batched
@@ -137,7 +137,7 @@ def export_reference(
         export_hdf5(frames, molecule.topology, target / "reference" / f"{split}.h5")
         made = [_made(Path(path), of_folder) for path, of_folder in zip(outputs[split], by_folder[split])]
         record["splits"][split] = {**counts, **_describe(molecule, of_split), "runs": made}
-    (target / "reference.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(target / "reference.json", record)
     return record
 
 

@@ -11,7 +11,6 @@ Leimkuhler & Matthews (Appl. Math. Res. Express 2013, 34), the engine OpenMM (PL
 """
 
 import copy
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from openmm_regflow.device import openmm_properties
 from openmm_regflow.errors import CorruptFileError, InputError, InsufficientDataError
+from openmm_regflow.files import read_json, write_json
 from openmm_regflow.potentials import platform_names
 from openmm_regflow.systems import MolecularSystem, compare_fingerprints
 from openmm_regflow.units import GAS_CONSTANT
@@ -188,7 +188,7 @@ def _openmmtools_version() -> str:
 
 
 def _write_record(path: Path, molecule: MolecularSystem, settings: TemperingSettings) -> None:
-    path.write_text(json.dumps(_record(molecule, settings), indent=1) + "\n")
+    write_json(path, _record(molecule, settings))
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
@@ -196,15 +196,12 @@ def read_record(path: str | Path) -> dict[str, Any]:
 
     Raises:
         InputError: absent.
-        CorruptFileError: not JSON.
+        CorruptFileError: damaged.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no record of a run at {path}; give the output folder of a simulation")
-    try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CorruptFileError(f"{path} is damaged ({error}); start the run again in a new folder") from error
+    return read_json(path, "start the run again in a new folder")
 
 
 def _check_record(path: Path, molecule: MolecularSystem, settings: TemperingSettings) -> None:

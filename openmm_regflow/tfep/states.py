@@ -29,7 +29,6 @@ temperature and basin; the atoms and their order, and the constraints, must be t
 bonds at their length, and the metric term of constrained dynamics is included.
 """
 
-import json
 import math
 import tomllib
 from dataclasses import replace
@@ -42,6 +41,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from openmm_regflow import plots
 from openmm_regflow.errors import CorruptFileError, InputError, InsufficientDataError
+from openmm_regflow.files import write_json
 from openmm_regflow.flows import coordinates_for
 from openmm_regflow.simulate import BatchedSettings, batched_tempering, load_runs
 from openmm_regflow.systems import MolecularSystem, load_system, load_trajectory
@@ -282,7 +282,7 @@ def run_states(
     result, mapped = _solve(config, molecule, state_a, state_b, *frames)
     output.mkdir(parents=True, exist_ok=True)
     record = {"result": result.to_dict(), "settings": config.model_dump(mode="json")}
-    (output / "tfep.json").write_text(json.dumps(record, indent=1))
+    write_json(output / "tfep.json", record)
     np.savez(output / "works.npz", forward=mapped.forward, reverse=mapped.reverse)
     if math.isfinite(result.uncertainty) and np.isfinite(mapped.forward).any() and np.isfinite(mapped.reverse).any():
         plots.save(plots.work_distributions(mapped.forward, mapped.reverse, result.delta_f), output / "works.png")
