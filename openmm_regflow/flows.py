@@ -57,6 +57,11 @@ class FlowMetadata:
     temperature: float | None = None
     training: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def target(self) -> dict[str, Any]:
+        """What decides the density that is learned: digest of the System's energy function and temperature [K]."""
+        return {"system": (self.fingerprint or {}).get("sha256"), "temperature": self.temperature}
+
 
 class Prior(nn.Module):
     """Standard normal on lines, uniform on circles; or a harmonic chain of atoms, normal with their covariance.

@@ -5,8 +5,9 @@ hundred fast ones, and a flow learns them by heart. A kernel that leaves the ens
 coordinates anew at the price of some tens of energies a frame; the slow ones stay as the trajectory had them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,6 +89,7 @@ def more_frames(
     config: FramesConfig,
     path: str | Path | None = None,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
+    target: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, int]:
     """The frames, and ``copies - 1`` times as many that Markov chains from them have visited.
 
@@ -98,8 +100,9 @@ def more_frames(
         x: `(n, n_atoms, 3)` [nm], from the target of ``mover``.
         mover: a Markov kernel of the target.
         config: settings.
-        path: file that keeps the result; frames made earlier from the same `x` and settings are read instead.
+        path: file that keeps the result; frames made earlier from the same `x`, settings and target are read instead.
         progress: called after every copy.
+        target: what ``mover`` leaves invariant, as ``FlowMetadata.target`` has it; None if nobody says.
 
     Returns:
         frames `(copies n, n_atoms, 3)` [nm] in the dtype of `x`, and the energies that they took.
@@ -108,10 +111,11 @@ def more_frames(
         CorruptFileError: ``path`` holds something else.
     """
     made_of = {"frames": digest({"x": x}), "config": config.model_dump(exclude={"rare_share"})}
+    made_of |= {"target": dict(target)} if target else {}
     if path is not None and Path(path).exists():
         header, tensors = read_safetensors(Path(path), KIND, 1)
         if header["made of"] != made_of:
-            raise CorruptFileError(f"{path} holds frames of another trajectory or of other settings; remove it")
+            raise CorruptFileError(f"{path} holds frames of another trajectory, target or of other settings; remove it")
         return tensors["x"], header["energies"]
     generator = torch.Generator().manual_seed(config.seed)
     now, copies, energies = x, [x], 0

@@ -253,7 +253,7 @@ def fit(
             likelihood phase.
         config: all settings.
         metadata: goes into the flow.
-        folder: checkpoints and pairs; a second call with the same folder and configuration continues.
+        folder: checkpoints and pairs; a second call with the same folder, configuration, frames and target continues.
         stage: makes the progress callback of each stage.
         device: where the networks train; the result stays there.
         reduced_potential: positions `(n, n_atoms, 3)` [nm] -> `(n,)` [kT]; needed if refinement is enabled.
@@ -265,7 +265,7 @@ def fit(
 
     Raises:
         InputError: bad data, or a refinement without a potential.
-        IncompatibleFlowError: `folder` holds a run of another configuration.
+        IncompatibleFlowError: `folder` holds a run of another configuration, on other frames, or for another target.
         CorruptFileError: a file in `folder` is damaged.
     """
     if config.refinement.enabled and reduced_potential is None:
@@ -282,7 +282,8 @@ def fit(
     coordinates = flows.coordinates_for(topology, x_train, config.coordinates, fixed)
     flow = _student(coordinates, x_train, config.flow, metadata).to(device).fuse(config.compile)
     result = FitResult(flow, None)
-    work = _Workspace(Path(folder) if folder else None, config, stage, {"train": x_train, "validation": x_validation})
+    made_of = {"frames": digest({"train": x_train, "validation": x_validation}), **flow.metadata.target}
+    work = _Workspace(Path(folder) if folder else None, config, stage, made_of)
     if mover is not None and config.frames.copies > 1:
         x_train = _more_frames(x_train.to(device), mover, config.frames, work, result)
     share, seed = config.frames.rare_share, config.frames.seed
@@ -330,16 +331,16 @@ def data_batches(coordinates: CoordinateMap, x: Tensor, config: TrainConfig) -> 
 
 
 class _Workspace:
-    """Checkpoint paths and progress of one `fit`."""
+    """Checkpoint paths and progress of one `fit`; ``made_of`` says what beside the configuration it is a fit of."""
 
-    def __init__(self, folder: Path | None, config: RunConfig, stage: Stage | None, data: dict[str, Tensor]) -> None:
+    def __init__(self, folder: Path | None, config: RunConfig, stage: Stage | None, made_of: dict[str, Any]) -> None:
         self.main = ranks.current().main
         self.folder, self.stage = folder, stage if self.main else None
         if folder is None or not self.main:
             return
-        path, mine = folder / "config.json", {"frames": digest(data)}
+        path = folder / "config.json"
         if not path.exists():
-            write_json(path, {"config": config.model_dump(mode="json")} | mine)
+            write_json(path, {"config": config.model_dump(mode="json")} | made_of)
         found = read_json(path, "choose another folder")
         try:
             same = RunConfig.model_validate(found.get("config")) == config
@@ -349,10 +350,9 @@ class _Workspace:
             ) from error
         if not same:
             raise IncompatibleFlowError(f"{folder} holds a run of another configuration; choose another folder")
-        differing = [name for name, value in mine.items() if found.get(name) != value]
+        differing = " and ".join(name for name, value in made_of.items() if found.get(name) != value)
         if differing:
-            names = " and ".join(differing)
-            raise IncompatibleFlowError(f"{folder} holds a run with other {names}; choose another folder")
+            raise IncompatibleFlowError(f"{folder} holds a run that differs in its {differing}; choose another folder")
 
     @contextmanager
     def clock(self, name: str, result: FitResult) -> Iterator[None]:
@@ -468,7 +468,7 @@ def _more_frames(x: Tensor, mover: Mover, config: FramesConfig, work: _Workspace
     path, peers, made = work.folder / "frames.safetensors" if work.folder else None, ranks.current(), None
     with work.clock("frames", result):
         if peers.main:
-            made = more_frames(x, mover, config, path, progress)
+            made = more_frames(x, mover, config, path, progress, result.flow.metadata.target)
         frames, result.frame_energies = peers.share(made)
     return frames.cpu()
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -410,6 +411,33 @@ def test_ctrl_c_in_training_and_a_second_run_that_continues(capsys, tmp_path):
     assert before and (tmp_path / "run" / "flow.safetensors").exists()
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     assert history["teacher"]["step"][-1] == 400
+
+
+def test_an_interrupted_run_does_not_go_on_for_another_temperature(capsys, molecule, flow_file, tmp_path):
+    """The folder of the system is edited between two runs of one command."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for name in ("structure.pdb", "system.toml"):
+        shutil.copy(molecule.folder / name, mine / name)
+    (mine / "reference").symlink_to(molecule.folder / "reference")
+    config = tmp_path / "run.toml"
+    config.write_text(print_config(small_config().model_copy(update={"objective": "mle"})))
+    nameless = flows.Flow.load(flow_file)
+    nameless.metadata = FlowMetadata()  # one that says what it is for is refused by that
+    nameless.save(tmp_path / "nameless.safetensors")
+    commands = (
+        ["train", mine, "--config", config],
+        ["refine", tmp_path / "nameless.safetensors", "--system", mine, "--rounds", 1, "--pool", 500, "--anchors", 0],
+    )
+    text = (mine / "system.toml").read_text()
+    for name, *options in commands:
+        (mine / "system.toml").write_text(text)
+        output = tmp_path / name
+        assert run(capsys, name, *options, "-o", output)[0] == 0
+        marker = output / "run.json"
+        marker.write_text(marker.read_text().replace('"finished": true', '"finished": false'))
+        (mine / "system.toml").write_text(text.replace("temperature = 300", "temperature = 600"))
+        assert "holds a run of other settings" in refused(capsys, name, *options, "-o", output)
 
 
 def test_import_is_silent_and_help_is_light():

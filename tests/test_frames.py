@@ -58,8 +58,12 @@ def test_frames_are_kept_and_belong_to_their_trajectory(tmp_path):
     again, same = more_frames(x, must_not_move, FramesConfig(copies=2), path)
     assert torch.equal(made, again) and same == energies
     for frames, config in ((x + 1, FramesConfig(copies=2)), (x, FramesConfig(copies=3))):
-        with pytest.raises(CorruptFileError, match="another trajectory or of other settings"):
+        with pytest.raises(CorruptFileError, match="another trajectory, target or of other settings"):
             more_frames(frames, mover(), config, path)
+    path.unlink()
+    more_frames(x, mover(), FramesConfig(copies=2), path, target={"temperature": TEMPERATURE})
+    with pytest.raises(CorruptFileError, match="target"):
+        more_frames(x, mover(), FramesConfig(copies=2), path, target={"temperature": 2 * TEMPERATURE})
 
 
 def test_rare_conformations_get_their_share_and_the_rest_stays_as_it_was():

@@ -405,8 +405,22 @@ def test_one_key_of_a_section_leaves_its_other_defaults():
 def test_a_folder_belongs_to_its_frames(data, tmp_path):
     topology, x, held_out = data
     recipes.fit(topology, x, held_out, config(), folder=tmp_path)
-    with pytest.raises(IncompatibleFlowError, match="other frames"):
+    with pytest.raises(IncompatibleFlowError, match="differs in its frames"):
         recipes.fit(topology, x + 0.001, held_out, config(), folder=tmp_path)
+
+
+def test_a_folder_belongs_to_its_target(data, tmp_path):
+    """A run that would go on for another System or temperature would say of the old flow that it is the new one's."""
+    settings = config(objective="mle", likelihood={"train": {"steps": 2, "batch_size": 64}})
+    metadata = FlowMetadata("a", {"sha256": "1"}, 300.0)
+    recipes.fit(*data, settings, metadata=metadata, folder=tmp_path)
+    recipes.fit(*data, settings, metadata=metadata, folder=tmp_path)
+    for other, word in (
+        (FlowMetadata("a", {"sha256": "2"}, 300.0), "system"),
+        (FlowMetadata("a", {"sha256": "1"}, 600.0), "temperature"),
+    ):
+        with pytest.raises(IncompatibleFlowError, match=f"differs in its {word};"):
+            recipes.fit(*data, settings, metadata=other, folder=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["config.json", "seconds.json"])

@@ -77,11 +77,11 @@ def _train(
     mol = load_system(system)
     frames = load_trajectory(data, mol.topology) if data else mol.reference("train")
     held_out = load_trajectory(validation, mol.topology) if validation else mol.reference("validation")
-    described = {"system": system, "config": settings.model_dump(), "data": str(data), "validation": str(validation)}
-    if writes:
-        prepare_output(output, "train", described, overwrite)
     provenance = {"config": settings.model_dump(), "data": str(data or f"{mol.name}: train"), "frames": len(frames)}
     metadata = FlowMetadata(mol.name, mol.fingerprint, mol.temperature, provenance)
+    described = {"system": system, "config": settings.model_dump(), "data": str(data), "validation": str(validation)}
+    if writes:
+        prepare_output(output, "train", described | {"target": metadata.target}, overwrite)
     with bars() as bar:
         result = recipes.fit(
             mol.topology,
@@ -143,6 +143,7 @@ def refine(
 
     from openmm_regflow.ensemble import frame_mover, phi_positive, training_potential
     from openmm_regflow.files import write_json
+    from openmm_regflow.flows import FlowMetadata
     from openmm_regflow.refinement import RefineConfig
     from openmm_regflow.refinement import refine as run
     from openmm_regflow.systems import load_trajectory
@@ -155,6 +156,7 @@ def refine(
     frames = load_trajectory(data, mol.topology) if data else mol.reference("train")
     described = {"flow": str(flow), "system": system, "data": str(data), "compile": compile}
     described |= {"config": config.model_dump()}
+    described |= {"target": FlowMetadata(mol.name, mol.fingerprint, mol.temperature).target}
     prepare_output(output, "refine", described, overwrite)
     with bars() as bar:
         records = run(

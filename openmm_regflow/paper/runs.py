@@ -14,7 +14,7 @@ from openmm_regflow import evaluation, flows, metrics, plots, recipes, targets
 from openmm_regflow.coordinates import CoordinateMap
 from openmm_regflow.device import synchronize
 from openmm_regflow.errors import RegflowError
-from openmm_regflow.flows import Flow
+from openmm_regflow.flows import Flow, FlowMetadata
 from openmm_regflow.objectives import FlowMatchingLoss, LikelihoodLoss, RegFlowLoss
 from openmm_regflow.paper.design import Cell, PaperConfig, settings
 from openmm_regflow.potentials import TorchPotential
@@ -85,6 +85,11 @@ class TeacherSampler:
         return self.coordinates.frame_log_density(x)
 
 
+def target_of(molecule: MolecularSystem) -> dict[str, Any]:
+    """What a run of a system of this name was a run of."""
+    return FlowMetadata(molecule.name, molecule.fingerprint, molecule.temperature).target
+
+
 def run_cell(cell: Cell, config: PaperConfig, device: torch.device | str = "cpu") -> tuple[dict[str, Any], Any]:
     """Train and evaluate one run.
 
@@ -98,6 +103,7 @@ def run_cell(cell: Cell, config: PaperConfig, device: torch.device | str = "cpu"
     """
     molecule = load_system(cell.system)
     record: dict[str, Any] = {"cell": vars(cell), "config": settings(config), "device": str(device)}
+    record["target"] = target_of(molecule)
     try:
         trained = train_cell(cell, config, molecule, torch.device(device))
         record |= {"seconds": trained.seconds, "training_seconds": sum(trained.seconds.values())}

@@ -13,8 +13,8 @@ from openmm_regflow import plots
 from openmm_regflow.errors import IncompatibleFlowError
 from openmm_regflow.files import read_json, write_json, write_text
 from openmm_regflow.paper.design import Cell, PaperConfig, cells, settings
-from openmm_regflow.paper.runs import ABSURD, run_cell
-from openmm_regflow.systems import load_system
+from openmm_regflow.paper.runs import ABSURD, run_cell, target_of
+from openmm_regflow.systems import MolecularSystem, load_system
 
 Rows = list[tuple[str, ...]]
 DAMAGED = "remove it, and the run is made again"
@@ -38,14 +38,15 @@ def run_table(
 
     Raises:
         InputError: an unknown system, or one without reference data.
-        IncompatibleFlowError: the folder holds runs of other settings.
+        IncompatibleFlowError: the folder holds runs of other settings, or of another System of that name.
     """
     wanted = list(cells(config))
-    for name in config.systems:
+    molecules = {name: load_system(name) for name in config.systems}
+    for molecule in molecules.values():
         for split in ("train", "validation", "test"):
-            load_system(name).reference(split)
+            molecule.reference(split)
     folder.mkdir(parents=True, exist_ok=True)
-    records = {cell: _finished(folder, cell, config) for cell in wanted}
+    records = {cell: _finished(folder, cell, config, molecules[cell.system]) for cell in wanted}
     for done, cell in enumerate(wanted):
         if report:
             report(cell.name, done, len(wanted))
@@ -79,12 +80,14 @@ def _all_finished(folder: Path) -> list[dict[str, Any]]:
     return sorted(records, key=lambda record: [record["cell"][key] for key in keys])
 
 
-def _finished(folder: Path, cell: Cell, config: PaperConfig) -> dict[str, Any] | None:
+def _finished(folder: Path, cell: Cell, config: PaperConfig, molecule: MolecularSystem) -> dict[str, Any] | None:
     path = folder / f"{cell.name}.json"
     if not path.is_file():
         return None
     record = read_json(path, DAMAGED)
     differing = [k for k, v in settings(config).items() if record["config"].get(k) != v]
+    target = target_of(molecule)  # a record of an earlier version does not name it
+    differing += [k for k, v in target.items() if record.get("target", target)[k] != v]
     if differing:
         raise IncompatibleFlowError(f"{path} was run with another {', '.join(differing)}; choose another --output")
     return record
