@@ -261,7 +261,9 @@ def reflow_pairs(
 
     Shard k is a function of (seed, k) alone: the result does not depend on the executor, and a run that was
     stopped makes the missing shards only. A torn shard is noticed by its checksum and made again. Under ``torchrun``
-    rank r makes the shards k = r, r + size, ... and every rank gets all pairs; the folder may be shared or not.
+    rank r makes the shards k = r, r + size, ... and every rank gets all pairs; the folder may be shared or not. With a
+    larger n a folder grows: the last shard is made anew if it was not full, and others are added. Pairs that the ODE
+    could not carry are left out.
 
     Args:
         field: the teacher.
@@ -277,26 +279,26 @@ def reflow_pairs(
 
     Raises:
         InputError: n < 1, or a folder that cannot be written.
-        IncompatibleFlowError: the folder holds pairs of another configuration.
+        IncompatibleFlowError: the folder holds pairs of another configuration, or more of them.
     """
     if n < 1 or shard_size < 1:
         raise InputError(f"n is {n} and shard_size {shard_size}; both must be at least 1")
     check_integration(method, log_det)
     peers = ranks.current()
-    sizes = [min(shard_size, n - start) for start in range(0, n, shard_size)]
+    sizes = shard_sizes(n, shard_size)
     make = partial(reflow_chunk, field, n_steps=n_steps, method=method, log_det=log_det)
     store = None
     if folder is not None:
         settings = {"seed": seed, "n_steps": n_steps, "method": method, "log_det": log_det, "shard_size": shard_size}
         settings |= {"teacher": _weights_digest(field), "origin": field.origin}
         if peers.main:
-            PairStore(Path(folder), settings)
+            PairStore(Path(folder), settings, n)
         peers.gather(None)  # the others find the manifest, or make one on a disk of their own
-        store = PairStore(Path(folder), settings)
+        store = PairStore(Path(folder), settings, n)
     parts, todo = {}, []
     for k in range(peers.rank, len(sizes), peers.size):
-        found = store.read(k) if store else None
-        if found is not None and len(found) <= sizes[k]:
+        found = store.read(k, sizes[k]) if store else None
+        if found is not None:
             parts[k] = found
         else:
             todo.append(k)
@@ -304,12 +306,17 @@ def reflow_pairs(
     seeds = [shard_seed(seed, k) for k in todo]
     for k, pairs in zip(todo, run(make, [sizes[k] for k in todo], seeds)):
         if store:
-            store.write(k, pairs)
+            store.write(k, pairs, sizes[k])
         parts[k] = pairs
         if progress and peers.main:
             progress(min(n, peers.size * sum(len(p) for p in parts.values())), n)
     everyones = {k: part for others in peers.gather(parts) for k, part in others.items()}
     return replace(concatenate([everyones[k] for k in sorted(everyones)]), origin=field.origin)
+
+
+def shard_sizes(n: int, shard_size: int) -> list[int]:
+    """Pairs of each shard of a set of n."""
+    return [min(shard_size, n - start) for start in range(0, n, shard_size)]
 
 
 def shard_seed(seed: int, shard: int) -> int:
@@ -387,6 +394,7 @@ class PairStore:
     Args:
         folder: created if it does not exist.
         settings: JSON-ready; a folder made with other settings is refused.
+        n: pairs that were asked for; a folder can grow.
 
     Raises:
         InputError: the folder cannot be written.
@@ -396,36 +404,43 @@ class PairStore:
 
     KIND = "openmm_regflow.pairs"
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any], n: int) -> None:
         self.folder = folder
         self.settings = settings
         manifest = folder / "manifest.json"
-        if not manifest.exists():
-            write_json(manifest, settings)
-        found = read_json(manifest, DAMAGED)
+        found = read_json(manifest, DAMAGED) if manifest.exists() else settings
+        held = found.get("n", 0)  # not in the manifest of an earlier version
+        found = {k: v for k, v in found.items() if k != "n"}
         if found != settings:
             keys = [k for k in {*found, *settings} if found.get(k) != settings.get(k)]
             raise IncompatibleFlowError(
                 f"{folder} holds pairs with another {', '.join(sorted(keys))}; choose another folder"
             )
+        if n < held:
+            raise IncompatibleFlowError(f"{folder} holds {held} pairs, more than {n}; choose another folder")
+        if n > held:
+            write_json(manifest, settings | {"n": n})
 
     def path(self, shard: int) -> Path:
         """Where a shard lies."""
         return self.folder / f"pairs-{shard:06d}.safetensors"
 
-    def write(self, shard: int, pairs: Pairs) -> None:
-        """Write a shard atomically."""
+    def write(self, shard: int, pairs: Pairs, size: int) -> None:
+        """Write a shard, of which `size` pairs were asked for, atomically."""
         tensors = {"z": pairs.z, "y": pairs.y}
         if pairs.log_det is not None:
             tensors["log_det"] = pairs.log_det
-        header = {"format": self.KIND, "format_version": FORMAT_VERSION, **self.settings}
+        header = {"format": self.KIND, "format_version": FORMAT_VERSION, **self.settings, "size": size}
         write_safetensors(self.path(shard), tensors, header)
 
-    def read(self, shard: int) -> Pairs | None:
-        """A shard, or None if it is missing or torn."""
+    def read(self, shard: int, size: int | None = None) -> Pairs | None:
+        """A shard, or None if it is missing, torn, or was made for another number of pairs than `size`."""
         try:
-            _, tensors = read_safetensors(self.path(shard), self.KIND, FORMAT_VERSION)
+            header, tensors = read_safetensors(self.path(shard), self.KIND, FORMAT_VERSION)
         except (InputError, CorruptFileError):
+            return None
+        # A shard of an earlier version does not say what it was made for, and is sure to be whole if it is full.
+        if size not in (None, header.get("size", len(tensors["z"]))):
             return None
         return Pairs(tensors["z"], tensors["y"], tensors.get("log_det"))
 
@@ -448,26 +463,30 @@ def load_pairs(folder: str | Path, n: int | None = None) -> Pairs:
         n: so many of them, the first ones; None for all.
 
     Raises:
-        InputError: no such folder, or no pairs in it.
+        InputError: no such folder, no pairs in it, or fewer than `n` were made.
         CorruptFileError: a shard that is missing or torn, or a damaged manifest.
     """
     manifest = Path(folder) / "manifest.json"
     if not manifest.is_file():
         raise InputError(f"{folder} holds no pairs (no manifest.json); make them with `openmm-regflow pairs`")
     settings = read_json(manifest, DAMAGED)
-    store = PairStore(Path(folder), settings)
-    last = max((int(path.stem.split("-")[1]) for path in Path(folder).glob("pairs-*.safetensors")), default=-1)
+    held = settings.pop("n", 0)
+    store = PairStore(Path(folder), settings, held)
+    shards = [int(path.stem.split("-")[1]) for path in Path(folder).glob("pairs-*.safetensors")]
+    if not shards:
+        raise InputError(f"{folder} holds no pairs yet; make them with `openmm-regflow pairs`")
+    sizes = shard_sizes(held, settings["shard_size"]) if held else [None] * (max(shards) + 1)
     parts: list[Pairs] = []
-    for k in range(last + 1):
+    for k, size in enumerate(sizes):
         if n is not None and sum(map(len, parts)) >= n:
             break
-        found = store.read(k)
+        found = store.read(k, size)
         if found is None:
             raise CorruptFileError(f"{store.path(k)} is missing or torn; the command that made the pairs mends it")
         parts.append(found)
-    if not parts:
-        raise InputError(f"{folder} holds no pairs yet; make them with `openmm-regflow pairs`")
     pairs = concatenate(parts)
+    if n is not None and n > (held or len(pairs)):
+        raise InputError(f"{folder} holds {len(pairs)} pairs, {n} are wanted; make more, or ask for fewer (pairs.n)")
     first = slice(0, n)
     log_det = None if pairs.log_det is None else pairs.log_det[first]
     return Pairs(pairs.z[first], pairs.y[first], log_det, settings.get("origin", {}))

@@ -316,7 +316,8 @@ def test_pairs_from_a_folder(data, tmp_path):
     heard = []
     for changes, words in (
         ({"folder": str(tmp_path / "none")}, "manifest"),
-        ({"folder": str(tmp_path / "pairs"), "log_det": "exact"}, "without log-determinants"),
+        ({"folder": str(tmp_path / "pairs"), "n": 300}, "holds 256 pairs, 300 are wanted"),
+        ({"folder": str(tmp_path / "pairs"), "n": 256, "log_det": "exact"}, "without log-determinants"),
         ({"folder": str(tmp_path / "pairs"), "source": "stream"}, "pairs.source"),
     ):
         with pytest.raises(InputError, match=words):

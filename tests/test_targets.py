@@ -13,10 +13,12 @@ import torch
 from openmm_regflow.bijections import wrap
 from openmm_regflow.coordinates import random_rotations
 from openmm_regflow.errors import CorruptFileError, DivergenceError, IncompatibleFlowError, InputError
+from openmm_regflow.files import read_safetensors, write_safetensors
 from openmm_regflow.flows import Prior
 from openmm_regflow.targets import (
     MAX_EXACT,
     Pairs,
+    PairStore,
     StreamedPairs,
     aligned_coupling,
     check_pairs,
@@ -218,7 +220,9 @@ def test_pairs_of_a_folder(teacher, tmp_path):
     some = load_pairs(tmp_path / "a", 100)
     for key in ("z", "y", "log_det"):
         assert torch.equal(getattr(some, key), getattr(made, key)[:100])
-    assert len(load_pairs(tmp_path / "a")) == len(load_pairs(tmp_path / "a", 1000)) == 300
+    assert len(load_pairs(tmp_path / "a")) == len(load_pairs(tmp_path / "a", 300)) == 300
+    with pytest.raises(InputError, match="holds 300 pairs, 301 are wanted"):
+        load_pairs(tmp_path / "a", 301)
     (tmp_path / "a" / "pairs-000002.safetensors").unlink()
     assert len(load_pairs(tmp_path / "a", 128)) == 128
     with pytest.raises(CorruptFileError, match="000002"):
@@ -229,6 +233,43 @@ def test_pairs_of_a_folder(teacher, tmp_path):
         load_pairs(tmp_path / "a")
     with pytest.raises(InputError, match="manifest"):
         load_pairs(tmp_path / "b")
+
+
+def test_a_folder_grows_and_knows_how_many_pairs_it_holds(teacher, tmp_path):
+    """As if all had been asked for at once; a missing end is noticed as any other shard is."""
+    whole = reflow_pairs(teacher, 64, shard_size=16, n_steps=2)
+    assert len(reflow_pairs(teacher, 20, shard_size=16, n_steps=2, folder=tmp_path)) == 20
+    made = []
+    grown = reflow_pairs(
+        teacher, 64, shard_size=16, n_steps=2, folder=tmp_path, progress=lambda done, total: made.append(done)
+    )
+    assert torch.equal(grown.y, whole.y) and torch.equal(load_pairs(tmp_path, 64).y, whole.y)
+    assert len(made) == 3  # the first shard was full
+    with pytest.raises(IncompatibleFlowError, match="holds 64 pairs, more than 20"):
+        reflow_pairs(teacher, 20, shard_size=16, n_steps=2, folder=tmp_path)
+    (tmp_path / "pairs-000003.safetensors").unlink()
+    with pytest.raises(CorruptFileError, match=r"000003\.safetensors is missing"):
+        load_pairs(tmp_path)
+
+
+def test_pairs_of_an_earlier_version(teacher, tmp_path):
+    """Without numbers in the manifest and in the shards: read as they are, and only full shards are taken for whole."""
+    whole = reflow_pairs(teacher, 40, shard_size=16, n_steps=2, folder=tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest.pop("n") == 40
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    for path in tmp_path.glob("pairs-*.safetensors"):
+        header, tensors = read_safetensors(path, PairStore.KIND, 1)
+        del header["size"]
+        write_safetensors(path, tensors, header)
+    assert torch.equal(load_pairs(tmp_path, 40).y, whole.y)
+    with pytest.raises(InputError, match="holds 40 pairs, 50 are wanted"):
+        load_pairs(tmp_path, 50)
+    assert json.loads((tmp_path / "manifest.json").read_text()) == manifest
+    made = []
+    options = {"shard_size": 16, "n_steps": 2, "folder": tmp_path, "progress": lambda done, total: made.append(done)}
+    assert torch.equal(reflow_pairs(teacher, 40, **options).y, whole.y) and not made
+    assert len(reflow_pairs(teacher, 48, **options)) == 48 and len(made) == 1
 
 
 def test_latents_turned_towards_frames_are_samples_of_the_prior_still():
