@@ -35,7 +35,7 @@ class FramesConfig(BaseModel):
     rare_share: float = Field(
         0.0, ge=0, lt=1, description="leave out frames until the watched sets hold this share; not in the refinement"
     )
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
 
 def memberships(x: Tensor, sets: Sequence[Indicator]) -> np.ndarray:

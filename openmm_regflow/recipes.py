@@ -77,7 +77,7 @@ class FlowConfig(_Section):
     prior: Literal["normal", "harmonic"] = Field(
         "normal", description="harmonic: covariance of the data; cartesian only"
     )
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
     def architecture(self) -> dict[str, Any]:
         """As ``flows.build`` takes it."""
@@ -91,7 +91,7 @@ class TeacherConfig(_Section):
     kind: Literal["mlp", "transformer", "equivariant"] = Field("mlp", description="equivariant: cartesian only")
     hidden: int = Field(256, ge=1)
     depth: int = Field(3, ge=1)
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     couple: bool = Field(False, description="minibatch optimal-transport coupling")
     align: bool = Field(False, description="cartesian only: turn each latent towards its frame; shorter paths")
     train: TrainConfig = TrainConfig(steps=5000, learning_rate=1e-3)
@@ -109,7 +109,7 @@ class PairsConfig(_Section):
     method: Method = Field("midpoint", description="euler, midpoint, rk4: n_steps of one length; others: adaptive")
     log_det: LogDet = "none"
     folder: str | None = Field(None, description="reflow only: pairs that `openmm-regflow pairs` has made, no teacher")
-    seed: int = 1
+    seed: int = Field(1, ge=0)
 
 
 class RegressionConfig(_Section):
@@ -158,7 +158,7 @@ def load_config(path: str | Path) -> RunConfig:
         raise InputError(
             f"no configuration file {path}; `openmm-regflow train --print-config` shows a complete one"
         ) from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not TOML: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]

@@ -241,7 +241,10 @@ def select_atoms(topology: app.Topology, selection: str) -> list[int]:
         InputError: neither of the two, or nothing selected.
     """
     if re.fullmatch(r"[\d\s,-]+", selection):
-        spans = [[int(end) for end in part.split("-")] for part in selection.replace(" ", "").split(",") if part]
+        parts = [part.strip() for part in selection.split(",") if part.strip()]
+        if bad := [part for part in parts if not re.fullmatch(r"\d+(\s*-\s*\d+)?", part)]:
+            raise InputError(f"{bad[0]!r} in {selection!r} is no number or range of atoms; try '0-21' or '4,0-2,7'")
+        spans = [[int(end) for end in part.split("-")] for part in parts]
         atoms = [i for span in spans for i in range(span[0], span[-1] + 1)]
     else:
         import mdtraj

@@ -278,12 +278,12 @@ def reflow_pairs(
         progress: called with (pairs done, pairs in total).
 
     Raises:
-        InputError: n < 1, or a folder that cannot be written.
+        InputError: n < 1, n_steps < 1, seed < 0, an unknown word, or a folder that cannot be written.
         IncompatibleFlowError: the folder holds pairs of another configuration, or more of them.
     """
-    if n < 1 or shard_size < 1:
-        raise InputError(f"n is {n} and shard_size {shard_size}; both must be at least 1")
-    check_integration(method, log_det)
+    if n < 1 or shard_size < 1 or seed < 0:
+        raise InputError(f"n is {n}, shard_size {shard_size}, seed {seed}; at least 1, 1 and 0 are needed")
+    check_integration(method, log_det, n_steps)
     peers = ranks.current()
     sizes = shard_sizes(n, shard_size)
     make = partial(reflow_chunk, field, n_steps=n_steps, method=method, log_det=log_det)

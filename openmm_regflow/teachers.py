@@ -202,12 +202,14 @@ def divergence(field: nn.Module, t: Tensor, x: Tensor, probe: Tensor | None) -> 
     return velocity, total
 
 
-def check_integration(method: str, log_det: str) -> None:
-    """Refuse unknown words.
+def check_integration(method: str, log_det: str, n_steps: int) -> None:
+    """Refuse unknown words and no steps.
 
     Raises:
-        InputError: an unknown method or kind of log-determinant.
+        InputError: an unknown method or kind of log-determinant, or n_steps < 1.
     """
+    if n_steps < 1:
+        raise InputError(f"n_steps is {n_steps}; at least 1 is needed")
     for name, value, known in (("method", method, get_args(Method)), ("log_det", log_det, get_args(LogDet))):
         if value not in known:
             raise InputError(f"{name} is {value!r}; known: {', '.join(known)}")
@@ -241,11 +243,11 @@ def integrate(
         end `(n, dim)` with angles in [-pi, pi), log|det| `(n,)`.
 
     Raises:
-        InputError: an unknown method or kind of log-determinant.
+        InputError: an unknown method or kind of log-determinant, or n_steps < 1.
     """
     from torchdiffeq import odeint
 
-    check_integration(method, log_det)
+    check_integration(method, log_det, n_steps)
     probe = None
     if log_det == "hutchinson":
         # A generator draws on its own device alone.

@@ -61,7 +61,7 @@ class TrainConfig(BaseModel):
         "bfloat16: values too, for teachers only, quicker on GPUs",
     )
     max_rollbacks: int = Field(3, ge=0, description="divergences survived by rolling back and halving the rate")
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _clock(self) -> "TrainConfig":

@@ -354,7 +354,8 @@ def test_selections():
     assert select_atoms(topology, "2, 0,4,1") == [2, 0, 4, 1]
     assert select_atoms(topology, "3-4,0-1") == [3, 4, 0, 1]
     assert select_atoms(topology, "index 1 to 3") == [1, 2, 3]
-    for bad, message in (("index > 9", "selects no atom"), ("nonsense of words", "no selection"), ("3-1", "no atom")):
+    for bad, message in (("index > 9", "selects no atom"), ("nonsense of words", "no selection"), ("3-1", "no atom"),
+                         ("2-", "'2-' in"), ("-", "'-' in"), ("0,1--3", "'1--3' in"), ("1 2", "'1 2' in")):  # fmt: skip
         with pytest.raises(InputError, match=message):
             select_atoms(topology, bad)
 

@@ -379,6 +379,17 @@ def test_bad_configuration(capsys, tmp_path):
     assert "flow.n_layers" in refused(capsys, "train", "--config", path, "-o", tmp_path / "x")
 
 
+def test_values_out_of_range(capsys, flow_file, teacher_file, tmp_path):
+    output = ("-o", tmp_path / "x")
+    assert "rounds: " in refused(capsys, "refine", flow_file, "--rounds", 0, *output)
+    assert "tail: " in refused(capsys, "refine", flow_file, "--tail", 1.5, *output)
+    assert "n_steps is 0" in refused(capsys, "pairs", teacher_file, "--n-steps", 0, *output)
+    for command in (["pairs", teacher_file, "--seed"], ["train", "--seed"], ["benchmark", "--threads"]):
+        code, _, err = run(capsys, *command, -1, *output)
+        assert code == 2 and f"'{command[-1]}'" in err and "Traceback" not in err
+    assert not (tmp_path / "x").exists()
+
+
 def test_unknown_option_is_a_usage_error(capsys):
     code, _, err = run(capsys, "train", "--stepz", "3")
     assert code == 2 and "--stepz" in err

@@ -385,6 +385,21 @@ def test_configuration_file(tmp_path):
         recipes.load_config(tmp_path / "none.toml")
 
 
+def test_a_file_that_is_no_text(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="not TOML"):
+        recipes.load_config(path)
+
+
+@pytest.mark.parametrize("place", ["flow", "teacher", "teacher.train", "pairs", "likelihood.train", "frames"])
+def test_negative_seeds_are_refused(tmp_path, place):
+    path = tmp_path / "run.toml"
+    path.write_text(f"[{place}]\nseed = -1\n")
+    with pytest.raises(InputError, match=rf"{place}\.seed"):
+        recipes.load_config(path)
+
+
 def test_teacher_file(data, tmp_path):
     result = recipes.fit(*data, config())
     recipes.save_teacher(tmp_path / "t.safetensors", result.field)

@@ -340,4 +340,8 @@ def test_unknown_words_are_refused_before_a_folder_is_made(teacher, tmp_path):
         reflow_pairs(teacher, 10, method="midpont", folder=tmp_path / "a")
     with pytest.raises(InputError, match="log_det"):
         reflow_pairs(teacher, 10, log_det="maybe", folder=tmp_path / "a")
+    with pytest.raises(InputError, match="n_steps is 0"):
+        reflow_pairs(teacher, 10, n_steps=0, folder=tmp_path / "a")
+    with pytest.raises(InputError, match="seed -1"):
+        reflow_pairs(teacher, 10, seed=-1, folder=tmp_path / "a")
     assert not (tmp_path / "a").exists()

@@ -31,6 +31,12 @@ def start(n, seed=0):
     return torch.randn(n, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+@pytest.mark.parametrize("n_steps", [0, -1])
+def test_no_steps_are_refused(n_steps):
+    with pytest.raises(InputError, match=f"n_steps is {n_steps}"):
+        integrate(field_of("mlp"), start(3), n_steps=n_steps)
+
+
 def test_paths_are_straight_and_short():
     x0, x1 = 2 * start(100, 1), 2 * start(100, 2)
     x0, x1 = (torch.where(CIRCULAR, wrap(x), x) for x in (x0, x1))

@@ -28,7 +28,7 @@ def train(
     data: Annotated[Path | None, typer.Option(help="Training trajectory; default: the system's own.")] = None,
     validation: Annotated[Path | None, typer.Option(help="Held-out trajectory; default: the system's own.")] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the configuration and stop.")] = False,
-    seed: Annotated[int | None, typer.Option(help="Overrides the seeds of the configuration.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Overrides the seeds of the configuration.")] = None,
     device: Device = "cpu",
     overwrite: Overwrite = False,
 ) -> None:

@@ -204,7 +204,7 @@ def tfep(
     system: System = "alanine-dipeptide",
     n: Annotated[int, typer.Option("-n", help="Flow samples.")] = 20_000,
     data: TestData = None,
-    seed: Annotated[int | None, typer.Option(help="Seed; default the states file's, or 0.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed; default the states file's, or 0.")] = None,
     device: Device = "cpu",
     overwrite: Overwrite = False,
 ) -> None:

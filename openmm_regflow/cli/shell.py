@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Seed = Annotated[int, typer.Option("--seed", help="Seed of every random number.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random number.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N, or auto.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the results of a finished run in the folder.")]
@@ -47,8 +47,13 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             fail("interrupted; the same command continues where it stopped", 130)
         except Exception as error:  # torch and OpenMM name the troubles of a GPU by text alone
+            from pydantic import ValidationError
+
             from openmm_regflow.device import memory_line
 
+            if isinstance(error, ValidationError):
+                first = error.errors()[0]
+                fail(f"error: {'.'.join(map(str, first['loc']))}: {first['msg']}", 2)
             line = memory_line(error)
             if line is None:
                 raise

@@ -28,7 +28,7 @@ def benchmark(
         "alanine-dipeptide"
     ),
     n: Annotated[int | None, typer.Option("-n", help="Samples; default 4096 for speed, 10000 for paper.")] = None,
-    threads: Annotated[int, typer.Option(help="Torch threads.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="Torch threads; 0: its own default.")] = 0,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="speed: JSON file; paper: folder.")] = None,
     seconds: Annotated[
         str, typer.Option(help="paper: training time of each run, teacher and pairs included; several with commas.")

@@ -124,7 +124,7 @@ class StatesConfig(_Section):
         default_factory=lambda: TrainConfig.model_validate({"steps": 2000, "batch_size": 256, "learning_rate": 2e-3})
     )
     n_resamples: int = Field(200, ge=2)
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
     @model_validator(mode="before")
     @classmethod
@@ -156,7 +156,7 @@ def load_states(path: str | Path) -> StatesConfig:
         raise InputError(
             f"states file {path} cannot be read: {error.strerror}; give the path of a TOML file"
         ) from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not TOML: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
