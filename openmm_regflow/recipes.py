@@ -395,7 +395,8 @@ def check_config(config: RunConfig) -> None:
     """Refuse settings that contradict each other, before anything is computed.
 
     Raises:
-        InputError: a choice for Cartesian coordinates in internal ones, or alignment without exact transport.
+        InputError: a choice for Cartesian coordinates in internal ones, alignment without exact transport, or another
+            setting that the source of the pairs would leave without effect.
     """
     wants = {
         'flow.prior = "harmonic"': config.flow.prior == "harmonic",
@@ -412,9 +413,14 @@ def check_config(config: RunConfig) -> None:
         raise InputError("teacher.align and teacher.couple are two ways of coupling a batch; choose one")
     if config.pairs.folder is not None and config.pairs.source != "reflow":
         raise InputError(f'pairs.folder needs pairs.source = "reflow", not "{config.pairs.source}"')
-    if config.regression.train.patience is not None and (
-        not config.regression.held_out or config.pairs.source == "stream"
-    ):
+    if config.pairs.log_det != "none" and config.pairs.source in ("ot", "hierarchical"):
+        raise InputError(
+            f'pairs.log_det = "{config.pairs.log_det}" is of a teacher, and pairs.source = "{config.pairs.source}" has '
+            "none; leave it out (regression.log_det then draws the log-determinants towards zero)"
+        )
+    if config.regression.held_out and config.pairs.source == "stream":
+        raise InputError('regression.held_out needs pairs that are kept; leave it out with pairs.source = "stream"')
+    if config.regression.train.patience is not None and not config.regression.held_out:
         raise InputError("regression.train.patience needs pairs to judge by; set regression.held_out, without a stream")
     size = ranks.current().size
     for name in ("teacher", "regression", "likelihood"):

@@ -192,6 +192,12 @@ def test_bad_input(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_a_seed_of_the_table_is_refused(capsys, tmp_path):
+    with pytest.raises(SystemExit) as done:
+        main(["benchmark", "paper", "--seed", "1", "-o", str(tmp_path / "x")])
+    assert done.value.code == 2 and "--seeds" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
 def test_unknown_benchmark(capsys):
     with pytest.raises(SystemExit) as done:
         main(["benchmark", "papers"])

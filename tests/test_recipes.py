@@ -106,6 +106,20 @@ def test_choices_for_atoms_need_cartesian_coordinates(data, changes):
         recipes.fit(*data, config(**changes))
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"pairs": {"source": "stream"}, "regression": {"held_out": 0.3}}, "held_out"),
+        ({"pairs": {"source": "ot", "log_det": "exact"}}, r"pairs\.log_det"),
+        ({"pairs": {"source": "hierarchical", "log_det": "hutchinson"}}, "towards zero"),
+    ],
+)
+def test_settings_without_effect_are_refused(changes, words):
+    with pytest.raises(InputError, match=words):
+        recipes.check_config(config(**changes))
+    recipes.check_config(config(pairs={"source": "ot"}, regression={"log_det": 1e-3}))  # the paper's own regulariser
+
+
 def test_alignment_needs_exact_transport(data):
     with pytest.raises(InputError, match=r"pairs\.source"):
         recipes.fit(*data, config(coordinates="cartesian", pairs={"align": True}))
