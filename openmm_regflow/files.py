@@ -21,6 +21,8 @@ from openmm_regflow.errors import CorruptFileError, InputError
 
 #: Ending of the name of the scales that belong to a matrix of integers.
 SCALE = "|scale"
+#: Key of the digest of the JSON header, beside "sha256" of the tensors.
+HEADER_DIGEST = "header sha256"
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -101,12 +103,14 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping
     Raises:
         InputError: the folder cannot be written or the disk is full.
     """
+    text = json.dumps(header)
+    metadata = {"regflow": text, "sha256": digest(tensors), HEADER_DIGEST: hashlib.sha256(text.encode()).hexdigest()}
     with _replacing(path) as temporary:
-        save_file(dict(tensors), temporary, metadata={"regflow": json.dumps(header), "sha256": digest(tensors)})
+        save_file(dict(tensors), temporary, metadata=metadata)
 
 
 def read_safetensors(path: Path, kind: str, *versions: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of a file written by this package, checked against its own digest.
+    """Header and tensors of a file written by this package, checked against its own digests.
 
     Args:
         path: of the file.
@@ -136,7 +140,9 @@ def read_safetensors(path: Path, kind: str, *versions: int) -> tuple[dict[str, A
         remedy = "update the package" if newer else "it was written before the first release; make it again"
         read = " and ".join(map(str, versions))
         raise CorruptFileError(f"{path} has format {found}, this package reads {read}; {remedy}")
-    if metadata.get("sha256") != digest(tensors):
+    sha256 = hashlib.sha256(metadata["regflow"].encode()).hexdigest()
+    # Files of earlier versions have no digest of their header.
+    if metadata.get("sha256") != digest(tensors) or metadata.get(HEADER_DIGEST, sha256) != sha256:
         raise CorruptFileError(f"{path} is damaged: its contents do not match their checksum; copy or make it again")
     return header, tensors
 

@@ -1,9 +1,13 @@
 """Files that are whole at any moment, and damaged ones that are named."""
 
+import json
+
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from openmm_regflow.errors import CorruptFileError, InputError
-from openmm_regflow.files import read_json, write_json
+from openmm_regflow.files import digest, read_json, read_safetensors, write_json, write_safetensors
 
 
 def test_json_there_and_back(tmp_path):
@@ -20,6 +24,26 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path):
     with pytest.raises(InputError, match="cannot write"):
         write_json(path, {"a": 2})
     assert read_json(path, "") == {"a": 1}
+
+
+def test_a_header_that_was_changed_is_noticed(tmp_path):
+    """Temperature, bond lengths and scales are part of a density as much as the weights are."""
+    path, header = tmp_path / "a.safetensors", {"format": "x", "format_version": 1, "temperature": 300.0}
+    write_safetensors(path, {"w": torch.ones(3)}, header)
+    assert read_safetensors(path, "x", 1)[0] == header
+    whole = path.read_bytes()
+    assert whole.count(b"300.0") == 1
+    path.write_bytes(whole.replace(b"300.0", b"200.0"))
+    with pytest.raises(CorruptFileError, match="checksum"):
+        read_safetensors(path, "x", 1)
+
+
+def test_a_file_without_a_digest_of_its_header(tmp_path):
+    """As earlier versions wrote them."""
+    path, header = tmp_path / "a.safetensors", {"format": "x", "format_version": 1}
+    tensors = {"w": torch.ones(3)}
+    save_file(tensors, path, metadata={"regflow": json.dumps(header), "sha256": digest(tensors)})
+    assert read_safetensors(path, "x", 1)[0] == header
 
 
 @pytest.mark.parametrize("content", [b"", b'{"a": ', b"[1]", b"\xff\xfe"])
