@@ -429,7 +429,9 @@ def origin(flow: Flow) -> dict[str, str]:
         "prior": sha([flow.prior.kind, flow.prior.circular.tolist()], fitted(flow.prior)),
     }
     if flow.metadata.fingerprint is not None:
-        found["system"] = hashlib.sha256(json.dumps(flow.metadata.fingerprint, sort_keys=True).encode()).hexdigest()
+        # Without the version: of most Systems the fingerprint is otherwise what it was in an earlier one.
+        plain = {k: v for k, v in flow.metadata.fingerprint.items() if k != "version"}
+        found["system"] = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
     return found | ({"name": flow.metadata.system} if flow.metadata.system else {})
 
 

@@ -237,7 +237,7 @@ def check_flow(
     expected, trained_at = getattr(metadata, "fingerprint", None), getattr(metadata, "temperature", None)
     differences = []
     if expected is not None and system is not None:
-        differences += compare_fingerprints(expected, fingerprint(system), extra_forces=extra_forces)
+        differences += compare_fingerprints(expected, fingerprint(system, like=expected), extra_forces=extra_forces)
     if trained_at is not None and abs(trained_at - temperature) > 1e-6 * temperature:
         differences.append(f"trained at {trained_at:g} K, used at {temperature:g} K")
     if differences:

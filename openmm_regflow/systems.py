@@ -10,6 +10,7 @@ import re
 import tomllib
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,8 +30,11 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 #: Forces that change neither the potential energy nor the distribution of positions.
 _NOT_ENERGIES = ("CMMotionRemover", "AndersenThermostat")
-#: Attributes of a serialised force that do not change its energy.
-_NOT_PARAMETERS = ("name", "forceGroup", "version", "type")
+#: Attributes of a serialised System that change no energy, and those of a force that say what it is called.
+_NOT_PARAMETERS, _NAMES = {"forceGroup", "version"}, {"name", "type"}
+#: Fingerprints of version 1 left out the names and types of everything, those of parameters, functions, computed values
+#: and particles too, so that energies which differ by them alone had one fingerprint.
+FINGERPRINT_VERSION = 2
 
 
 class SystemConfig(BaseModel):
@@ -422,17 +426,28 @@ def _system_from_force_field(config: SystemConfig, folder: Path, topology: app.T
         raise InputError(f"force field {', '.join(config.force_field)} does not fit {folder}: {error}") from error
 
 
-def fingerprint(system: openmm.System) -> dict[str, Any]:
+def fingerprint(system: openmm.System, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What decides whether two Systems share one energy function, in a form that fits JSON.
 
     Numbers are rounded to nine digits, so that the last bit of a parsed parameter does not matter; names, force
     groups and centre-of-mass removal do not matter either. Masses are listed but left out of ``sha256``: they do
     not change the distribution of positions, and hydrogen mass repartitioning has to stay possible.
 
+    Args:
+        system: any.
+        like: a stored fingerprint, in whose version this one is made so that the two can be compared; None: the newest.
+
     Returns:
-        ``n_atoms``; ``masses`` [dalton]; ``forces``: one ``{"type", "terms", "sha256"}`` per force (constraints,
-        virtual sites and a periodic box count as forces), sorted; ``sha256`` over atoms and forces.
+        ``version``, absent from the first; ``n_atoms``; ``masses`` [dalton]; ``forces``: one
+        ``{"type", "terms", "sha256"}`` per force (constraints, virtual sites and a periodic box count as forces),
+        sorted; ``sha256`` over atoms and forces.
+
+    Raises:
+        InputError: ``like`` is of a version that this package does not know.
     """
+    version = FINGERPRINT_VERSION if like is None else like.get("version", 1)
+    if version not in (1, FINGERPRINT_VERSION):
+        raise InputError(f"the stored fingerprint of a System has version {version}; update the package to compare it")
     root = ElementTree.fromstring(openmm.XmlSerializer.serialize(system))
     masses = [system.getParticleMass(i).value_in_unit(unit.dalton) for i in range(system.getNumParticles())]
     parts = {part.tag: part for part in root}
@@ -443,22 +458,24 @@ def fingerprint(system: openmm.System) -> dict[str, Any]:
         nodes.append(("VirtualSites", parts["Particles"]))
     if system.usesPeriodicBoundaryConditions():
         nodes.append(("PeriodicBox", parts["PeriodicBoxVectors"]))
-    forces = sorted((_describe(kind, node) for kind, node in nodes), key=lambda f: (f["type"], f["sha256"]))
+    forces = sorted((_describe(kind, node, version) for kind, node in nodes), key=lambda f: (f["type"], f["sha256"]))
     digest = hashlib.sha256(repr((len(masses), [(f["type"], f["sha256"]) for f in forces])).encode()).hexdigest()
-    return {"n_atoms": len(masses), "masses": masses, "forces": forces, "sha256": digest}
+    found = {"n_atoms": len(masses), "masses": masses, "forces": forces, "sha256": digest}
+    return found if version == 1 else {"version": version} | found
 
 
-def _describe(kind: str, node: ElementTree.Element) -> dict[str, Any]:
+def _describe(kind: str, node: ElementTree.Element, version: int) -> dict[str, Any]:
     """Type, number of terms and hash of one serialised force."""
     terms = max((len(child) for child in node), default=0) if kind not in ("Constraints", "PeriodicBox") else len(node)
-    return {"type": kind, "terms": terms, "sha256": hashlib.sha256(_canonical(node).encode()).hexdigest()}
+    return {"type": kind, "terms": terms, "sha256": hashlib.sha256(_canonical(node, version).encode()).hexdigest()}
 
 
-def _canonical(node: ElementTree.Element) -> str:
+def _canonical(node: ElementTree.Element, version: int) -> str:
     """Text of an XML element with sorted attributes and rounded numbers, without what does not change an energy."""
-    drop = ("mass", *_NOT_PARAMETERS) if node.tag == "Particle" else _NOT_PARAMETERS
+    drop = _NOT_PARAMETERS | ({"mass"} if node.tag == "Particle" else set())
+    drop |= _NAMES if node.tag == "Force" or version == 1 else set()
     attributes = [f"{key}={_rounded(value)}" for key, value in sorted(node.items()) if key not in drop]
-    return f"<{node.tag} {' '.join(attributes)}>{''.join(_canonical(child) for child in node)}</>"
+    return f"<{node.tag} {' '.join(attributes)}>{''.join(_canonical(child, version) for child in node)}</>"
 
 
 def _rounded(text: str) -> str:
@@ -472,7 +489,7 @@ def _rounded(text: str) -> str:
 def compare_fingerprints(
     a: dict[str, Any], b: dict[str, Any], *, masses: bool = False, extra_forces: bool = False
 ) -> list[str]:
-    """Differences between two fingerprints in words; empty where the energies are the same.
+    """Differences between two fingerprints of one version in words; empty where the energies are the same.
 
     Args:
         a: the one that is expected.

@@ -15,6 +15,8 @@ from openmm import app, unit
 
 from openmm_regflow import metrics, systems
 from openmm_regflow.errors import CorruptFileError, InputError
+from openmm_regflow.flows import Flow
+from openmm_regflow.refusals import check_flow
 from openmm_regflow.simulate import export_hdf5, with_hydrogen_mass
 from openmm_regflow.systems import (
     available_systems,
@@ -336,6 +338,87 @@ def test_fingerprint_names_the_difference(dipeptide, change, message):
     import re
 
     assert re.search(message, lines[0])
+
+
+def with_parameters(*names):
+    force = openmm.CustomExternalForce("a*x^2 + b*y^2")
+    for name, value in zip(names, (1.0, 50.0)):
+        force.addGlobalParameter(name, value)
+    force.addParticle(0, [])
+    return force
+
+
+def with_exclusions(kind):
+    force = openmm.CustomGBForce()
+    force.addComputedValue("I", "1", kind)
+    force.addEnergyTerm("I^2", openmm.CustomGBForce.SingleParticle)
+    for _ in range(3):
+        force.addParticle([])
+    force.addExclusion(0, 1)
+    return force
+
+
+def with_functions(*names):
+    force = openmm.CustomCompoundBondForce(2, "f(distance(p1, p2)) + 2*g(distance(p1, p2))")
+    for name, values in zip(names, ([0.0, 1.0], [0.0, 7.0])):
+        force.addTabulatedFunction(name, openmm.Continuous1DFunction(values, 0.0, 1.0))
+    force.addBond([0, 1], [])
+    return force
+
+
+def with_types(*types):
+    force = openmm.CustomManyParticleForce(3, "distance(p1, p2)")
+    for kind in types:
+        force.addParticle([], kind)
+    force.setTypeFilter(0, [1])
+    force.setTypeFilter(1, [0])
+    force.setTypeFilter(2, [0])
+    return force
+
+
+#: Two forces that differ by a name or a type inside of them, and the energies are not the same.
+NAMES = {
+    "global parameters": (lambda: with_parameters("a", "b"), lambda: with_parameters("b", "a")),
+    "computed values": (
+        lambda: with_exclusions(openmm.CustomGBForce.ParticlePair),
+        lambda: with_exclusions(openmm.CustomGBForce.ParticlePairNoExclusions),
+    ),
+    "functions": (lambda: with_functions("f", "g"), lambda: with_functions("g", "f")),
+    "types of particles": (lambda: with_types(0, 0, 1), lambda: with_types(1, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_inside_of_a_force_are_part_of_its_fingerprint(name):
+    found, energies = [], []
+    for make in NAMES[name]:
+        system = openmm.System()
+        for _ in range(3):
+            system.addParticle(12.0)
+        system.addForce(make())
+        context = openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatform("Reference"))
+        context.setPositions([[0.1, 0.3, 0.0], [0.6, 0.2, 0.1], [0.3, 0.9, 0.4]])
+        energies.append(context.getState(energy=True).getPotentialEnergy()._value)
+        found.append(fingerprint(system))
+        system.getForce(0).setName("renamed")
+        assert fingerprint(system) == found[-1]
+    assert energies[0] != pytest.approx(energies[1])
+    assert found[0]["sha256"] != found[1]["sha256"] and len(compare_fingerprints(*found)) == 1
+
+
+@pytest.mark.parametrize("name", ["alanine-dipeptide", "alanine-tripeptide", "alanine-tetrapeptide"])
+def test_fingerprints_of_the_first_version_in_shipped_flows(name):
+    """Those of flows that are shipped belong to their Systems still, and to no others."""
+    molecule = load_system(name)
+    stored = Flow.load(molecule.folder / "flow.safetensors").metadata.fingerprint
+    assert compare_fingerprints(stored, fingerprint(molecule.system, like=stored)) == []
+    check_flow(Flow.load(molecule.folder / "flow.safetensors"), molecule.system, molecule.temperature)
+    other = copy.deepcopy(molecule.system)
+    change_charge(other)
+    assert len(compare_fingerprints(stored, fingerprint(other, like=stored))) == 1
+    assert molecule.fingerprint["version"] == 2
+    with pytest.raises(InputError, match="version 3; update"):
+        fingerprint(molecule.system, like={"version": 3})
 
 
 def test_fingerprints_of_two_molecules():

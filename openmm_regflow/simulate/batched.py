@@ -30,7 +30,7 @@ from openmm_regflow.simulate.tempering import (
     with_hydrogen_mass,
     writable_folder,
 )
-from openmm_regflow.systems import MolecularSystem, compare_fingerprints
+from openmm_regflow.systems import MolecularSystem, compare_fingerprints, fingerprint
 from openmm_regflow.units import GAS_CONSTANT
 
 #: Iterations written at a time: what an interruption loses at most.
@@ -327,7 +327,9 @@ def _check(path: Path, molecule: MolecularSystem, bias: openmm.System | None, se
         write_json(path, now)
         return
     then = read_record(path)
-    lines = compare_fingerprints(then["fingerprint"], now["fingerprint"], masses=True)
+    lines = compare_fingerprints(
+        then["fingerprint"], fingerprint(molecule.system, like=then["fingerprint"]), masses=True
+    )
     for key in ("engine", "temperatures", "bias"):
         if then.get(key) != now[key]:
             lines.append(f"another {key}")

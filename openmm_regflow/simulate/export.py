@@ -14,7 +14,7 @@ from openmm_regflow.reweighting import Estimate
 from openmm_regflow.simulate.analysis import TemperingAnalysis, analyse
 from openmm_regflow.simulate.batched import load_batched
 from openmm_regflow.simulate.tempering import RECORD, TemperingRun, load_run, read_record, writable_folder
-from openmm_regflow.systems import MolecularSystem, Split, compare_fingerprints
+from openmm_regflow.systems import MolecularSystem, Split, compare_fingerprints, fingerprint
 
 
 def target_frames(run: TemperingRun, max_frames: int | None = None) -> np.ndarray:
@@ -162,7 +162,8 @@ def _made(output: Path, runs: list[TemperingRun]) -> dict[str, Any]:
 
 def _check_system(molecule: MolecularSystem, output: Path) -> None:
     """Refuses the run of another System."""
-    lines = compare_fingerprints(molecule.fingerprint, read_record(output / RECORD)["fingerprint"])
+    stored = read_record(output / RECORD)["fingerprint"]
+    lines = compare_fingerprints(fingerprint(molecule.system, like=stored), stored)
     if lines:
         raise InputError(f"{output} is a run of another System ({'; '.join(lines)}); give one of {molecule.name}")
 

@@ -28,7 +28,7 @@ from openmm_regflow.device import openmm_properties
 from openmm_regflow.errors import CorruptFileError, InputError, InsufficientDataError
 from openmm_regflow.files import read_json, write_json
 from openmm_regflow.potentials import platform_names
-from openmm_regflow.systems import MolecularSystem, compare_fingerprints
+from openmm_regflow.systems import MolecularSystem, compare_fingerprints, fingerprint
 from openmm_regflow.units import GAS_CONSTANT
 
 #: Called as ``progress(done, total)`` in iterations.
@@ -207,7 +207,9 @@ def read_record(path: str | Path) -> dict[str, Any]:
 def _check_record(path: Path, molecule: MolecularSystem, settings: TemperingSettings) -> None:
     """Refuses to continue another run."""
     then, now = read_record(path), _record(molecule, settings)
-    lines = compare_fingerprints(then["fingerprint"], now["fingerprint"], masses=True)
+    lines = compare_fingerprints(
+        then["fingerprint"], fingerprint(molecule.system, like=then["fingerprint"]), masses=True
+    )
     for key, value in now["settings"].items():
         if key != "n_iterations" and then["settings"].get(key) != value:
             lines.append(f"{key} was {then['settings'].get(key)}, is {value}")
