@@ -154,6 +154,7 @@ def test_resumed_run_is_the_same_run(tmp_path, monkeypatch):
     torn = parts[1]
     torn.write_bytes(torn.read_bytes()[:200])
     again = batched_tempering(molecule, tmp_path / "parts", settings)
+    assert sorted(p.name for p in (tmp_path / "parts").glob("*.torn")) == ["chunk-0000002.torn", "chunk-0000004.torn"]
     for a, b in zip(whole, again):
         with np.load(a) as left, np.load(b) as right:
             assert all(np.array_equal(left[k], right[k]) for k in left.files)
@@ -200,6 +201,28 @@ def test_bad_settings_are_named():
         BatchedSettings.create(n_copies=0)
     with pytest.raises(InputError, match="known keys"):
         BatchedSettings.create(copies=3)
+
+
+def test_reading_removes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(batched, "CHUNK", 2)
+    chunks = batched_tempering(butane_like(), tmp_path, BatchedSettings.create(**SHORT))
+    away = chunks[1].rename(tmp_path / "elsewhere")
+    there = sorted(tmp_path.iterdir())
+    assert len(load_batched(tmp_path)[0].states) == 2
+    assert sorted(tmp_path.iterdir()) == there
+    away.rename(chunks[1])
+    assert len(load_batched(tmp_path)[0].states) == 6
+    whole = chunks[0].read_bytes()
+    for damaged in (b"", whole[:200], whole[:-30], b"x" * 300):
+        chunks[0].write_bytes(damaged)
+        with pytest.raises(InsufficientDataError):
+            load_batched(tmp_path)
+    chunks[0].unlink()
+    chunks[0].mkdir()  # a failure of the operating system says nothing of the chunk
+    for read in (load_batched, lambda folder: batched_tempering(butane_like(), folder, BatchedSettings.create(**SHORT))):
+        with pytest.raises(InputError, match="cannot be read"):
+            read(tmp_path)
+    assert all(path.exists() for path in chunks)
 
 
 def test_a_folder_without_a_finished_part(tmp_path):

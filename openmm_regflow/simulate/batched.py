@@ -6,6 +6,8 @@ The integrator is OpenMM's LangevinMiddle (Zhang et al., J. Phys. Chem. A 123, 6
 neighbours with velocities rescaled (Sugita & Okamoto, Chem. Phys. Lett. 314, 141, 1999, equation 11).
 """
 
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, Self
 
@@ -163,7 +165,8 @@ def batched_tempering(
 
     Args:
         molecule: the system; its temperature is the lowest of the ladders.
-        output: folder for the chunks of the run and its record; a run that is there is continued.
+        output: folder for the chunks of the run and its record; a run that is there is continued, from its first gap or
+            damaged chunk on, where what follows is set aside (``.torn``).
         settings: see :class:`BatchedSettings`; on resuming, only ``n_iterations`` may differ.
         bias: a System of the same particles whose forces are the full-strength bias, see :func:`torsion_bias_system`.
         progress: called after every iteration.
@@ -178,7 +181,9 @@ def batched_tempering(
     folder = writable_folder(Path(output))
     _check(folder / RECORD, molecule, bias, settings)
     ladder = _Ladder(molecule, bias, settings)
-    chunks = _sound_chunks(folder)
+    chunks, others = _sound_chunks(folder)
+    for path in others:  # simulated again; nothing is lost if they were only out of reach
+        path.replace(path.with_suffix(".torn"))
     if chunks:
         with np.load(chunks[-1], allow_pickle=False) as last:
             x, v, states = (torch.as_tensor(last[k]).to(settings.device) for k in ("x", "v", "last_states"))
@@ -275,15 +280,15 @@ def torsion_bias_system(n_atoms: int, biases: list[tuple[np.ndarray, np.ndarray]
 
 
 def load_batched(output: str | Path) -> list[TemperingRun]:
-    """Reads batched replica exchange, one run per ladder, finished or not.
+    """Reads batched replica exchange, one run per ladder, finished or not, up to its first gap or damaged chunk.
 
     Raises:
-        InputError: no run there.
+        InputError: no run there, or a file that cannot be read.
         InsufficientDataError: not one chunk has been written yet.
     """
     folder = Path(output)
     record = read_record(folder / RECORD)
-    chunks = _sound_chunks(folder)
+    chunks, _ = _sound_chunks(folder)
     if not chunks:
         raise InsufficientDataError(f"{folder} holds no finished part of a run yet; wait for {CHUNK} iterations")
     parts: dict[str, list[np.ndarray]] = {k: [] for k in ("positions", "states", "energies", "bias", "swapped")}
@@ -340,9 +345,8 @@ def _check(path: Path, molecule: MolecularSystem, bias: openmm.System | None, se
         raise InputError(f"{path.parent} holds another run ({'; '.join(lines)}); use its settings or another folder")
 
 
-def _sound_chunks(folder: Path) -> list[Path]:
-    """Chunks in time, without gaps; what follows a torn one is removed."""
-    chunks: list[Path] = []
+def _sound_chunks(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Chunks in time, without gaps; and those from a gap or a torn one on."""
     found = sorted(folder.glob("chunk-*.npz"))
     done = 0
     for position, path in enumerate(found):
@@ -351,20 +355,24 @@ def _sound_chunks(folder: Path) -> list[Path]:
         except CorruptFileError:
             n = 0
         if n == 0:
-            for later in found[position:]:
-                later.unlink()
-            break
-        chunks.append(path)
+            return found[:position], found[position:]
         done += n
-    return chunks
+    return found, []
 
 
 def _length(path: Path) -> int:
-    """Iterations in a chunk."""
+    """Iterations in a chunk.
+
+    Raises:
+        InputError: the operating system does not let it be read.
+        CorruptFileError: it is no whole chunk.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             return len(file["swapped"])
-    except Exception as error:  # zipfile, NumPy and the operating system raise unrelated types
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error}); check its permissions and the disk") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError) as error:
         raise CorruptFileError(f"{path} is damaged ({error}); it has to be simulated again") from error
 
 
