@@ -143,6 +143,25 @@ def test_weights_of_a_ladder_without_bias_are_those_of_temperatures(long_run):
         np.testing.assert_allclose(a, b, rtol=1e-10)
 
 
+def test_a_molecule_in_an_external_field_stays_there(tmp_path):
+    """Springs of all atoms to one point hold their centre like a spring of four times the constant."""
+    molecule, spring, place = butane_like(), 500.0, np.array([1.0, 0.0, -0.5])
+    field = openmm.CustomExternalForce("0.5*k*((x-1)^2+y^2+(z+0.5)^2)")
+    field.addGlobalParameter("k", spring)
+    for i in range(4):
+        field.addParticle(i, [])
+    molecule.system.addForce(field)
+    settings = BatchedSettings.create(
+        **SHORT | {"n_copies": 24, "n_replicas": 2, "n_iterations": 30, "steps_per_iteration": 40,
+                   "scramble_steps": 300, "max_temperature": 350.0, "timestep": 0.002, "collision_rate": 5.0}
+    )  # fmt: skip
+    batched_tempering(molecule, tmp_path, settings)
+    away = [run.at_temperature(run.positions).mean(1) - place for run in load_runs(tmp_path, 5)]
+    for found, exact in ((away, 0.0), (np.square(away), GAS_CONSTANT * TEMPERATURE / (4 * spring))):
+        means = np.mean(found, axis=1)  # of the ladders, which are independent
+        assert (np.abs(means.mean(0) - exact) < 4.0 * means.std(0, ddof=1) / len(means) ** 0.5).all()
+
+
 def test_resumed_run_is_the_same_run(tmp_path, monkeypatch):
     monkeypatch.setattr(batched, "CHUNK", 2)
     molecule = butane_like()
@@ -219,9 +238,10 @@ def test_reading_removes_nothing(tmp_path, monkeypatch):
             load_batched(tmp_path)
     chunks[0].unlink()
     chunks[0].mkdir()  # a failure of the operating system says nothing of the chunk
-    for read in (load_batched, lambda folder: batched_tempering(butane_like(), folder, BatchedSettings.create(**SHORT))):
-        with pytest.raises(InputError, match="cannot be read"):
-            read(tmp_path)
+    with pytest.raises(InputError, match="cannot be read"):
+        load_batched(tmp_path)
+    with pytest.raises(InputError, match="cannot be read"):
+        batched_tempering(butane_like(), tmp_path, BatchedSettings.create(**SHORT))
     assert all(path.exists() for path in chunks)
 
 

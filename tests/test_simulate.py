@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import mdtraj
@@ -327,6 +328,27 @@ def test_frames_of_the_wrong_chirality_are_dropped_and_counted(short_run, dipept
     mirrored = TemperingRun(run.positions * [-1, 1, 1], run.states, run.energies, run.temperatures, run.acceptance)
     frames, counts = export.checked_frames(dipeptide, [mirrored], None)
     assert (len(frames), counts["wrong_chirality_dropped"]) == (0, 6)
+
+
+def held(molecule, energy):
+    """The molecule with its first atom in a field."""
+    system = openmm.XmlSerializer.deserialize(openmm.XmlSerializer.serialize(molecule.system))
+    field = openmm.CustomExternalForce(energy)
+    field.addParticle(0, [])
+    system.addForce(field)
+    return replace(molecule, system=system)
+
+
+def test_only_free_molecules_are_centred(short_run, dipeptide):
+    assert simulate.is_free(dipeptide.system, dipeptide.positions)
+    flat = held(dipeptide, "100*step(r-2)*(r-2)^2; r=sqrt(x^2+y^2+z^2)")
+    spring = held(dipeptide, "100*(x-1)^2")
+    assert not any(simulate.is_free(m.system, m.positions) for m in (flat, spring))
+    run = load_run(short_run)
+    moved = replace(run, positions=run.positions - run.positions.mean(2, keepdims=True) + np.float32(1.0))
+    for molecule, centre in ((dipeptide, 0.0), (flat, 1.0), (spring, 1.0)):
+        frames, _ = export.checked_frames(molecule, [moved], None)
+        np.testing.assert_allclose(frames.mean(1), centre, atol=1e-5)
 
 
 # --- analysis: a torsion with a known density at every temperature ---

@@ -85,7 +85,8 @@ def simulate(
             one = engines.TemperingSettings.create(**values)
             engines.parallel_tempering(mol, output, one, resume=True, progress=progress)
     runs = [run.after(min(burn_in, len(run.positions) // 2)) for run in engines.load_runs(output)]
-    positions = np.concatenate([engines.target_frames(run) for run in runs])
+    free = engines.is_free(mol.system, mol.positions)
+    positions = np.concatenate([engines.target_frames(run, centre=free) for run in runs])
     path = engines.export_hdf5(engines.thin(positions, frames), mol.topology, output / "trajectory.h5")
     print(f"acceptance between neighbours: {', '.join(f'{a:.2f}' for a in runs[0].acceptance)}")
     phi = mol.torsions("phi")

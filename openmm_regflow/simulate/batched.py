@@ -26,6 +26,7 @@ from openmm_regflow.simulate.tempering import (
     RECORD,
     Progress,
     TemperingRun,
+    is_free,
     no_progress,
     read_record,
     temperature_ladder,
@@ -100,6 +101,12 @@ class _Ladder:
         self.kt = torch.as_tensor(GAS_CONSTANT * kelvin, dtype=torch.float32, device=settings.device)
         scale = np.linspace(0.0, 1.0, settings.n_replicas) if bias is not None else np.zeros(settings.n_replicas)
         self.scale = torch.as_tensor(scale, dtype=torch.float32, device=settings.device)
+        systems = [molecule.system] if bias is None else [molecule.system, bias]
+        self.free = all(is_free(system, molecule.positions) for system in systems)
+
+    def centred(self, x: Tensor) -> Tensor:
+        """Positions `(n, n_atoms, 3)` about their centre, for float32 to be precise, unless a field holds them."""
+        return x - x.mean(1, keepdim=True) if self.free else x
 
     def energies_and_forces(self, x: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Molecule's energy and the full-strength bias [kJ/mol] `(n,)`, and the force [kJ/mol/nm] of each state."""
@@ -222,7 +229,7 @@ def _iterate(
     """Dynamics, then swaps; also what is kept: positions, states before the swaps, energies, bias, swaps accepted."""
     shape = states.shape
     x, v = ladder.dynamics(x, v, states.reshape(-1), settings.steps_per_iteration, generator)
-    x = x - x.mean(1, keepdim=True)
+    x = ladder.centred(x)
     u, b, _ = ladder.energies_and_forces(x, states.reshape(-1))
     if not torch.isfinite(u).all():
         raise InputError(f"dynamics blew up at a time step of {settings.timestep} ps; choose a smaller one")
@@ -258,7 +265,7 @@ def _scrambled(
         raise InputError(f"dynamics blew up at a time step of {settings.timestep} ps; choose a smaller one")
     states = torch.arange(settings.n_replicas, device=x.device).repeat(settings.n_copies, 1)
     v = v * (ladder.kt[states] / ladder.kt[top]).sqrt().reshape(-1, 1, 1)
-    return x - x.mean(1, keepdim=True), v, states
+    return ladder.centred(x), v, states
 
 
 def torsion_bias_system(n_atoms: int, biases: list[tuple[np.ndarray, np.ndarray]]) -> openmm.System:

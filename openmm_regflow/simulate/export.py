@@ -13,11 +13,11 @@ from openmm_regflow.files import write_json
 from openmm_regflow.reweighting import Estimate
 from openmm_regflow.simulate.analysis import TemperingAnalysis, analyse
 from openmm_regflow.simulate.batched import load_batched
-from openmm_regflow.simulate.tempering import RECORD, TemperingRun, load_run, read_record, writable_folder
+from openmm_regflow.simulate.tempering import RECORD, TemperingRun, is_free, load_run, read_record, writable_folder
 from openmm_regflow.systems import MolecularSystem, Split, compare_fingerprints, fingerprint
 
 
-def target_frames(run: TemperingRun, max_frames: int | None = None) -> np.ndarray:
+def target_frames(run: TemperingRun, max_frames: int | None = None, *, centre: bool = True) -> np.ndarray:
     """Frames at the lowest temperature, centred, without repeats of an unmoved frame, evenly thinned.
 
     Centring (mean position to the origin) keeps float32 precise however far the molecule has diffused.
@@ -25,6 +25,7 @@ def target_frames(run: TemperingRun, max_frames: int | None = None) -> np.ndarra
     Args:
         run: the run, after its burn-in.
         max_frames: keep at most this many.
+        centre: False for a molecule in an external field, see :func:`is_free`.
 
     Returns:
         Positions [nm], float32 `(n_frames, n_atoms, 3)`, in time.
@@ -33,7 +34,7 @@ def target_frames(run: TemperingRun, max_frames: int | None = None) -> np.ndarra
     moved = np.concatenate([[True], np.any(frames[1:] != frames[:-1], axis=(1, 2))])
     frames = frames[moved]
     frames = thin(frames, max_frames)
-    return (frames - frames.mean(axis=1, keepdims=True)).astype(np.float32)
+    return (frames - frames.mean(axis=1, keepdims=True) if centre else frames).astype(np.float32)
 
 
 def thin(frames: np.ndarray, max_frames: int | None) -> np.ndarray:
@@ -181,7 +182,8 @@ def checked_frames(
     Returns:
         Positions [nm], float32 `(n_frames, n_atoms, 3)`, and counts for the record.
     """
-    frames = np.concatenate([target_frames(run) for run in runs])
+    free = is_free(molecule.system, molecule.positions)
+    frames = np.concatenate([target_frames(run, centre=free) for run in runs])
     wrong = metrics.wrong_chirality(frames, molecule.chiral_centres)
     frames = thin(frames[~wrong], max_frames)
     omega = metrics.dihedrals(frames, molecule.torsions("omega"))

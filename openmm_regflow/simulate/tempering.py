@@ -418,6 +418,21 @@ class TemperingRun:
         )
 
 
+def is_free(system: openmm.System, positions: np.ndarray) -> bool:
+    """Whether no energy decides where the molecule is, so that its centre may be put anywhere.
+
+    Args:
+        system: of the molecule, or of a bias.
+        positions: `(n_atoms, 3)` [nm].
+    """
+    context = openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatform("Reference"))
+    energies = []
+    for step in (0.0, 0.1, 30.0):  # far, too: a flat-bottomed restraint does nothing near its centre
+        context.setPositions(np.asarray(positions) + step * np.array([1.0, -0.7, 1.3]))
+        energies.append(context.getState(energy=True).getPotentialEnergy()._value)
+    return bool(np.ptp(energies) <= 1e-6 * (1.0 + abs(energies[0])))
+
+
 def load_run(output: str | Path) -> TemperingRun:
     """Reads a run, finished or not, from its output folder.
 
