@@ -153,7 +153,6 @@ def evaluate(
     centres: Any = (),
     frame_log_density: Any | None = None,
     n_torsion_points: int = metrics.MAX_POINTS,
-    n_energy_points: int = metrics.MAX_POINTS,
     n_resamples: int = 200,
     generator: Seed = None,
 ) -> Evaluation:
@@ -171,7 +170,6 @@ def evaluate(
         frame_log_density: see :func:`log_weights`.
         n_torsion_points: points on either side of T-W2 (memory grows with its square; see
             :func:`openmm_regflow.metrics.torus_wasserstein`).
-        n_energy_points: points on either side of E-W1 and E-W2.
         n_resamples: bootstrap replicas of the ESS.
         generator: NumPy generator or seed of bootstrap and thinning.
 
@@ -188,7 +186,7 @@ def evaluate(
     reweighting.check_log_weights(log_w_n)
     figures = {
         **_weight_figures(log_w_n, n_resamples, rng),
-        **_energy_figures(u_n, u_ref, log_w_n, n_energy_points, rng),
+        **_energy_figures(u_n, u_ref, log_w_n),
         **_torsion_figures(x, x_ref, log_w_n, phi, psi, n_torsion_points, rng),
         **_chirality_figures(x, log_w_n, centres),
         **_basin_figures(x, x_ref, log_w_n, phi),
@@ -267,18 +265,14 @@ def _or_none(figure: Callable[[], Any]) -> Any:
         return None
 
 
-def _energy_figures(
-    u_n: np.ndarray, u_ref: np.ndarray, log_w_n: np.ndarray, n_max: int, rng: np.random.Generator
-) -> dict[str, float]:
+def _energy_figures(u_n: np.ndarray, u_ref: np.ndarray, log_w_n: np.ndarray) -> dict[str, float]:
     # One atom on another makes any distance infinite: such samples are counted, and the rest is measured.
     finite = np.isfinite(u_n)
     if not finite.any():
         return dict.fromkeys(("e_w1", "e_w1_reweighted", "e_w2", "e_w2_reweighted"), math.inf)
     u_n, log_w_n = u_n[finite], log_w_n[finite]
     return {
-        f"e_w{order}{suffix}": metrics.energy_wasserstein(
-            u_n, u_ref, order=order, log_weights=weights, n_max=n_max, generator=rng
-        )
+        f"e_w{order}{suffix}": metrics.energy_wasserstein(u_n, u_ref, order=order, log_weights=weights)
         for order in (1, 2)
         for suffix, weights in (("", None), ("_reweighted", log_w_n))
     }

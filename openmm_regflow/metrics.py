@@ -5,8 +5,8 @@ Everything is a function of arrays and knows nothing of flows or force fields. A
 pi], positions in nm, energies reduced (kT). Weighted versions take log-weights as in
 :mod:`openmm_regflow.reweighting`; without them the samples count equally.
 
-The two Wasserstein figures follow the definitions in use for Boltzmann generators: between at most 10,000
-samples of either side, E-W in kT, T-W2 in radians. Neither is zero for two finite samples of one
+The two Wasserstein figures follow the definitions in use for Boltzmann generators: E-W in kT, between all samples;
+T-W2 in radians, between at most 10,000 of either side. Neither is zero for two finite samples of one
 distribution: quote the figure of a second reference sample beside them.
 """
 
@@ -26,10 +26,11 @@ from openmm_regflow.reweighting import (
     check_log_weights,
     normalised_weights,
     population_delta_f,
+    resample,
     to_numpy,
 )
 
-#: Samples on either side of a Wasserstein distance unless the caller says otherwise.
+#: Samples on either side of T-W2 unless the caller says otherwise.
 MAX_POINTS = 10_000
 #: phi < 0 and phi > 0, the two basins of a peptide's phi [rad].
 PHI_NEGATIVE, PHI_POSITIVE = (-math.pi, 0.0), (0.0, math.pi)
@@ -144,15 +145,24 @@ def _weights(log_weights: Any | None, n: int) -> np.ndarray:
     return w_n
 
 
-def _subsample(values: np.ndarray, w_n: np.ndarray, n_max: int, rng: np.random.Generator) -> tuple:
-    """At most ``n_max`` of the samples, drawn without replacement, with weights that sum to one again."""
-    if len(values) > n_max:
-        index = rng.choice(len(values), n_max, replace=False)
-        values, w_n = values[index], w_n[index]
+def _with_weight(values: np.ndarray, w_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The samples that have weight, and their weights."""
     used = w_n > 0
-    if not used.any():
-        raise InsufficientDataError(f"none of {n_max} points drawn has weight; raise n_max")
     return values[used], w_n[used] / w_n[used].sum()
+
+
+def _thinned(
+    values: np.ndarray, log_weights: Any | None, n_max: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """The samples that have weight, and their weights; if there are more than ``n_max`` samples, as many drawn anew.
+
+    By their weights: a draw regardless of them loses half of those that hold all of it.
+    """
+    w_n = _weights(log_weights, len(values))
+    if len(values) <= n_max:
+        return _with_weight(values, w_n)
+    index = rng.choice(len(values), n_max, replace=False) if log_weights is None else resample(log_weights, n_max, rng)
+    return values[index], np.full(n_max, 1.0 / n_max)
 
 
 def wasserstein_1d(
@@ -186,18 +196,14 @@ def energy_wasserstein(
     *,
     order: float = 1.0,
     log_weights: Any | None = None,
-    n_max: int = MAX_POINTS,
-    generator: Seed = None,
 ) -> float:
-    """Wasserstein distance between energies: E-W1 (``order=1``) or E-W2 (``order=2``) [kT].
+    """Wasserstein distance between energies: E-W1 (``order=1``) or E-W2 (``order=2``) [kT], of all samples.
 
     Args:
         u: `(n,)` reduced energies of the samples [kT].
         u_reference: `(m,)` reduced energies of the reference [kT].
         order: 1 or 2.
         log_weights: `(n,)` log-weights of the samples, or None.
-        n_max: points on either side; larger samples are thinned at random.
-        generator: NumPy generator or seed of the thinning.
 
     Returns:
         The distance; inf if a sample of positive weight has infinite energy.
@@ -206,15 +212,13 @@ def energy_wasserstein(
         InputError: NaN energies, or an infinite reference energy.
         InsufficientDataError: an empty side.
     """
-    rng = as_generator(generator)
     u_n, u_m = (to_numpy(a).astype(np.float64).ravel() for a in (u, u_reference))
     if np.isnan(u_n).any() or not np.isfinite(u_m).all():
         raise InputError("energies hold NaN, or the reference holds infinity; leave such frames out first")
-    u_n, w_n = _subsample(u_n, _weights(log_weights, u_n.size), n_max, rng)
-    u_m, w_m = _subsample(u_m, _weights(None, u_m.size), n_max, rng)
+    u_n, w_n = _with_weight(u_n, _weights(log_weights, u_n.size))
     if not np.isfinite(u_n).all():
         return math.inf
-    return wasserstein_1d(u_n, u_m, w_n, w_m, order)
+    return wasserstein_1d(u_n, u_m, w_n, _weights(None, u_m.size), order)
 
 
 def torus_cost(angles: np.ndarray, angles_reference: np.ndarray) -> np.ndarray:
@@ -245,7 +249,7 @@ def torus_wasserstein(
         angles: `(n, k)` [rad].
         angles_reference: `(m, k)` [rad].
         log_weights: `(n,)` of the samples, or None.
-        n_max: points on either side; larger samples are thinned at random.
+        n_max: points on either side; larger samples are thinned at random, in proportion to their weights.
         generator: NumPy generator or seed of the thinning.
 
     Raises:
@@ -260,8 +264,8 @@ def torus_wasserstein(
         raise InputError(f"angles {a_nk.shape} and reference {b_mk.shape} must be (n, k) and (m, k)")
     if not (np.isfinite(a_nk).all() and np.isfinite(b_mk).all()):
         raise InputError("angles hold NaN or infinity; leave such frames out first")
-    a_nk, w_n = _subsample(a_nk, _weights(log_weights, len(a_nk)), n_max, rng)
-    b_mk, w_m = _subsample(b_mk, _weights(None, len(b_mk)), n_max, rng)
+    a_nk, w_n = _thinned(a_nk, log_weights, n_max, rng)
+    b_mk, w_m = _thinned(b_mk, None, n_max, rng)
     squared = ot.emd2(w_n, w_m, torus_cost(a_nk, b_mk), numItermax=1_000_000_000)
     return math.sqrt(max(0.0, float(squared)))
 

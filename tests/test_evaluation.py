@@ -103,6 +103,20 @@ def test_molecules_without_a_backbone_give_none():
     assert dict(result.rows())["verdict"] == result.verdict
 
 
+def test_weights_of_few_of_many_samples_give_every_figure():
+    """More samples than a distance of torsions takes, one of which holds all the weight."""
+    rng = np.random.default_rng(7)
+    x, reference = rng.normal(size=(20_000, 4, 3)), rng.normal(size=(100, 4, 3))
+    u = 1e5 * rng.gamma(5.0, 1.0, size=len(x))
+    result = evaluation.evaluate(
+        x, np.zeros(len(x)), u, reference, np.zeros(100), phi=[[0, 1, 2, 3]], n_resamples=5, n_torsion_points=50,
+        generator=0,
+    )  # fmt: skip
+    assert result.e_w1_reweighted == pytest.approx(u.min(), rel=1e-6)
+    assert result.e_w1 == pytest.approx(u.mean(), rel=1e-6)
+    assert math.isfinite(result.t_w2_reweighted)
+
+
 def test_delta_f_is_none_when_a_basin_is_empty():
     result = evaluate(0.001)
     assert result.delta_f_phi is None

@@ -160,11 +160,23 @@ def test_infinite_energies():
 
 
 def test_thinning_is_reproducible_and_bounded():
-    u = np.random.default_rng(2).normal(size=5000)
-    first, second = (metrics.energy_wasserstein(u, u + 1, n_max=200, generator=7) for _ in range(2))
+    angles = 0.3 * np.random.default_rng(2).normal(size=(2000, 1))
+    first, second = (metrics.torus_wasserstein(angles, angles + 1, n_max=200, generator=7) for _ in range(2))
     assert first == second
     # Two thinned samples of 200: the distance is off by a few standard errors of a mean.
-    assert abs(first - 1) < 5 * math.sqrt(2 / 200)
+    assert abs(first - 1) < 5 * 0.3 * math.sqrt(2 / 200)
+
+
+def test_samples_that_hold_the_weight_are_not_thinned_away():
+    rng = np.random.default_rng(8)
+    u, log_w = rng.normal(size=30_000), np.full(30_000, -1e4)
+    log_w[7], log_w[11] = 0.0, math.log(3.0)
+    assert metrics.energy_wasserstein(u + 100, [100.0], log_weights=log_w) == pytest.approx(
+        0.25 * abs(u[7]) + 0.75 * abs(u[11]), rel=1e-9
+    )
+    angles = 0.1 * u[:, None]
+    found = metrics.torus_wasserstein(angles, [[0.0]], log_weights=log_w, n_max=100, generator=0)
+    assert found == pytest.approx(0.1 * math.sqrt(0.25 * u[7] ** 2 + 0.75 * u[11] ** 2), rel=1e-9)
 
 
 def test_torsion_distance_of_a_rotated_sample_and_of_a_permuted_one():
