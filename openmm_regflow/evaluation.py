@@ -14,8 +14,9 @@ import numpy as np
 
 from openmm_regflow import metrics, reweighting
 from openmm_regflow.errors import InputError, InsufficientDataError
+from openmm_regflow.proposals import FlowProposal
 from openmm_regflow.reweighting import Estimate, Seed, as_generator, to_numpy
-from openmm_regflow.units import positions_nm, thermal_energy
+from openmm_regflow.units import positions_nm
 
 #: A free energy whose error is above this [kT] is no figure.
 LARGEST_ERROR = 1.0
@@ -358,9 +359,9 @@ class FlowSamples:
 
     Attributes:
         positions: `(n, n_atoms, 3)` [nm].
-        log_q: `(n,)`.
-        u: `(n,)` reduced energies [kT].
-        log_weights: `(n,)`.
+        log_q: `(n,)` in the measure of ``exp(-u)``, that is, without frame and with the metric of constraints.
+        u: `(n,)` reduced energies [kT]; +inf where not finite or absurd.
+        log_weights: `(n,)` ``-u - log_q``.
     """
 
     positions: np.ndarray
@@ -372,19 +373,18 @@ class FlowSamples:
 def draw(
     flow: Any, potential: Callable[[Any], Any], temperature: Any, n: int, generator: Any | None = None
 ) -> FlowSamples:
-    """Sample a flow and weigh the samples.
+    """Sample a flow and weigh the samples, as :class:`openmm_regflow.proposals.FlowProposal` does.
 
     Args:
-        flow: with ``sample`` and ``frame_log_density``.
+        flow: a flow that a proposal takes; one of another System or temperature is accepted.
         potential: `(n, n_atoms, 3)` [nm] -> `(n,)` [kJ/mol].
         temperature: [K or Quantity].
         n: number of samples.
         generator: torch generator of the samples.
     """
-    x, log_q = flow.sample(n, generator=generator)
-    u = to_numpy(potential(x)).astype(np.float64) / thermal_energy(temperature)
-    weights = log_weights(u, log_q, flow.frame_log_density(x))
-    return FlowSamples(to_numpy(x).astype(np.float64), to_numpy(log_q).astype(np.float64), u, weights)
+    batch = FlowProposal(flow, potential, temperature, allow_mismatch=True).sample(n, generator)
+    x, log_q, u = (to_numpy(part).astype(np.float64) for part in batch)
+    return FlowSamples(x, log_q, u, log_weights(u, log_q))
 
 
 def evaluate_flow(
@@ -400,7 +400,7 @@ def evaluate_flow(
     """Draw ``n`` samples from a flow and evaluate them; other arguments as in :func:`evaluate`.
 
     Args:
-        flow: with ``sample`` and ``frame_log_density``.
+        flow: a flow that a proposal takes; one of another System or temperature is accepted.
         potential: `(n, n_atoms, 3)` [nm] -> `(n,)` [kJ/mol].
         temperature: [K or Quantity].
         reference_positions: `(m, n_atoms, 3)` [nm] held-out equilibrium samples.
@@ -408,11 +408,7 @@ def evaluate_flow(
         sample_generator: torch generator of the samples.
         **keywords: passed to :func:`evaluate`.
     """
-    import torch
-
     samples = draw(flow, potential, temperature, n, sample_generator)
-    x_ref = torch.as_tensor(positions_nm(to_numpy_if_tensor(reference_positions)))
-    u_ref = to_numpy(potential(x_ref)).astype(np.float64) / thermal_energy(temperature)
-    frame = samples.log_weights + samples.u + samples.log_q
-    frame = np.where(np.isfinite(frame), frame, 0.0)
-    return evaluate(samples.positions, samples.log_q, samples.u, x_ref, u_ref, frame_log_density=frame, **keywords)
+    x_ref = positions_nm(to_numpy_if_tensor(reference_positions))
+    u_ref = FlowProposal(flow, potential, temperature, allow_mismatch=True).reduced_potential(x_ref)
+    return evaluate(samples.positions, samples.log_q, samples.u, x_ref, u_ref, **keywords)

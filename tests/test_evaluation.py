@@ -6,9 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from test_constraints import RODS, rod_flow
 
-from openmm_regflow import evaluation, metrics
+from openmm_regflow import evaluation, metrics, reweighting
+from openmm_regflow.constraints import Constraints
 from openmm_regflow.errors import InputError, InsufficientDataError
+from openmm_regflow.potentials import TorchPotential
 from openmm_regflow.units import thermal_energy
 
 TEMPERATURE = 300.0
@@ -23,6 +26,8 @@ WIDTH = 0.1
 
 class GaussianFlow:
     """Independent normals about fixed places: a Cartesian flow with an exact density."""
+
+    n_atoms, rotation_invariant = len(FRAME), False
 
     def __init__(self, width):
         self.width = width
@@ -129,6 +134,32 @@ def test_frame_density_enters_the_weights_with_a_plus():
         evaluation.log_weights(np.zeros(2), np.array([0.0, np.nan]))
     with pytest.raises(InputError, match="length"):
         evaluation.log_weights(np.zeros(2), np.zeros(3))
+
+
+def test_weights_of_a_flow_with_fixed_bonds_hold_the_metric():
+    """Against the weights written out; the metric term spreads by as much as any other error would."""
+    flow, rods = rod_flow(), TorchPotential(RODS.system)
+    drawn = evaluation.draw(flow, rods, TEMPERATURE, 400, generator(5))
+    there = np.isfinite(drawn.positions).all((1, 2))
+    x = torch.as_tensor(drawn.positions[there])
+    metric = Constraints.of(RODS.system).log_metric(x)
+    exact = metric - rods(x) / KT - flow.log_prob(x)
+    assert metric.std() > 0.05
+    np.testing.assert_allclose(drawn.log_weights[there], exact.detach(), atol=1e-6)
+    result = evaluation.evaluate_flow(
+        flow, rods, TEMPERATURE, RODS.sample(300, generator(6)), n=400, sample_generator=generator(5)
+    )
+    assert result.ess == pytest.approx(reweighting.effective_sample_size(drawn.log_weights))
+
+
+def test_absurd_energies_are_not_finite_here_either():
+    """As in every other way of weighing samples: a weight of exp(-1e6) is none."""
+
+    def clashing(x):
+        return torch.where(x[:, 0, 0] > 0, 1e9, potential(x))
+
+    drawn = evaluation.draw(GaussianFlow(WIDTH), clashing, TEMPERATURE, 100, generator(1))
+    np.testing.assert_array_equal(np.isinf(drawn.u), drawn.positions[:, 0, 0] > 0)
 
 
 def test_no_finite_energy_is_insufficient():

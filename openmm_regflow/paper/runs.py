@@ -42,7 +42,7 @@ class Trained:
     """What a run trained, and its cost.
 
     Attributes:
-        sampler: with ``sample`` and ``frame_log_density``.
+        sampler: a flow, as far as a proposal needs one.
         seconds: time by part, see `clock_of` [s].
         n_pairs: pairs that the student saw.
         teacher: of the student, if it had one.
@@ -60,7 +60,7 @@ def clock_of(device: torch.device) -> Callable[[], float]:
 
 
 class TeacherSampler:
-    """A CNF behind the two calls of a flow that the evaluation needs.
+    """A CNF behind the calls of a flow that draws and weights need.
 
     Args:
         teacher: trained vector field.
@@ -70,6 +70,8 @@ class TeacherSampler:
 
     def __init__(self, teacher: VectorField, coordinates: CoordinateMap, n_steps: int) -> None:
         self.teacher, self.coordinates, self.n_steps = teacher, coordinates, n_steps
+        self.n_atoms, self.rotation_invariant = coordinates.n_atoms, coordinates.rotation_invariant
+        self.device = coordinates.circular.device
 
     def sample(self, n: int, generator: torch.Generator | None = None, log_q: bool = True) -> tuple[Tensor, Tensor]:
         """Positions `(n, n_atoms, 3)` [nm] and exact log-density `(n,)`; zeros for that unless `log_q`."""
@@ -258,7 +260,6 @@ def _evaluate(
     config: PaperConfig,
 ) -> dict[str, Any]:
     u_reference = potential(torch.as_tensor(reference)).cpu().numpy() / thermal_energy(molecule.temperature)
-    frame = drawn.log_weights + drawn.u + drawn.log_q
     figures = evaluation.evaluate(
         drawn.positions,
         drawn.log_q,
@@ -268,7 +269,6 @@ def _evaluate(
         phi=molecule.torsions("phi"),
         psi=molecule.torsions("psi"),
         centres=molecule.chiral_centres,
-        frame_log_density=np.where(np.isfinite(frame), frame, 0.0),
         n_torsion_points=config.torsion_points,
         generator=0,
     ).to_dict()
