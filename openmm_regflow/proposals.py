@@ -552,8 +552,8 @@ class SubsetProposal(FlowProposal):
         return positions, log_q
 
     def with_energies(self, batch: ProposalBatch) -> ProposalBatch:
-        """Zeros: the energy is known only beside a current configuration."""
-        return batch._replace(u=torch.zeros_like(batch.log_q))
+        """NaN, as drawn: the energy is known only beside a current configuration, see :meth:`in_place`."""
+        return batch._replace(u=torch.full_like(batch.log_q, torch.nan))
 
     def _log_q(self, positions: Tensor) -> Tensor:
         x = positions[:, self._subset].double()

@@ -19,7 +19,7 @@ from openmm_regflow.moves import FlowMove
 from openmm_regflow.potentials import OpenMMPotential, TorchPotential
 from openmm_regflow.proposals import SubsetProposal, local_frame
 from openmm_regflow.refusals import check_subset_supported
-from openmm_regflow.sampling import FlowSimulation, FlowStep
+from openmm_regflow.sampling import FlowSimulation, FlowStep, run_chain
 from openmm_regflow.systems import fingerprint
 
 MOLECULE = SolvatedChain()
@@ -97,6 +97,15 @@ def test_frame_and_surroundings_stay():
         frames = [local_frame(torch.as_tensor(y[list(MOLECULE.subset)][[1, 2, 3]])[None]) for y in (x, new)]
         torch.testing.assert_close(frames[0][0], frames[1][0])
         torch.testing.assert_close(frames[0][1], frames[1][1])
+
+
+def test_draws_of_a_subset_have_no_energy_and_no_weights():
+    """Zeros would have been taken for energies."""
+    proposal = make_proposal()
+    batch = proposal.sample(20, generator())
+    assert batch.u.isnan().all() and batch.log_weights.isnan().all() and batch.log_q.isfinite().all()
+    with pytest.raises(InputError, match="whole molecules"):
+        run_chain(proposal, MOLECULE.sample(4, generator()), 5, generator=generator())
 
 
 def test_the_density_does_not_depend_on_frame_or_surroundings():

@@ -70,9 +70,17 @@ def run_chain(
 
     Returns:
         The chains after every ``thin`` steps.
+
+    Raises:
+        InputError: numbers below one, ``thin`` above ``n_steps``, or a proposal for a subset of atoms.
     """
     if n_proposals < 1 or n_steps < 1 or thin < 1:
         raise InputError(f"n_proposals={n_proposals}, n_steps={n_steps}, thin={thin}; each must be at least 1")
+    if proposal.atom_subset is not None:
+        raise InputError(
+            "run_chain covers whole molecules; the moves of a subset depend on its surroundings: use FlowStep, "
+            "FlowMove or FlowSimulation"
+        )
     pool = ProposalPool(proposal, pool_size, generator)
     state = proposal.evaluate(proposal.redraw_frame(proposal.as_tensor(positions).double(), generator))
     redraw = proposal.frame == "free" and not proposal.flow.rotation_invariant
