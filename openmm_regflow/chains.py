@@ -1,5 +1,6 @@
 """openmmtools chains run for a number of iterations or for a wall-clock time, with what one looks at afterwards."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -68,10 +69,14 @@ def run_chain(
         progress: called with (iterations or whole seconds done, in total, figures).
 
     Raises:
-        InputError: neither or both limits given.
+        InputError: neither or both limits given, or one that is not positive.
     """
     if (n_iterations is None) == (seconds is None):
         raise InputError("give either n_iterations or seconds")
+    if n_iterations is not None and n_iterations < 1:
+        raise InputError(f"n_iterations is {n_iterations}; at least 1 is needed")
+    if seconds is not None and not seconds > 0:
+        raise InputError(f"seconds is {seconds:g}; a chain needs a time above zero")
     from openmmtools import mcmc, states
 
     np.random.seed(seed % 2**32)
@@ -130,10 +135,10 @@ def _loop(
         totals.append(_accepted_by(flow_move))
         frames.append(sampler.sampler_state.positions.value_in_unit(unit.nanometers))
         stamps.append(time.monotonic() - began)
-        done, total = (len(frames), n_iterations) if n_iterations else (int(stamps[-1]), int(seconds or 0))
+        done, total = (int(stamps[-1]), int(seconds or 0)) if n_iterations is None else (len(frames), n_iterations)
         if progress:
             progress(min(done, total), total, {})
-        if len(frames) == n_iterations or (seconds is not None and stamps[-1] >= seconds):
+        if len(frames) >= (n_iterations or math.inf) or stamps[-1] >= (seconds or math.inf):
             return frames, stamps, totals
 
 

@@ -1,6 +1,7 @@
 """The command line as a user meets it: help, good runs, one line for every kind of bad input, Ctrl-C."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from safetensors.numpy import load_file
 from openmm_regflow import flows
 from openmm_regflow.chains import run_chain
 from openmm_regflow.cli import app, main
+from openmm_regflow.errors import InputError
 from openmm_regflow.flows import FlowMetadata
 from openmm_regflow.recipes import RunConfig, print_config, save_teacher
 from openmm_regflow.systems import load_system
@@ -312,6 +314,17 @@ def test_the_device_flag_of_every_command(name, request, capsys, tmp_path):
     code, err = outcome(request, capsys, name, tmp_path / "none", "--device", "cuda")
     assert code == 2 and err.startswith("error: no CUDA device") and err.count("\n") == 1
     assert not list((tmp_path / "none").iterdir())
+
+
+@pytest.mark.parametrize("limit", [{"n_iterations": 0}, {"n_iterations": -3}, {"seconds": 0.0}, {"seconds": math.nan}])
+def test_chains_without_an_end_are_refused(limit):
+    """Zero iterations were never reached."""
+    with pytest.raises(InputError, match=next(iter(limit))):
+        run_chain(load_system("alanine-dipeptide"), n_md_steps=1, progress=stop_soon, **limit)
+
+
+def stop_soon(done, total, figures):
+    raise RuntimeError("the chain has begun")
 
 
 def test_a_chain_follows_from_its_seed():
