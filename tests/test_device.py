@@ -25,6 +25,7 @@ from openmm_regflow.device.choice import failure_of
 from openmm_regflow.device.native import Layout, Native, Unavailable, pack, unpack
 from openmm_regflow.errors import InputError
 from openmm_regflow.systems import load_system
+from openmm_regflow.tfep.ensembles import potential_of
 
 PLATFORMS = [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())]
 CHOICES = {"CUDA": ("single", "mixed", "double"), "OpenCL": ("single", "mixed", "double")}
@@ -165,6 +166,10 @@ def test_no_gpu_is_used_where_the_cpu_was_asked_for():
     systems = {name: load_system(name).system for name in ("alanine-dipeptide", "alanine-tripeptide")}
     assert shell.use_platform("cpu") is None
     chosen = [shell.cpu_platform(system) for system in systems.values()]
+    without_torch_form = openmm.XmlSerializer.clone(systems["alanine-dipeptide"])
+    without_torch_form.addForce(openmm.RMSDForce(load_system("alanine-dipeptide").positions, [0, 1, 2]))
+    by_openmm = potential_of(without_torch_form, "cpu")
+    assert by_openmm.options["platform"] == ("CPU" if set(PLATFORMS) & {"CUDA", "HIP", "OpenCL"} else None)
     if set(PLATFORMS) & {"CUDA", "HIP", "OpenCL"}:
         assert chosen == ["Reference", "CPU"]
     else:

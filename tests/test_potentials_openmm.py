@@ -225,3 +225,25 @@ def test_gradient_is_minus_the_force(expected):
     x = torch.tensor(positions(), requires_grad=True)
     OpenMMPotential(chain(), "Reference")(x).sum().backward()
     torch.testing.assert_close(x.grad, -expected[1])
+
+
+def test_contexts_are_let_go():
+    """One for each System and thread would stay for the life of the process."""
+
+    def own():
+        return [place for place in module._CONTEXTS if place[0] == os.getpid()]
+
+    x = positions(1)
+    for k in range(module._MAX_CONTEXTS + 5):
+        OpenMMPotential(chain(k=1000.0 + k), "Reference")(x)
+    assert len(own()) == module._MAX_CONTEXTS
+    last = OpenMMPotential(chain(k=1000.0 + k), "Reference")
+    with ThreadPoolExecutor(2) as threads, OpenMMPotential(chain(k=1000.0 + k), "Reference", threads) as potential:
+        expected = potential(positions())
+    assert len(own()) < module._MAX_CONTEXTS and not any(key.startswith(last._digest) for _, _, key in own())
+    torch.testing.assert_close(last(positions()), expected)
+    used = own()[-1]
+    for k in range(module._MAX_CONTEXTS - 1):
+        last(x)
+        OpenMMPotential(chain(k=3000.0 + k), "Reference")(x)
+    assert used in own()  # the one in use stays

@@ -29,8 +29,10 @@ from openmm_regflow.potentials.base import check_positions
 _PROBE_SECONDS = 0.05
 _CHUNKS_PER_WORKER = 4
 
-#: Contexts by process, thread and `_Engine.key`. A Context holds one configuration at a time, so threads cannot share
-#: one; and one that came along with a fork has lost its own threads.
+#: Contexts that a process keeps; with more Systems times threads, the one that was used longest ago goes.
+_MAX_CONTEXTS = 32
+#: Contexts by process, thread and `_Engine.key`, the last used last. A Context holds one configuration at a time, so
+#: threads cannot share one; and one that came along with a fork has lost its own threads, for which its end would wait.
 _CONTEXTS: dict[tuple[int, int, str], openmm.Context] = {}
 #: Fastest platform and its properties in this process, by the digest of the System.
 _FASTEST: dict[str, tuple[str, dict[str, str]]] = {}
@@ -52,15 +54,24 @@ class _Engine:
     def context(self) -> openmm.Context:
         """The Context of this thread of this process, built on first use."""
         place = os.getpid(), threading.get_ident(), self.key
-        if place not in _CONTEXTS:
+        context = _CONTEXTS.pop(place, None)
+        if context is None:
             system = openmm.XmlSerializer.deserialize(zlib.decompress(self.system).decode())
-            _CONTEXTS[place] = openmm.Context(
+            context = openmm.Context(
                 system,
                 openmm.VerletIntegrator(0.001),
                 openmm.Platform.getPlatformByName(self.platform),
                 self.properties,
             )
-        return _CONTEXTS[place]
+        _CONTEXTS[place] = context
+        for old in _own_places()[:-_MAX_CONTEXTS]:
+            _CONTEXTS.pop(old, None)
+        return context
+
+
+def _own_places() -> list[tuple[int, int, str]]:
+    """Keys of this process's Contexts, the longest unused first."""
+    return [place for place in list(_CONTEXTS) if place[0] == os.getpid()]
 
 
 def _evaluate(
@@ -316,7 +327,13 @@ class OpenMMPotential:
             return None
 
     def close(self) -> None:
-        """Stop the worker processes started here; an executor passed in is left to its owner."""
+        """Stop the worker processes started here, and let go of this process's Contexts of the System.
+
+        An executor passed in is left to its owner. A later evaluation starts anew.
+        """
+        for place in _own_places():
+            if place[2].startswith(self._digest):
+                _CONTEXTS.pop(place, None)
         if self._processes and self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
             self._executor = None

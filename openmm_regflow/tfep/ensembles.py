@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from openmm_regflow.constraints import Constraints
+from openmm_regflow.device.choice import GPU_PLATFORMS
 from openmm_regflow.errors import InputError, UnsupportedForceError
-from openmm_regflow.potentials import OpenMMPotential, Potential, TorchPotential
+from openmm_regflow.potentials import OpenMMPotential, Potential, TorchPotential, platform_names
 from openmm_regflow.tfep.pipeline import Basin, State
 from openmm_regflow.units import thermal_energy
 
@@ -19,11 +20,15 @@ ON_SURFACE = 1e-3
 
 
 def potential_of(system: openmm.System, device: torch.device | str = "cpu") -> Potential:
-    """The batched torch potential on a device, or OpenMM's own where a force has no torch form."""
+    """The batched torch potential on a device, or OpenMM's own where a force has no torch form.
+
+    On the CPU no GPU platform of OpenMM is tried either.
+    """
     try:
         return TorchPotential(system, device=device)
     except UnsupportedForceError:
-        return OpenMMPotential(system)
+        with_gpu = set(platform_names()) & set(GPU_PLATFORMS)
+        return OpenMMPotential(system, "CPU" if with_gpu and torch.device(device).type == "cpu" else None)
 
 
 class ConstrainedEnergy:
