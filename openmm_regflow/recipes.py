@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from openmm_regflow.errors import IncompatibleFlowError, InputError
 from openmm_regflow.files import digest, read_json, read_safetensors, write_json, write_safetensors
 from openmm_regflow.flows import Flow, FlowMetadata
 from openmm_regflow.frames import FramesConfig, Indicator, Mover, lifted, more_frames, rare_frames
-from openmm_regflow.objectives import FlowMatchingLoss, LikelihoodLoss, RegFlowLoss
+from openmm_regflow.objectives import FlowMatchingLoss, LikelihoodLoss, RegFlowLoss, SplitLoss
 from openmm_regflow.refinement import RefineConfig, Round, refine
 from openmm_regflow.targets import (
     Pairs,
@@ -573,16 +574,20 @@ def _judgement(loss: Any, y: Tensor, seed: int, batch_size: int, n: int = 10_000
     return judge
 
 
+def _held_out_loss(loss: SplitLoss, module: nn.Module, held: Batch, size: int = 2048) -> float:
+    """A loss on everything held out, nothing drawn: the mean over parts, whose intermediate results fit into memory."""
+    parts = zip(*(t.split(size) for t in held))
+    return sum(len(part[0]) * float(loss.of(module, part)[0]) for part in parts) / len(held[0])
+
+
 def _regression(
     flow: Flow, batches: Any, held: Batch | None, config: RegressionConfig, work: _Workspace, result: FitResult
 ) -> None:
     loss = RegFlowLoss(flow.prior.circular, **config.model_dump(exclude={"train", "held_out"}))
     clean = dataclasses.replace(loss, target_noise=0.0)
 
-    def validate(bijection: nn.Module) -> float:
-        return float(clean.of(bijection, held)[0])  # type: ignore[arg-type]
-
-    work.run("regression", flow.bijection, loss, batches, config.train, result, validate if held else None)
+    validate = partial(_held_out_loss, clean, held=held) if held else None
+    work.run("regression", flow.bijection, loss, batches, config.train, result, validate)
     result.note_phase("regression")
 
 
@@ -590,11 +595,7 @@ def _likelihood(
     flow: Flow, x: Tensor, held_out: Tensor, config: LikelihoodConfig, work: _Workspace, result: FitResult
 ) -> None:
     y = features(flow.coordinates, held_out, torch.Generator().manual_seed(config.train.seed))
-    clean = LikelihoodLoss(flow.prior)
-
-    def validate(bijection: nn.Module) -> float:
-        return float(clean(bijection, (y,), torch.Generator())[0])
-
+    validate = partial(_held_out_loss, LikelihoodLoss(flow.prior), held=(y,))
     loss = LikelihoodLoss(flow.prior, config.noise)
     batches = data_batches(flow.coordinates, x, config.train)
     work.run("likelihood", flow.bijection, loss, batches, config.train, result, validate)

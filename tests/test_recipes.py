@@ -8,6 +8,7 @@ import torch
 from openmm_regflow import flows, products, recipes
 from openmm_regflow.errors import CorruptFileError, IncompatibleFlowError, InputError
 from openmm_regflow.flows import FlowMetadata
+from openmm_regflow.objectives import LikelihoodLoss
 from openmm_regflow.potentials import TorchPotential
 from openmm_regflow.recipes import RunConfig
 from openmm_regflow.systems import load_system
@@ -81,6 +82,32 @@ def test_regression_is_judged_by_pairs_that_it_does_not_see(data):
         recipes.fit(*data, config(regression={"train": train}))
     with pytest.raises(InputError, match=r"63 samples .* regression"):
         recipes.fit(*data, config(regression={"held_out": 0.25}, pairs={"n": 84}, likelihood={"train": train}))
+
+
+def test_validation_in_parts(data):
+    """What is held out passes through the flow in parts, and its loss is that of all of it together."""
+    topology, x, _ = data
+    held_out = x.repeat(13, 1, 1) + 0.003 * torch.randn(5200, 22, 3, generator=torch.Generator().manual_seed(1))
+    train = {"steps": 2, "batch_size": 64, "validate_every": 1}
+    changes = {"pairs": {"n": 6000, "n_steps": 1}, "regression": {"held_out": 0.5, "train": train}}
+    stages, rows = [], {}
+
+    def count(module, inputs):
+        rows[stages[-1]] = max([rows.get(stages[-1], 0), *inputs[0].shape[:1]])
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(count)
+    try:
+        result = recipes.fit(
+            topology, x, held_out, config(**changes, likelihood={"train": train}),
+            stage=lambda name, total: (stages.append(name), lambda *_: None)[1],
+        )  # fmt: skip
+    finally:
+        hook.remove()
+    assert 1000 <= rows["regression"] <= 2048 and 1000 <= rows["likelihood"] <= 2048
+    y = recipes.features(result.flow.coordinates, held_out, torch.Generator())
+    whole = LikelihoodLoss(result.flow.prior).of(result.flow.bijection, (y,))[0]
+    # The weights that validated best; a mean of 5200 float32 terms.
+    assert min(result.histories["likelihood"].validation) == pytest.approx(whole.item(), rel=1e-5)
 
 
 def test_equivariant_teacher_with_a_harmonic_prior(data, tmp_path):
