@@ -408,6 +408,25 @@ def test_unknown_option_is_a_usage_error(capsys):
     assert code == 2 and "--stepz" in err
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["mcmc", "flow_file", "--iterations", 10**6], "begins anew"),
+        (["pairs", "teacher_file", "-n", 10**8], "continues where it stopped"),
+    ],
+)
+def test_an_interrupted_command_says_what_a_second_run_does(command, words, request, capsys, tmp_path):
+    arguments = [request.getfixturevalue(a) if str(a).endswith("_file") else a for a in command]
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)  # raises KeyboardInterrupt, as Ctrl-C does
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 5.0)
+        code, _, err = run(capsys, *arguments, "-o", tmp_path / "x")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+    assert code == 130 and f"interrupted; the same command {words}" in err
+
+
 def test_ctrl_c_in_training_and_a_second_run_that_continues(capsys, tmp_path):
     config = tmp_path / "run.toml"
     config.write_text(print_config(small_config(steps=400)))

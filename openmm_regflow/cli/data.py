@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from openmm_regflow.cli.shell import Device, Output, Seed, bars, command, show_table, use_platform
+from openmm_regflow.cli.shell import Device, Output, Seed, bars, command, resumable, show_table, use_platform
 from openmm_regflow.errors import InputError
 
 
@@ -28,6 +28,7 @@ def systems() -> None:
 
 
 @command
+@resumable()
 def simulate(
     system: Annotated[str, typer.Argument(help="Name of a system or path of a system folder.")],
     output: Output = Path("runs/simulate"),
@@ -107,6 +108,7 @@ def _delta_f(runs: Any, phi: Any) -> str:
 
 
 @command
+@resumable()
 def pairs(
     teacher: Annotated[Path, typer.Argument(help="A teacher file (.safetensors) written by train.")],
     output: Output = Path("runs/pairs"),

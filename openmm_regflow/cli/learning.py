@@ -17,10 +17,12 @@ from openmm_regflow.cli.shell import (
     finish_output,
     open_proposal,
     prepare_output,
+    resumable,
 )
 
 
 @command
+@resumable()
 def train(
     system: Annotated[str, typer.Argument(help="Name of a system or path of a system folder.")] = "alanine-dipeptide",
     output: Output = Path("runs/train"),
@@ -115,6 +117,7 @@ def _train(
 
 
 @command
+@resumable()
 def refine(
     flow: FlowFile,
     output: Output = Path("runs/refine"),

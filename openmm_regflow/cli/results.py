@@ -18,6 +18,7 @@ from openmm_regflow.cli.shell import (
     finish_output,
     open_proposal,
     prepare_output,
+    resumable,
     show_table,
     use_platform,
 )
@@ -225,7 +226,8 @@ def tfep(
         config = load_states(source)
         config = config if seed is None else config.model_copy(update={"seed": seed})
         prepare_output(output, "tfep", config.model_dump(mode="json"), overwrite)
-        result = run_states(config, source.parent, output, device=where)
+        with resumable(any(state.simulate is not None for state in (config.a, config.b))):
+            result = run_states(config, source.parent, output, device=where)
     else:
         import torch
 

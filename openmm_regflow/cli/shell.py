@@ -44,8 +44,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             fail(f"error: {' '.join(str(error).split())}", 2)
         except OSError as error:
             fail(f"error: {error}; check the path, its permissions and the free space", 2)
-        except KeyboardInterrupt:
-            fail("interrupted; the same command continues where it stopped", 130)
+        except KeyboardInterrupt as interrupt:
+            fail(f"interrupted; the same command {str(interrupt) or 'begins anew'}", 130)
         except Exception as error:  # torch and OpenMM name the troubles of a GPU by text alone
             from pydantic import ValidationError
 
@@ -63,6 +63,15 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             guarded(*arguments, **options | {"device": "cpu"})
 
     return app.command()(guarded)
+
+
+@contextmanager
+def resumable(kept: bool = True) -> Iterator[None]:
+    """A command, or a part of one, that goes on from what it has ``kept`` in its folder: says so when interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt("continues where it stopped" if kept else "begins anew") from interrupt
 
 
 def fail(line: str, code: int) -> None:

@@ -16,6 +16,7 @@ from openmm_regflow.cli.shell import (
     fail,
     finish_output,
     prepare_output,
+    resumable,
     show_table,
 )
 from openmm_regflow.errors import InputError
@@ -74,6 +75,7 @@ def benchmark(
         write_json(output, dict(rows))
 
 
+@resumable()
 def _paper(output: Path, given: dict[str, Any], settings: list[str], device: str) -> None:
     from openmm_regflow.device import resolve_device
     from openmm_regflow.paper import load_config, run_table
@@ -143,7 +145,7 @@ def demo(
     resolve_device(device)
     prepare_output(output, "demo", {"pretrained": pretrained, "seed": seed}, overwrite)
     began = time.monotonic()
-    with bars() as bar:
+    with resumable(not pretrained), bars() as bar:
         monitor = Monitor(say=lambda text: print(text, flush=True), bar=bar)
         result = run_demo(output, pretrained=pretrained, seed=seed, device=device, monitor=monitor)
     finish_output(output)
