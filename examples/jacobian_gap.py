@@ -7,9 +7,9 @@ frames that trained nothing. Finished rows are kept; the page that reads them is
     python examples/jacobian_gap.py runs/gap            # about an hour on one core; give it again after a stop
 """
 
+import argparse
 import json
 import math
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -353,12 +353,16 @@ def table(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    bench = Bench(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/gap"))
-    for name in [list(ROWS)[int(k)] for k in sys.argv[2:]] or ROWS:  # numbers of rows, or all of them
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default="runs/gap", help="of finished rows; default: runs/gap")
+    parser.add_argument("rows", nargs="*", type=int, metavar="row", help="numbers from 0; default: all")
+    options = parser.parse_args()
+    bench = Bench(options.folder)
+    for name in [list(ROWS)[k] for k in options.rows] or ROWS:
         run_row(bench, name)
     page = Path(__file__).with_suffix(".md")
     head, rest = page.read_text().split("<!-- table: begin -->")
     tail = rest.split("<!-- table: end -->")[1]
     page.write_text(f"{head}<!-- table: begin -->\n{table(bench.folder)}\n<!-- table: end -->{tail}")
-    if len(sys.argv) < 3:
+    if not options.rows:
         print(*annealing(bench), sep="\n")

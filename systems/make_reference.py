@@ -19,8 +19,8 @@ one run of hundreds of ladders, of which some give the training frames, others t
 these runs with energies under 1 fs and physical masses, and records the difference.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -208,14 +208,20 @@ def combined(estimates: list[Estimate], definition: str) -> dict[str, float | st
 
 
 if __name__ == "__main__":
-    stage, *rest = sys.argv[1:] or ["trajectories"]
-    folder, part = Path(rest[0] if rest else "runs"), rest[1] if len(rest) > 1 else None
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    stages = ["trajectories", "free-energy", "ladders", "step-bias", *PEPTIDES]
+    parser.add_argument("stage", nargs="?", default=stages[0], choices=stages, metavar="stage", help=", ".join(stages))
+    parser.add_argument("runs", nargs="?", type=Path, default="runs", help="folder of the runs; default: runs")
+    parser.add_argument("part", nargs="?", help="one run of it alone, or the name that ladders and step-bias are of")
+    parser.add_argument("device", nargs="?", default="cuda", help="of ladders; default: cuda")
+    options = parser.parse_args()
+    stage, folder, part = options.stage, options.runs, options.part
     if stage == "free-energy":
         free_energy(folder, part)
     elif stage == "trajectories":
         trajectories(folder)
     elif stage == "ladders":
-        ladders(part or "alanine-hexapeptide", folder, rest[2] if len(rest) > 2 else "cuda")
+        ladders(part or "alanine-hexapeptide", folder, options.device)
     elif stage == "step-bias":
         step_bias(part or "alanine-dipeptide", folder)
     else:

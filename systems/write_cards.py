@@ -4,8 +4,8 @@ Usage: ``python systems/write_cards.py [name ...]``; all systems by default. Fig
 ``flow_metrics.json``, which ``openmm-regflow evaluate`` wrote (the command is in the card).
 """
 
+import argparse
 import json
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -180,6 +180,8 @@ def write_card(name: str) -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of systems: {', '.join(available_systems())}")
     np.set_printoptions(precision=3)
-    for system in sys.argv[1:] or available_systems():
+    for system in parser.parse_args().names or available_systems():
         write_card(system)

@@ -83,6 +83,14 @@ def test_every_command_has_help_with_an_example(capsys):
         assert code == 0 and f"Example: openmm-regflow {command}" in " ".join(out.split())
 
 
+@pytest.mark.parametrize("script", ["examples/jacobian_gap.py", "systems/make_reference.py", "systems/write_cards.py"])
+def test_scripts_have_help(script, tmp_path):
+    """And take it for no folder and no name."""
+    program = [sys.executable, Path(__file__).parents[1] / script, "--help"]
+    done = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("usage: ") and not list(tmp_path.iterdir())
+
+
 def test_systems(capsys):
     code, out, _ = run(capsys, "systems")
     assert code == 0
