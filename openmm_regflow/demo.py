@@ -27,7 +27,7 @@ from openmm_regflow.flows import Flow, FlowMetadata
 from openmm_regflow.frames import FramesConfig
 from openmm_regflow.moves import FlowMove
 from openmm_regflow.outputs import Rows, basin_tfep, draw_samples, evaluate_batch, write_batch
-from openmm_regflow.potentials import OpenMMPotential
+from openmm_regflow.potentials import OpenMMPotential, cpu_platform
 from openmm_regflow.proposals import FlowProposal, ProposalBatch
 from openmm_regflow.recipes import (
     FitResult,
@@ -202,7 +202,8 @@ def run_demo(
     with result.clock("training"):
         flow, trained = obtain_flow(folder, molecule, pretrained, config or demo_config(seed), device, monitor)
     flow.save(folder / FLOW_FILE)
-    proposal = FlowProposal(flow, OpenMMPotential(molecule.system), molecule.temperature)
+    platform = cpu_platform(molecule.system) if flow.device.type == "cpu" else None
+    proposal = FlowProposal(flow, OpenMMPotential(molecule.system, platform), molecule.temperature)
     monitor.say(f"drawing {n_samples:,} samples")
     with result.clock("samples, densities, energies"):
         batch = proposal.sample(n_samples, torch.Generator().manual_seed(seed))

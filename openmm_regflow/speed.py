@@ -8,7 +8,7 @@ import torch
 
 from openmm_regflow import flows
 from openmm_regflow.device import synchronize
-from openmm_regflow.potentials import OpenMMPotential, TorchPotential
+from openmm_regflow.potentials import OpenMMPotential, TorchPotential, cpu_platform
 from openmm_regflow.systems import MolecularSystem
 
 
@@ -30,7 +30,7 @@ def speed_table(molecule: MolecularSystem, n: int, device: torch.device, seed: i
         rows.append((name, f"{work / min(times):,.0f}"))
 
     few = x[: min(n, 2000)]
-    slow = OpenMMPotential(molecule.system)
+    slow = OpenMMPotential(molecule.system, cpu_platform(molecule.system) if device.type == "cpu" else None)
     measure("energies, OpenMMPotential", lambda: slow(few), len(few))
     quick = TorchPotential(molecule.system, dtype=torch.float32, device=device)
     measure("energies, TorchPotential float32", lambda: quick(x.float().to(device)), n)

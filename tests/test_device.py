@@ -24,6 +24,7 @@ from openmm_regflow.device import (
 from openmm_regflow.device.choice import failure_of
 from openmm_regflow.device.native import Layout, Native, Unavailable, pack, unpack
 from openmm_regflow.errors import InputError
+from openmm_regflow.potentials import cpu_platform
 from openmm_regflow.systems import load_system
 from openmm_regflow.tfep.ensembles import potential_of
 
@@ -123,7 +124,7 @@ def test_a_platform_that_is_not_installed_names_the_package():
 @pytest.mark.parametrize(("name", "code"), [("auto", 0), ("cpu", 2)])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), openmm.OpenMMException(OPENMM_TROUBLES[0][0])])
 def test_out_of_memory_goes_on_on_the_cpu_if_asked(error, name, code, capsys, monkeypatch):
-    from openmm_regflow import demo
+    from openmm_regflow import speed
 
     tried = []
 
@@ -133,7 +134,7 @@ def test_out_of_memory_goes_on_on_the_cpu_if_asked(error, name, code, capsys, mo
             raise error
         return [("energies", "1")]
 
-    monkeypatch.setattr(demo, "speed_table", speed_table)
+    monkeypatch.setattr(speed, "speed_table", speed_table)
     with pytest.raises(SystemExit) as exit_:
         main(["benchmark", "--device", name])
     assert exit_.value.code == code and len(tried) == (2 if name == "auto" else 1)
@@ -142,12 +143,12 @@ def test_out_of_memory_goes_on_on_the_cpu_if_asked(error, name, code, capsys, mo
 
 
 def test_an_error_that_is_no_gpus_stays_an_error(monkeypatch):
-    from openmm_regflow import demo
+    from openmm_regflow import speed
 
     def speed_table(*arguments):
         raise openmm.OpenMMException("Particle coordinate is NaN")
 
-    monkeypatch.setattr(demo, "speed_table", speed_table)
+    monkeypatch.setattr(speed, "speed_table", speed_table)
     with pytest.raises(openmm.OpenMMException, match="NaN"):
         main(["benchmark"])
 
@@ -165,7 +166,7 @@ def test_a_gpu_of_torch_alone_is_refused_or_left_to_torch(capsys, monkeypatch):
 def test_no_gpu_is_used_where_the_cpu_was_asked_for():
     systems = {name: load_system(name).system for name in ("alanine-dipeptide", "alanine-tripeptide")}
     assert shell.use_platform("cpu") is None
-    chosen = [shell.cpu_platform(system) for system in systems.values()]
+    chosen = [cpu_platform(system) for system in systems.values()]
     without_torch_form = openmm.XmlSerializer.clone(systems["alanine-dipeptide"])
     without_torch_form.addForce(openmm.RMSDForce(load_system("alanine-dipeptide").positions, [0, 1, 2]))
     by_openmm = potential_of(without_torch_form, "cpu")

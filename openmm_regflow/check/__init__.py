@@ -1,7 +1,7 @@
 """What the tests of this package run on its own molecules, run on yours: a table of findings and a verdict."""
 
 from openmm_regflow.check.findings import jacobian_log_determinant, run_checks, system_findings
-from openmm_regflow.check.kernel import HybridMonteCarlo, kernel_test, largest_score, small_platform, thinned
+from openmm_regflow.check.kernel import HybridMonteCarlo, kernel_test, largest_score, thinned
 from openmm_regflow.check.report import CheckReport, Finding
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "kernel_test",
     "largest_score",
     "run_checks",
-    "small_platform",
     "system_findings",
     "thinned",
 ]

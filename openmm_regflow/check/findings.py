@@ -17,13 +17,12 @@ from openmm_regflow.check.kernel import (
     Progress,
     kernel_test,
     new_context,
-    small_platform,
     whole_positions,
 )
 from openmm_regflow.check.report import CheckReport, Finding
 from openmm_regflow.constraints import Constraints
 from openmm_regflow.errors import IncompatibleFlowError, InputError, RegflowError, UnsupportedForceError
-from openmm_regflow.potentials import OpenMMPotential, TorchPotential
+from openmm_regflow.potentials import OpenMMPotential, TorchPotential, small_platform
 from openmm_regflow.proposals import FlowProposal, SubsetProposal, bonds_of_subset
 from openmm_regflow.refusals import (
     UNSUPPORTED,

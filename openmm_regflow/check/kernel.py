@@ -29,7 +29,7 @@ from openmm_regflow.coordinates import build_zmatrix, topology_tables
 from openmm_regflow.coordinates.internal import bond_angle_torsion
 from openmm_regflow.device import openmm_properties
 from openmm_regflow.errors import InputError
-from openmm_regflow.potentials import OpenMMPotential
+from openmm_regflow.potentials import OpenMMPotential, small_platform
 from openmm_regflow.proposals import FlowProposal, ProposalBatch
 from openmm_regflow.sampling import FlowStep, proposal_log_weights, run_chain
 from openmm_regflow.systems import MolecularSystem
@@ -266,12 +266,6 @@ def _relaxed(engine: HybridMonteCarlo, positions: np.ndarray, progress: Progress
         if progress:
             progress(done, len(positions), {})
         yield x
-
-
-def small_platform(system: openmm.System) -> str | None:
-    """Reference for small molecules, where it is the fastest, except for CustomGBForce; None for the others."""
-    slow = any(isinstance(force, openmm.CustomGBForce) for force in system.getForces())
-    return None if slow or system.getNumParticles() > 100 else "Reference"
 
 
 def _engine(proposal: FlowProposal, molecule: MolecularSystem, seed: int) -> "HybridMonteCarlo":

@@ -14,7 +14,6 @@ from openmm_regflow.cli.shell import (
     System,
     bars,
     command,
-    cpu_platform,
     finish_output,
     open_proposal,
     prepare_output,
@@ -132,6 +131,7 @@ def check(
     from openmm_regflow.device import resolve_device
     from openmm_regflow.files import write_json
     from openmm_regflow.flows import Flow
+    from openmm_regflow.potentials import cpu_platform
     from openmm_regflow.systems import load_system, select_atoms
 
     platform = use_platform(device)

@@ -196,15 +196,6 @@ def use_platform(device: str) -> str | None:
     return "CUDA"
 
 
-def cpu_platform(system: Any) -> str | None:
-    """OpenMM's platform for a System where no GPU is to be used; None: the faster one, and none needs a GPU."""
-    from openmm_regflow.check import small_platform
-    from openmm_regflow.device.choice import GPU_PLATFORMS
-    from openmm_regflow.potentials import platform_names
-
-    return small_platform(system) or "CPU" if set(platform_names()) & set(GPU_PLATFORMS) else None
-
-
 def open_proposal(flow_file: Path, system: str, device: str, allow_mismatch: bool = False) -> tuple[Any, Any, Any]:
     """(flow, molecule, proposal) for a flow file and a system; flow and energies on the device."""
     from openmm_regflow.device import resolve_device
@@ -222,7 +213,7 @@ def _potential(system: Any, device: str) -> Any:
     """Energies on the device: in torch on a GPU, by OpenMM on the CPU and for forces that have no torch form."""
     from openmm_regflow.device import resolve_device
     from openmm_regflow.errors import UnsupportedForceError
-    from openmm_regflow.potentials import OpenMMPotential, TorchPotential
+    from openmm_regflow.potentials import OpenMMPotential, TorchPotential, cpu_platform
 
     where = resolve_device(device)
     if where.type == "cpu":

@@ -6,7 +6,7 @@ energies ``(n,)`` [kJ/mol].
 """
 
 from openmm_regflow.potentials.base import Potential
-from openmm_regflow.potentials.openmm_potential import OpenMMPotential, platform_names
+from openmm_regflow.potentials.openmm_potential import OpenMMPotential, cpu_platform, platform_names, small_platform
 from openmm_regflow.potentials.torch_potential import TorchPotential
 
-__all__ = ["OpenMMPotential", "Potential", "TorchPotential", "platform_names"]
+__all__ = ["OpenMMPotential", "Potential", "TorchPotential", "cpu_platform", "platform_names", "small_platform"]

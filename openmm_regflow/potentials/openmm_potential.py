@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from openmm_regflow.device import openmm_properties
+from openmm_regflow.device.choice import GPU_PLATFORMS
 from openmm_regflow.errors import InputError
 from openmm_regflow.potentials.base import check_positions
 
@@ -114,6 +115,17 @@ def _store(state: openmm.State, i: int, energy: np.ndarray, force: np.ndarray | 
 def platform_names() -> list[str]:
     """Names of the platforms that this OpenMM has, in its own order."""
     return [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())]
+
+
+def small_platform(system: openmm.System) -> str | None:
+    """Reference for small molecules, where it is the fastest, except for CustomGBForce; None for the others."""
+    slow = any(isinstance(force, openmm.CustomGBForce) for force in system.getForces())
+    return None if slow or system.getNumParticles() > 100 else "Reference"
+
+
+def cpu_platform(system: openmm.System) -> str | None:
+    """Platform for a System where no GPU is to be used; None: the faster one, and none of this OpenMM needs a GPU."""
+    return small_platform(system) or "CPU" if set(platform_names()) & set(GPU_PLATFORMS) else None
 
 
 def _candidates() -> list[tuple[str, dict[str, str]]]:

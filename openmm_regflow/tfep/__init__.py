@@ -18,14 +18,9 @@ from openmm_regflow.tfep.bridge import (
     through_prior,
 )
 from openmm_regflow.tfep.ensembles import ConstrainedEnergy, potential_of, shared_bonds, state_of
-from openmm_regflow.tfep.estimators import (
-    MultistateFreeEnergy,
-    TargetedFreeEnergy,
-    convergence,
-    estimate,
-    estimate_states,
-)
+from openmm_regflow.tfep.estimators import convergence, estimate
 from openmm_regflow.tfep.learned import WorkLoss, fit_map
+from openmm_regflow.tfep.multistate import MultistateFreeEnergy, estimate_states
 from openmm_regflow.tfep.nearby import NearbyMap, WorkSpread, fit_nearby_map
 from openmm_regflow.tfep.pipeline import (
     AffineMap,
@@ -41,6 +36,7 @@ from openmm_regflow.tfep.pipeline import (
     torsion_basin,
     works,
 )
+from openmm_regflow.tfep.results import TargetedFreeEnergy
 from openmm_regflow.tfep.states import StatesConfig, load_states, run_states
 from openmm_regflow.tfep.storage import state_from_storage, storage_reference
 

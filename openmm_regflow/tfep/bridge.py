@@ -23,20 +23,10 @@ from scipy.special import expit
 from openmm_regflow.errors import InputError, InsufficientDataError
 from openmm_regflow.reweighting import Seed, as_generator, effective_sample_size, population_delta_f, to_numpy
 from openmm_regflow.tfep.bennett import bar_overlap, bar_root, crooks_slope, exponential_average, one_sided
-from openmm_regflow.tfep.estimators import (
-    CLIP,
-    Side,
-    TargetedFreeEnergy,
-    bootstrap,
-    estimate,
-    make_side,
-    mbar_solution,
-    most_inconsistent,
-    second_law,
-    spread,
-    verdict_one_sided,
-    verdict_two_sided,
-)
+from openmm_regflow.tfep.estimators import estimate
+from openmm_regflow.tfep.multistate import mbar_solution
+from openmm_regflow.tfep.results import TargetedFreeEnergy, verdict_one_sided, verdict_two_sided
+from openmm_regflow.tfep.sides import CLIP, Side, bootstrap, make_side, most_inconsistent, second_law, spread
 from openmm_regflow.units import temperature_kelvin
 
 

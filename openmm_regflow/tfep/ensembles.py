@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from openmm_regflow.constraints import Constraints
-from openmm_regflow.device.choice import GPU_PLATFORMS
 from openmm_regflow.errors import InputError, UnsupportedForceError
-from openmm_regflow.potentials import OpenMMPotential, Potential, TorchPotential, platform_names
+from openmm_regflow.potentials import OpenMMPotential, Potential, TorchPotential, cpu_platform
 from openmm_regflow.tfep.pipeline import Basin, State
 from openmm_regflow.units import thermal_energy
 
@@ -27,8 +26,7 @@ def potential_of(system: openmm.System, device: torch.device | str = "cpu") -> P
     try:
         return TorchPotential(system, device=device)
     except UnsupportedForceError:
-        with_gpu = set(platform_names()) & set(GPU_PLATFORMS)
-        return OpenMMPotential(system, "CPU" if with_gpu and torch.device(device).type == "cpu" else None)
+        return OpenMMPotential(system, cpu_platform(system) if torch.device(device).type == "cpu" else None)
 
 
 class ConstrainedEnergy:

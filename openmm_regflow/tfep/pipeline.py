@@ -18,7 +18,8 @@ from torch import Tensor
 from openmm_regflow import metrics
 from openmm_regflow.errors import InputError, InsufficientDataError
 from openmm_regflow.reweighting import Seed
-from openmm_regflow.tfep.estimators import TargetedFreeEnergy, estimate
+from openmm_regflow.tfep.estimators import estimate
+from openmm_regflow.tfep.results import TargetedFreeEnergy
 from openmm_regflow.units import thermal_energy
 
 Energy = Callable[[Any], Any]

@@ -46,7 +46,7 @@ from openmm_regflow.flows import coordinates_for
 from openmm_regflow.simulate import BatchedSettings, batched_tempering, load_runs
 from openmm_regflow.systems import MolecularSystem, load_system, load_trajectory
 from openmm_regflow.tfep.ensembles import shared_bonds, state_of
-from openmm_regflow.tfep.estimators import TargetedFreeEnergy, convergence, estimate
+from openmm_regflow.tfep.estimators import convergence, estimate
 from openmm_regflow.tfep.learned import fit_map
 from openmm_regflow.tfep.nearby import TRAINING as NEARBY_TRAINING
 from openmm_regflow.tfep.nearby import fit_nearby_map
@@ -60,6 +60,7 @@ from openmm_regflow.tfep.pipeline import (
     torsion_basin,
     works,
 )
+from openmm_regflow.tfep.results import TargetedFreeEnergy
 from openmm_regflow.tfep.storage import state_from_storage
 from openmm_regflow.training import TrainConfig
 

@@ -13,8 +13,9 @@ from openmm_regflow.errors import InsufficientDataError
 from openmm_regflow.reweighting import Seed
 from openmm_regflow.simulate import MultistateRun, load_multistate
 from openmm_regflow.tfep.ensembles import state_of
-from openmm_regflow.tfep.estimators import MultistateFreeEnergy, estimate_states, load_pymbar, quiet
+from openmm_regflow.tfep.multistate import MultistateFreeEnergy, estimate_states
 from openmm_regflow.tfep.pipeline import State
+from openmm_regflow.tfep.sides import load_pymbar, quiet
 
 
 def state_from_storage(

@@ -1,0 +1,114 @@
+"""Free energies of several states at once, by MBAR."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from openmm_regflow.errors import InputError, InsufficientDataError
+from openmm_regflow.reweighting import Seed, as_generator, to_numpy
+from openmm_regflow.tfep.bennett import bar_root
+from openmm_regflow.tfep.results import INDEPENDENT_CARE, INDEPENDENT_LIMIT, OVERLAP_CARE, OVERLAP_LIMIT
+from openmm_regflow.tfep.sides import CLIP, load_pymbar, quiet
+
+
+@dataclass(frozen=True)
+class MultistateFreeEnergy:
+    """Free energies of several states relative to the first.
+
+    Attributes:
+        delta_f: `(n_states,)` [kT], first entry 0.
+        uncertainty: `(n_states,)` [kT], the larger of pymbar's and the bootstrap's.
+        overlap: `(n_states, n_states)` overlap matrix.
+        verdict: in words.
+    """
+
+    delta_f: np.ndarray
+    uncertainty: np.ndarray
+    overlap: np.ndarray
+    verdict: str
+
+
+def estimate_states(u_kn: Any, n_k: Any, *, n_resamples: int = 50, generator: Seed = None) -> MultistateFreeEnergy:
+    """MBAR over several (mapped) states (Shirts & Chodera 2008; Paliwal & Shirts 2013 for mapped ones).
+
+    Sample n from state k has ``u_kn[k, n]`` its own reduced potential and ``u_kn[l, n]`` the mapped one
+    ``u_l(M_kl(x)) - log|det J_kl(x)|``, for maps that are consistent: ``M_kl`` after ``M_jk`` equals
+    ``M_jl``.
+
+    Args:
+        u_kn: `(n_states, n)` reduced potentials [kT] of independent samples, grouped by state; +inf is legal.
+        n_k: `(n_states,)` samples per state.
+        n_resamples: bootstrap replicas, resampled within each state.
+        generator: NumPy generator or seed.
+
+    Raises:
+        InputError: shapes that do not fit, NaN or -inf.
+        InsufficientDataError: a state without two samples.
+    """
+    u, counts = to_numpy(u_kn).astype(np.float64), to_numpy(n_k).astype(np.int64)
+    if u.ndim != 2 or counts.shape != (len(u),) or counts.sum() != u.shape[1]:
+        raise InputError(f"u_kn {u.shape} does not fit n_k {counts.tolist()}; columns must be the samples by state")
+    if np.isnan(u).any() or (u == -np.inf).any():
+        raise InputError("u_kn holds NaN or -inf; an unusable mapped energy counts as +inf")
+    if counts.min() < 2:
+        raise InsufficientDataError(f"n_k is {counts.tolist()}; every state needs at least two samples")
+    owners = np.repeat(np.arange(counts.size), counts)
+    bad = int((~np.isfinite(u[owners, np.arange(u.shape[1])])).sum())
+    if bad:
+        raise InputError(f"{bad} samples have an infinite energy in their own state; filter the trajectories first")
+    offset = _neighbour_free_energies(u, owners)
+    for _ in range(counts.size + 1):
+        clipped = _relative(u, offset)
+        rest, errors, matrix = mbar_solution(clipped, counts)
+        value = offset + rest
+        if np.ptp(rest) < CLIP:  # further away, clipping may have decided it
+            break
+        offset = value
+    rng, replicas = as_generator(generator), []
+    for _ in range(n_resamples):
+        index = np.concatenate([rng.choice(np.flatnonzero(owners == k), counts[k]) for k in range(counts.size)])
+        replicas.append(_mbar_values(clipped[:, index], counts, rest))
+    error = np.maximum(errors[0], np.std(replicas, axis=0, ddof=1))
+    eigenvalue = np.sort(np.linalg.eigvals(matrix).real)[-2] if counts.size > 1 else 0.0
+    gap = float(1 - eigenvalue)
+    few = counts.min()
+    words = "use with care" if gap < OVERLAP_CARE or few < INDEPENDENT_CARE else "reliable"
+    words = "do not trust" if gap < OVERLAP_LIMIT or few < INDEPENDENT_LIMIT else words
+    return MultistateFreeEnergy(value, error, matrix, f"{words}: overlap {gap:.2g}, {counts.tolist()} samples")
+
+
+def _neighbour_free_energies(u_kn: np.ndarray, owners: np.ndarray) -> np.ndarray:
+    """First estimates `(n_states,)` [kT] of free energies relative to state 0, from each state to the next by BAR."""
+    steps = []
+    for k, (low, high) in enumerate(pairwise(u_kn)):
+        here, there = owners == k, owners == k + 1
+        try:
+            steps.append(bar_root(high[here] - low[here], low[there] - high[there]))
+        except InsufficientDataError:
+            steps.append(0.0)
+    return np.cumsum([0.0, *steps])
+
+
+def _relative(u_kn: np.ndarray, f_k: np.ndarray) -> np.ndarray:
+    """Energies less free energies, each sample's lowest at 0, the highest clipped: exp of these is nothing (`CLIP`)."""
+    u_kn = u_kn - f_k[:, None]
+    return np.minimum(u_kn - u_kn.min(axis=0), 5 * CLIP)
+
+
+def mbar_solution(
+    u_kn: np.ndarray, n_k: np.ndarray, start: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """pymbar's free energies relative to state 0, the matrix of errors of all differences, the overlap matrix."""
+    with quiet():
+        mbar = load_pymbar().MBAR(u_kn, n_k, initial_f_k=start)
+        result = mbar.compute_free_energy_differences()
+        return result["Delta_f"][0], np.nan_to_num(result["dDelta_f"], nan=np.inf), mbar.compute_overlap()["matrix"]
+
+
+def _mbar_values(u_kn: np.ndarray, n_k: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """Free energies relative to state 0 alone."""
+    with quiet():
+        f_k = np.asarray(load_pymbar().MBAR(u_kn, n_k, initial_f_k=start).f_k)
+    return f_k - f_k[0]
