@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from openmm_regflow.bijections import Bijection, Linear
+from openmm_regflow.bijections import Bijection, Composition
 from openmm_regflow.flows import Prior
 from openmm_regflow.objectives import FlowMatchingLoss, LikelihoodLoss, RegFlowLoss, describe
 from openmm_regflow.targets import aligned_coupling, minibatch_coupling
@@ -65,7 +65,7 @@ def test_target_noise_adds_its_variance():
 
 def test_differences_wrap_on_circles():
     circles = torch.ones(3, dtype=torch.bool)
-    identity = Linear(torch.zeros(3), torch.eye(3))
+    identity = Composition([])
     z = torch.full((4, 3), math.pi - 0.01)
     y = torch.full((4, 3), -math.pi + 0.01)
     assert float(RegFlowLoss(circles)(identity, (z, y), torch.Generator())[0]) == pytest.approx(0.0004, rel=1e-3)
@@ -74,20 +74,31 @@ def test_differences_wrap_on_circles():
 def test_forward_backward_error_wraps_on_circles():
     """An inverse that comes back by whole turns has no error on circles, and all of it on lines."""
 
-    class Turned(Linear):
+    class Turned(Composition):
         def inverse(self, y):
             z, log_det = super().inverse(y)
             return z + 2 * math.pi, log_det
 
-    turned = Turned(torch.zeros(3), torch.eye(3))
+    turned = Turned([])
     for circular, error in ((torch.ones(3).bool(), 0.0), (LINES, 3 * 4 * math.pi**2)):
         _, parts = RegFlowLoss(circular, forward_backward=1.0)(turned, batch(), torch.Generator())
         assert float(parts["forward_backward"]) == pytest.approx(error, abs=1e-9, rel=1e-4)
 
 
+class Wide(Bijection):
+    """y = mean + 2 z."""
+
+    def __init__(self, mean):
+        super().__init__()
+        self.mean = mean
+
+    def inverse(self, y):
+        return (y - self.mean) / 2, torch.full((len(y),), -y.shape[1] * math.log(2.0))
+
+
 def test_noise_of_the_likelihood():
     """Features with noise of 0.8 have the likelihood of a wider Gaussian: (4 + 0.64) / (2 x 4) for each dimension."""
-    flow = Linear(torch.zeros(3), 2 * torch.eye(3))
+    flow = Wide(0.0)
     y = batch(200_000)[1] - 0.5
     losses = (LikelihoodLoss(Prior(LINES), noise) for noise in (0.0, 0.8))
     plain, noisy = (float(loss(flow, (y,), torch.Generator().manual_seed(1))[0]) for loss in losses)
@@ -96,7 +107,7 @@ def test_noise_of_the_likelihood():
 
 
 def test_likelihood_of_a_gaussian():
-    flow = Linear(torch.full((3,), 0.5), 2 * torch.eye(3))
+    flow = Wide(0.5)
     y = batch(200_000)[1]
     nll, _ = LikelihoodLoss(Prior(LINES))(flow, (y,), torch.Generator())
     exact = 3 * (0.5 * math.log(2 * math.pi * math.e) + math.log(2.0))

@@ -1,6 +1,6 @@
 """Invertible maps with exact log-determinants: couplings with affine, spline and circular-spline transforms."""
 
-from openmm_regflow.bijections.base import Bijection, Composition, Linear
+from openmm_regflow.bijections.base import Bijection, Composition
 from openmm_regflow.bijections.couplings import AffineCoupling, Coupling, SplineCoupling, wrap
 from openmm_regflow.bijections.splines import rational_quadratic, spline
 
@@ -9,7 +9,6 @@ __all__ = [
     "Bijection",
     "Composition",
     "Coupling",
-    "Linear",
     "SplineCoupling",
     "rational_quadratic",
     "spline",

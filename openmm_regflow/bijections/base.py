@@ -1,6 +1,5 @@
 """The one face of every bijection: value and log-determinant together, in both directions."""
 
-import torch
 from torch import Tensor, nn
 
 
@@ -42,32 +41,3 @@ class Composition(Bijection):
             y, log_det = part.inverse(y)  # type: ignore[operator]
             total = total + log_det
         return y, total
-
-
-class Linear(Bijection):
-    """A fixed linear map ``y = mean + z A^T``: pre-conditioning from a covariance, not trained.
-
-    Args:
-        mean: `(dim,)`.
-        matrix: invertible `(dim, dim)`.
-    """
-
-    mean: Tensor
-    matrix: Tensor
-    matrix_inverse: Tensor
-    log_det: Tensor
-
-    def __init__(self, mean: Tensor, matrix: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("mean", mean)
-        self.register_buffer("matrix", matrix)
-        self.register_buffer("matrix_inverse", torch.linalg.inv(matrix.double()).to(matrix.dtype))
-        self.register_buffer("log_det", torch.linalg.slogdet(matrix.double())[1].to(matrix.dtype))
-
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Noise to data."""
-        return self.mean + z @ self.matrix.T, self.log_det.expand(z.shape[0])
-
-    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Data to noise."""
-        return (y - self.mean) @ self.matrix_inverse.T, -self.log_det.expand(y.shape[0])

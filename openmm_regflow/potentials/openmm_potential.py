@@ -185,7 +185,7 @@ class OpenMMPotential:
         self._xml, self._digest = zlib.compress(xml.encode()), hashlib.sha256(xml.encode()).hexdigest()
         self.n_atoms, self.constraints = system.getNumParticles(), system.getNumConstraints()
         # Contexts are shared by potentials of equal Systems: every evaluation sets all parameters.
-        self.parameters = global_parameters(self.system)
+        self.parameters = context_parameters(self.system)
         self.non_finite = 0
         self._groups = -1 if groups is None else sum(1 << g for g in check_groups(groups))
         if not (executor is None or isinstance(executor, Executor | int)):
@@ -367,7 +367,7 @@ class OpenMMPotential:
         self.system = openmm.XmlSerializer.deserialize(zlib.decompress(self._xml).decode())
 
 
-def global_parameters(system: openmm.System) -> dict[str, float]:
+def context_parameters(system: openmm.System) -> dict[str, float]:
     """Global parameters of all forces and their defaults.
 
     Raises:

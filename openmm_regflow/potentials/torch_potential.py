@@ -28,7 +28,7 @@ from openmm_regflow.potentials.custom import (
 from openmm_regflow.potentials.custom_pair import CustomGBTerm, CustomNonbondedTerm
 from openmm_regflow.potentials.implicit import GBSAOBCTerm
 from openmm_regflow.potentials.nonbonded import NonbondedTerm
-from openmm_regflow.potentials.openmm_potential import check_groups, global_parameters
+from openmm_regflow.potentials.openmm_potential import check_groups, context_parameters
 
 _BONDED: dict[type, Callable[..., Term]] = {
     openmm.HarmonicBondForce: BondTerm,
@@ -113,7 +113,7 @@ class TorchPotential:
             term.to(self.dtype, self.device)
         if self._differences is not None:
             self._differences.to(self.dtype, self.device)
-        self.parameters = global_parameters(self.system)
+        self.parameters = context_parameters(self.system)
         self._refresh()
         self._compiled = compile
         self._set_functions(len(pairs))
