@@ -69,7 +69,7 @@ class RefineConfig(BaseModel):
         "float32", description="mixed: gradients by products in bfloat16, on CPUs that gain by it"
     )
     tolerance: float = Field(0.9, gt=0, le=1, description="undo a round if exp(-KL) is below this part of the best")
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
 
 @dataclass(frozen=True)
