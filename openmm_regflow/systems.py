@@ -140,8 +140,8 @@ class MolecularSystem:
         path = self.reference_path(split)
         if not path.is_file():
             raise InputError(
-                f"{self.name} has no {split} reference at {path}; put a trajectory of `openmm-regflow simulate "
-                f"{self.name}` there, or give it as an option"
+                f"{self.name} has no {split} reference at {path}; give a trajectory of `openmm-regflow simulate "
+                f"{self.folder}` as {'--validation' if split == 'validation' else '--data'}, or put it there"
             )
         return load_trajectory(path, self.topology)
 

@@ -491,6 +491,26 @@ def test_an_interrupted_run_does_not_go_on_for_another_temperature(capsys, molec
         assert "holds a run of other settings" in refused(capsys, name, *options, "-o", output)
 
 
+def test_a_refused_run_leaves_a_folder_that_the_mended_one_may_have(capsys, tmp_path):
+    """The message says what to change; the same command with that change must not be refused for it."""
+    many, few = small_config(), small_config()
+    config, output = tmp_path / "run.toml", tmp_path / "train"
+    section = {"train": many.likelihood.train.model_copy(update={"batch_size": 10**6})}
+    many = many.model_copy(update={"objective": "mle", "likelihood": many.likelihood.model_copy(update=section)})
+    config.write_text(print_config(many))
+    assert "smaller batch" in refused(capsys, "train", "--config", config, "-o", output)
+    assert (output / "run.json").is_file()
+    config.write_text(print_config(few.model_copy(update={"objective": "mle"})))
+    code, _, err = run(capsys, "train", "--config", config, "-o", output)
+    assert code == 0, err
+
+
+def test_a_flow_of_another_molecule_names_the_option(capsys, tmp_path):
+    flow = load_system("alanine-tripeptide").folder / "flow.safetensors"
+    err = refused(capsys, "sample", flow, "-n", 10, "-o", tmp_path / "out")
+    assert "is a flow of alanine-tripeptide, and --system is alanine-dipeptide" in err
+
+
 def test_import_is_silent_and_help_is_light():
     code = "import sys, openmm_regflow; print([m for m in ('torch', 'openmm', 'openmmtools') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

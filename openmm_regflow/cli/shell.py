@@ -124,6 +124,8 @@ def bars() -> Iterator[Callable[[str, int], Callable[[int, int, dict[str, float]
 def prepare_output(folder: Path, command: str, settings: dict[str, Any], overwrite: bool) -> None:
     """Make the output folder, or continue the interrupted run of the same settings in it.
 
+    A run that was refused before it computed anything leaves a folder that any other may have.
+
     Raises:
         InputError: not writable, or holding something else.
         CorruptFileError: what a run left there is damaged.
@@ -139,7 +141,7 @@ def prepare_output(folder: Path, command: str, settings: dict[str, Any], overwri
         if found.get("finished") and not overwrite:
             raise InputError(f"{folder} holds a finished run; choose another --output or give --overwrite")
         same = {k: found.get(k) for k in wanted} == wanted
-        if not same and not overwrite:
+        if not same and not overwrite and _begun(folder):
             raise InputError(f"{folder} holds a run of other settings; choose another --output or give --overwrite")
         if found.get("finished") or not same:
             _clear(folder)
@@ -148,6 +150,11 @@ def prepare_output(folder: Path, command: str, settings: dict[str, Any], overwri
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error}; choose a writable --output") from error
     write_json(marker, wanted | {"finished": False})
+
+
+def _begun(folder: Path) -> bool:
+    """Whether a folder holds more than what says which run it is of."""
+    return any(path.is_file() and path.name not in (RUN_FILE, "config.json") for path in folder.rglob("*"))
 
 
 def _clear(folder: Path) -> None:
@@ -199,6 +206,7 @@ def use_platform(device: str) -> str | None:
 def open_proposal(flow_file: Path, system: str, device: str, allow_mismatch: bool = False) -> tuple[Any, Any, Any]:
     """(flow, molecule, proposal) for a flow file and a system; flow and energies on the device."""
     from openmm_regflow.device import resolve_device
+    from openmm_regflow.errors import IncompatibleFlowError
     from openmm_regflow.flows import Flow
     from openmm_regflow.proposals import FlowProposal
     from openmm_regflow.systems import load_system
@@ -206,7 +214,15 @@ def open_proposal(flow_file: Path, system: str, device: str, allow_mismatch: boo
     flow = Flow.load(flow_file, resolve_device(device))
     molecule = load_system(system)
     potential = _potential(molecule.system, device)
-    return flow, molecule, FlowProposal(flow, potential, molecule.temperature, allow_mismatch=allow_mismatch)
+    try:
+        proposal = FlowProposal(flow, potential, molecule.temperature, allow_mismatch=allow_mismatch)
+    except IncompatibleFlowError as error:
+        if flow.metadata.system in (None, molecule.name):
+            raise
+        raise IncompatibleFlowError(
+            f"{flow_file} is a flow of {flow.metadata.system}, and --system is {system}; give its own system ({error})"
+        ) from error
+    return flow, molecule, proposal
 
 
 def _potential(system: Any, device: str) -> Any:
