@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import mdtraj
 import numpy as np
@@ -79,6 +80,24 @@ def test_basin_filters_frames_and_an_empty_one_is_named(folder, tmp_path):
     nowhere = {"basin": {"torsion": phi, "range": [5.0, 6.0]}}
     with pytest.raises(InsufficientDataError, match="basin"):
         tfep.run_states(states(folder, a=nowhere), folder, tmp_path)
+
+
+def test_a_basin_that_drops_most_frames_of_its_trajectory_is_named(folder):
+    phi = MOLECULE.torsions("phi")[0].tolist()
+    assert phi == [4, 6, 8, 10]  # what docs/tfep.md writes
+    angles = np.degrees(mdtraj.compute_dihedrals(mdtraj.load(str(folder / "cold.h5")), [phi])[:, 0])
+
+    def opened(share):
+        low, high = np.quantile(angles, [0.0, share])
+        config = states(folder, a={"basin": {"torsion": phi, "range": [low - 1e-3, high + 1e-3]}})
+        return len(file_states.open_state(config.a, folder, folder)[1])
+
+    with pytest.warns(UserWarning, match=r"frames of cold.h5 .* check the torsion") as said:
+        kept = opened(0.25)
+    assert str(said[0].message).startswith(f"{400 - kept} of 400 ") and "\n" not in str(said[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert opened(0.75) > 200
 
 
 def test_states_that_are_simulated(tmp_path):

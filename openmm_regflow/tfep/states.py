@@ -10,13 +10,13 @@
     system = "alanine-dipeptide"          # a name, a folder with system.toml, or a PDB file
     trajectory = "left.h5"                # HDF5, DCD, NetCDF: positions in full precision
     temperature = 300.0                   # [K]
-    basin = { torsion = [4, 6, 8, 14], range = [-180.0, 0.0] }      # [degrees], optional
+    basin = { torsion = [4, 6, 8, 10], range = [-180.0, 0.0] }      # [degrees], optional
 
     [b]
     system = "alanine-dipeptide"
     trajectory = "right.h5"
     temperature = 300.0
-    basin = { torsion = [4, 6, 8, 14], range = [0.0, 180.0] }
+    basin = { torsion = [4, 6, 8, 10], range = [0.0, 180.0] }
 
 Instead of ``trajectory`` a state may name one state of an openmmtools sampler (``storage = "exchange.nc"``,
 ``state = 3``), which brings its own System and temperature, or be simulated in the output folder, resumably:
@@ -31,6 +31,7 @@ bonds at their length, and the metric term of constrained dynamics is included.
 
 import math
 import tomllib
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -218,10 +219,17 @@ def open_state(
     if config.basin is not None:
         low, high = np.radians(config.basin.range)
         basin = torsion_basin(config.basin.torsion, (float(low), float(high)))
-        x = x[np.asarray(basin(x))]
+        n, x = len(x), x[np.asarray(basin(x))]
+        place = config.trajectory or config.storage or run_folder
         if len(x) < 2:
-            place = config.trajectory or config.storage or run_folder
             raise InsufficientDataError(f"{len(x)} frames of {place} lie in the basin {config.basin.range}")
+        if 2 * len(x) < n:
+            warnings.warn(
+                f"{n - len(x)} of {n} frames of {place} lie outside the basin {config.basin.range} of the torsion "
+                f"{config.basin.torsion} and are left out; unless they are of other basins, check the torsion against "
+                "load_system(...).torsions('phi') or the topology, and the range",
+                stacklevel=2,
+            )
         state = replace(state, basin=basin)
     return state, x, molecule
 
