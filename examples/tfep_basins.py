@@ -154,7 +154,8 @@ def main(options):
             record[name] = {**result.to_dict(), "line": str(result), "plain FEP": plain, "seconds": seconds}
             path.write_text(json.dumps(record, indent=1))
         print(f"{name}: {record[name]['line']}\n    seconds: {record[name]['seconds']}", flush=True)
-        print(f"    without a map: {record[name]['plain FEP'] or 'no overlap'}")
+        if name == "map":
+            print(f"    without a map: {record[name]['plain FEP'] or 'no overlap'}")
 
 
 if __name__ == "__main__":

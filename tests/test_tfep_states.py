@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from openmm_regflow import tfep
+from openmm_regflow.cli import main
 from openmm_regflow.errors import CorruptFileError, InputError, InsufficientDataError
 from openmm_regflow.flows import Flow
 from openmm_regflow.potentials import TorchPotential
@@ -98,6 +99,34 @@ def test_a_basin_that_drops_most_frames_of_its_trajectory_is_named(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert opened(0.75) > 200
+
+
+def test_the_command_compares_with_no_map_where_there_is_one(folder, tmp_path, capsys):
+    """A short nearby map between two temperatures; disjoint basins, which plain perturbation cannot connect; a flow."""
+    file, phi = folder / "states.toml", MOLECULE.torsions("phi")[0].tolist()
+    x = mdtraj.load(str(folder / "cold.h5"))
+    middle = float(np.degrees(np.median(mdtraj.compute_dihedrals(x, [phi])[:, 0])))
+    side = '[{}]\nsystem = "alanine-dipeptide"\ntrajectory = "cold.h5"\n{}\n'
+    ranges = ([-180.0, middle], [middle, 180.0])
+    halves = [f"basin = {{ torsion = {phi}, range = {both} }}" for both in ranges]
+
+    def said(*arguments):
+        with pytest.raises(SystemExit) as end:
+            main(["tfep", *map(str, arguments), "--output", str(tmp_path / "out"), "--overwrite"])
+        captured = capsys.readouterr()
+        assert end.value.code == 0, captured.err
+        return [line for line in captured.out.splitlines() if line.startswith("without a map: ")]
+
+    def said_of_states(kind, settings, sides):
+        file.write_text(f'map = "{kind}"\n{settings}\n' + "".join(side.format(*s) for s in zip("ab", sides)))
+        return said(file)
+
+    quick = "folds = 2\nn_resamples = 2\ntrain.steps = 4"
+    (line,) = said_of_states("nearby", quick, ("", "temperature = 310.0"))
+    assert "delta_f" in line
+    assert said_of_states("learned", quick + "\nmax_pairs = 100", halves) == ["without a map: no overlap"]
+    assert said_of_states("identity", "", ("", "")) == []
+    assert said(MOLECULE.folder / "flow.safetensors", "-n", 1000) == []
 
 
 def test_states_that_are_simulated(tmp_path):

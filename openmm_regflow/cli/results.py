@@ -244,5 +244,6 @@ def tfep(
         write_json(output / "tfep.json", result.to_dict())
     finish_output(output)
     print(result)
-    print(f"without a map: {'no overlap' if result.plain is None else result.plain}")
+    if source.suffix == ".toml" and config.map != "identity":  # else there is nothing to compare with
+        print(f"without a map: {'no overlap' if result.plain is None else result.plain}")
     print(result.verdict)

@@ -41,7 +41,7 @@ class TargetedFreeEnergy:
         crooks_slope: slope of log p_F(w)/p_R(-w) against w with its error; exactly 1 for consistent works.
         verdict: in words; starts with ``reliable``, ``use with care``, ``do not trust`` or ``diagnostic only``.
         temperature: [K], for kJ/mol and kcal/mol.
-        plain: the same estimate with the identity map, or None.
+        plain: the same estimate with the identity map; None where it has no overlap, or was not computed.
     """
 
     delta_f: float

@@ -272,7 +272,8 @@ def run_states(
         device: of energies, simulations and the training of a map.
 
     Returns:
-        The result; with a learned map, plain perturbation on the same samples is ``.plain``.
+        The result; unless the map is the identity, plain perturbation on the same samples is ``.plain`` (None where it
+        has no overlap).
 
     Raises:
         InputError: bad files, or molecules that differ.
