@@ -1,6 +1,7 @@
 """Free energies between constrained Systems: maps keep the bonds, works carry the metric term."""
 
 import math
+import warnings
 
 import numpy as np
 import openmm
@@ -15,6 +16,7 @@ from openmm_regflow.constraints import fixed_bonds
 from openmm_regflow.coordinates.cartesian import random_rotations
 from openmm_regflow.errors import InputError
 from openmm_regflow.potentials import TorchPotential
+from openmm_regflow.training import TrainConfig
 
 
 class Rods:
@@ -81,6 +83,17 @@ def test_a_bend_between_rods_against_quadrature():
     # The planted error: no metric term.
     wrong = mapped(*(tfep.State(TorchPotential(s.system), TEMPERATURE) for s in (A, B)), fixed_bonds(A.system))
     assert abs(wrong.delta_f - exact) > 10 * wrong.uncertainty
+
+
+def test_a_nearby_map_between_rods_trains_without_a_warning():
+    state_a, state_b = (tfep.state_of(s.system, TEMPERATURE) for s in (A, B))
+    x, y = A.sample(100, 1), B.sample(100, 2)
+    coordinates = flows.coordinates_for(chain_topology(4), torch.cat([x, y]), fixed=tfep.shared_bonds(state_a, state_b))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = TrainConfig(steps=3, batch_size=64)
+        carried = tfep.fit_nearby_map(coordinates, x, y, (state_a, state_b), config=config)
+    assert (carried.forward(x)[0] - x).abs().max() > 1e-3
 
 
 def test_a_map_that_moves_constrained_bonds_is_refused():

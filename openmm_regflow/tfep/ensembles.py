@@ -66,7 +66,7 @@ class ConstrainedEnergy:
         first, second = (torch.tensor([bond[k] for bond in self.fixed_bonds], device=x.device) for k in (0, 1))
         length = torch.tensor([bond[2] for bond in self.fixed_bonds], device=x.device)
         off = ((x[:, first] - x[:, second]).norm(dim=-1) / length - 1.0).abs()
-        worst = float(off.nan_to_num(0.0).max()) if len(x) else 0.0
+        worst = float(off.detach().nan_to_num(0.0).max()) if len(x) else 0.0
         if worst > ON_SURFACE:
             raise InputError(
                 f"a constrained bond is off its length by {worst:.1%}; samples must come from constrained dynamics, "
