@@ -19,7 +19,8 @@
     basin = { torsion = [4, 6, 8, 10], range = [0.0, 180.0] }
 
 Instead of ``trajectory`` a state may name one state of an openmmtools sampler (``storage = "exchange.nc"``,
-``state = 3``), which brings its own System and temperature, or be simulated in the output folder, resumably:
+``state = 3``), which brings its own System and temperature (``system`` is then needed for the topology, which a storage
+lacks, and for nothing else), or be simulated in the output folder, resumably:
 ``simulate = { n_copies = 8, n_iterations = 200 }``, with the keys of
 :class:`~openmm_regflow.simulate.BatchedSettings`. ``burn_in`` leaves out that many iterations of either, or frames of
 a trajectory.
@@ -82,7 +83,7 @@ class BasinConfig(_Section):
 class StateConfig(_Section):
     """One thermodynamic state and its samples."""
 
-    system: str = Field(description="name, folder with system.toml, or PDB file")
+    system: str = Field(description="name, folder with system.toml, or PDB file; with a storage for its topology")
     trajectory: str | None = Field(None, description="HDF5, DCD or NetCDF file")
     storage: str | None = Field(None, description="NetCDF file of an openmmtools multistate sampler")
     state: int = Field(0, description="thermodynamic state in that file; negative counts from the last")
