@@ -264,6 +264,18 @@ def test_exchanges_do_not_heat_the_coldest_state(tmp_path):
     assert abs(u.mean() - 15.0) < SIGMAS * error
 
 
+def test_runs_go_as_far_as_they_are_told_to(tmp_path):
+    """openmmtools' own limit of one iteration is not the default; the one that is stored, and one given, count."""
+    sampler = ladder_of_oscillators(tmp_path / "four.nc", dynamics())
+    sampler.run(4)
+    assert sampler.iteration == 4
+    back = ReplicaExchangeSampler.from_storage(str(tmp_path / "four.nc"))
+    assert back.number_of_iterations == math.inf
+    sampler = ladder_of_oscillators(tmp_path / "two.nc", dynamics(), number_of_iterations=2)
+    sampler.run(4)
+    assert sampler.iteration == 2
+
+
 def test_dynamics_within_other_moves_draw_velocities_too(tmp_path):
     inner = mcmc.WeightedMove([(mcmc.SequenceMove([dynamics(), dynamics()]), 1.0)])
     sampler = ladder_of_oscillators(tmp_path / "nested.nc", inner)

@@ -105,10 +105,11 @@ def learned_replica_exchange(
             itself.
         sampler_class: an openmmtools multistate sampler, such as ``ParallelTemperingSampler``; by default
             ``ReplicaExchangeSampler``.
-        options: of the sampler, such as ``number_of_iterations``.
+        options: of the sampler. ``number_of_iterations``, beyond which its ``run`` does not go, is infinite by default
+            (openmmtools' own default is 1).
 
     Returns:
-        The created sampler, ready for ``run``.
+        The created sampler, ready for ``run(n_iterations)``; ``run()`` goes on to ``number_of_iterations``.
 
     Raises:
         InputError: an index that is no state, or positions for another number of replicas.
@@ -127,6 +128,7 @@ def learned_replica_exchange(
     starts = np.repeat(starts[None], len(kelvin), axis=0) if starts.ndim == 2 else starts
     if len(starts) != len(kelvin):
         raise InputError(f"{len(starts)} sets of positions for {len(kelvin)} temperatures; give one per state")
+    options = {"number_of_iterations": math.inf} | options
     sampler = (sampler_class or multistate.ReplicaExchangeSampler)(mcmc_moves=moves, **options)
     ladder = [states.ThermodynamicState(system, t * unit.kelvin) for t in kelvin]
     replicas = [states.SamplerState(x * unit.nanometer) for x in starts]
