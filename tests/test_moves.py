@@ -697,6 +697,21 @@ def test_wrong_atom_count(flow_path):
         make_move(flow_path).apply(thermodynamic_state(), frame)
 
 
+@pytest.mark.parametrize("energy", ["auto", "context"])
+def test_plain_numbers_are_nanometers(flow_path, energy):
+    """As openmmtools' own dynamics take them, also where the flow move comes first."""
+    x, v = MOLECULE.sample(1, generator(4))[0].numpy(), np.full((4, 3), 0.1)
+    ends = []
+    speed = unit.nanometer / unit.picosecond
+    for frame in (states.SamplerState(x, v), states.SamplerState(10 * x * unit.angstrom, v * speed)):
+        move = make_move(flow_path, 4, energy=energy)
+        move.apply(thermodynamic_state(), frame)
+        assert move.n_accepted == 1
+        ends.append((positions(frame), frame.velocities.value_in_unit(speed)))
+    np.testing.assert_allclose(*(x for x, _ in ends), rtol=1e-9)
+    np.testing.assert_array_equal(*(v for _, v in ends))
+
+
 def test_nan_proposals_are_counted_rejections(flow_path):
     flow = flows.Flow.load(flow_path)
     with torch.no_grad():

@@ -101,7 +101,8 @@ class FlowMove:
         Args:
             thermodynamic_state: openmmtools ``ThermodynamicState`` or compound state; not changed. Constant pressure
                 and a box need a :class:`openmm_regflow.proposals.SubsetProposal`.
-            sampler_state: openmmtools ``SamplerState``; positions and velocities change after an acceptance.
+            sampler_state: openmmtools ``SamplerState``; positions and velocities change after an acceptance. Plain
+                numbers in it are nm and nm/ps, as for openmmtools' own dynamics.
             context_cache: openmmtools ``ContextCache``; the global one by default. Used for Context energies alone.
 
         Raises:
@@ -117,7 +118,7 @@ class FlowMove:
         check_atom_count(sampler_state, step.proposal)
         temperature = thermodynamic_state.temperature.value_in_unit(unit.kelvin)
         energy, system = self._energy(thermodynamic_state, sampler_state, context_cache)
-        positions = sampler_state.positions.value_in_unit(unit.nanometer)
+        positions = numbers_in(sampler_state.positions, unit.nanometer)
         positions = step.proposal.make_whole(positions, box_of(thermodynamic_state, sampler_state))
         new = step(positions, temperature, energy)
         if new is not None:
@@ -126,7 +127,7 @@ class FlowMove:
     def _accept(self, sampler_state: Any, new: np.ndarray, system: openmm.System, temperature: float) -> None:
         """New positions, and fresh velocities for the atoms that moved."""
         step, speed = self._step, unit.nanometer / unit.picosecond
-        old = None if sampler_state.velocities is None else sampler_state.velocities.value_in_unit(speed)
+        old = None if sampler_state.velocities is None else numbers_in(sampler_state.velocities, speed)
         subset = step.proposal.atom_subset  # type: ignore[union-attr]
         own = system is step.proposal.system  # type: ignore[union-attr]
         masses = step.masses if own else system_masses(system)  # type: ignore[union-attr]
@@ -298,9 +299,15 @@ def box_of(thermodynamic_state: Any, sampler_state: Any) -> np.ndarray | None:
     if not thermodynamic_state.is_periodic:
         return None
     vectors = sampler_state.box_vectors
-    return np.asarray(
-        (thermodynamic_state.default_box_vectors if vectors is None else vectors).value_in_unit(unit.nanometer)
-    )
+    return numbers_in(thermodynamic_state.default_box_vectors if vectors is None else vectors, unit.nanometer)
+
+
+def numbers_in(quantity: Any, of: unit.Unit) -> np.ndarray:
+    """Numbers of a Quantity in a unit of OpenMM's own (nm, nm/ps).
+
+    A ``SamplerState`` keeps plain numbers as a Quantity without dimension, which its Contexts take in these units.
+    """
+    return np.asarray(quantity.value_in_unit(unit.dimensionless if quantity.unit.is_dimensionless() else of))
 
 
 def _refuse(thermodynamic_state: Any) -> None:

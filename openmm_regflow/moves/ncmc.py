@@ -18,7 +18,7 @@ from torch import Tensor
 
 from openmm_regflow.device import openmm_properties
 from openmm_regflow.errors import CorruptFileError, InputError
-from openmm_regflow.moves.flow_move import FlowMove, box_of, check_atom_count
+from openmm_regflow.moves.flow_move import FlowMove, box_of, check_atom_count, numbers_in
 from openmm_regflow.proposals import SubsetProposal
 from openmm_regflow.sampling import KernelInfo, redrawn, system_masses
 from openmm_regflow.units import thermal_energy, to_float
@@ -102,7 +102,7 @@ class NCMCFlowMove(FlowMove):
         step = self._loaded(thermodynamic_state)
         check_atom_count(sampler_state, step.proposal)
         energy, system = self._energy(thermodynamic_state, sampler_state, context_cache)
-        positions = sampler_state.positions.value_in_unit(unit.nanometer)
+        positions = numbers_in(sampler_state.positions, unit.nanometer)
         positions = step.proposal.make_whole(positions, box_of(thermodynamic_state, sampler_state))
         context = self._context(thermodynamic_state, context_cache)
         new, log_ratio = self._protocol(context, sampler_state, positions, energy, thermodynamic_state)
