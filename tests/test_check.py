@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import openmm
@@ -29,7 +30,7 @@ from openmm_regflow.errors import InputError
 from openmm_regflow.flows import FlowMetadata
 from openmm_regflow.potentials import TorchPotential
 from openmm_regflow.proposals import FlowProposal, ProposalBatch, SubsetProposal
-from openmm_regflow.systems import MolecularSystem, select_atoms
+from openmm_regflow.systems import MolecularSystem, load_system, select_atoms
 
 TARGET = Chain(4)
 
@@ -332,6 +333,21 @@ def test_a_part_with_constraints_of_its_own_passes():
 def test_a_wrong_part_is_seen(subset, name, word):
     report = run_checks(spline(), surrounded()[1], n=1000, atom_subset=subset)
     assert name in failed(report) and word in finding(report, name).result, report.rows()
+
+
+def test_hydrogens_that_go_round_the_other_way_are_named():
+    """Interchangeable atoms may be turned on, but two of them exchanged leave the flow's coordinates."""
+    whole = load_system("alanine-dipeptide")
+    flow = flows.Flow.load(whole.folder / "flow.safetensors")
+    order = list(range(whole.n_atoms))
+    order[12:15] = 13, 14, 12
+    assert finding(run_checks(flow, whole, n=30, atom_subset=order), "round trip").passed
+    order[1:3], order[19:22] = (2, 1), (21, 20, 19)
+    found = finding(run_checks(flow, whole, n=30, atom_subset=order), "round trip")
+    assert found.passed is False and "hydrogens [2, 3, 1] and [21, 19, 20] go" in found.result
+    assert "matched_atoms" in found.result
+    found = finding(run_checks(flow, replace(whole, positions=whole.positions[order]), n=30), "round trip")
+    assert "hydrogens [1, 3, 2] and [19, 21, 20] go" in found.result and found.result.endswith("in the structure")
 
 
 def test_what_touches_a_part_is_found():

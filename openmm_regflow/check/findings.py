@@ -76,7 +76,7 @@ def run_checks(
         proposal = _proposal(flow, potential, molecule.temperature, subset)
         own = whole_positions(proposal, molecule)[0].numpy()
     exact = copy.deepcopy(flow).cpu().double()
-    findings.append(_round_trip(exact, own if subset is None else own[subset], seed))
+    findings.append(_round_trip(exact, own, seed, subset))
     findings.append(_log_determinant(exact, molecule.system, seed, subset))
     findings.append(_stored_precision(flow, exact, seed))
     if allowed:
@@ -199,23 +199,43 @@ def _latents(flow: Any, n: int, seed: int) -> Tensor:
     return z[inside][:n]
 
 
-def _round_trip(flow: Any, positions: np.ndarray, seed: int, n: int = 200) -> Finding:
+def _round_trip(
+    flow: Any, positions: np.ndarray, seed: int, subset: Sequence[int] | None = None, n: int = 200
+) -> Finding:
     """Latent -> positions -> latent from draws of the prior and from a structure `(n_atoms, 3)`, in float64."""
     z = _latents(flow, n, seed)
     if not len(z):
         return Finding("round trip", "no draw of the flow is a configuration", False)
+    structure = torch.as_tensor(positions if subset is None else positions[subset])[None].double()
     with torch.no_grad():
-        own = flow.inverse(torch.as_tensor(positions)[None].double())[0]
-        if not bool(torch.isfinite(own).all()):
-            return Finding("round trip", "the molecule's own structure lies outside the flow's coordinates", False)
-        z = torch.cat([own, z])
+        z = torch.cat([flow.inverse(structure)[0], z])
         x, log_det = flow.forward(z)
+        if not bool(torch.isfinite(z[0]).all() and torch.isfinite(x[0]).all()):
+            words = "the molecule's own structure lies outside the flow's coordinates"
+            return Finding("round trip", words + _turned_round(flow, structure, x[1:], subset), False)
         again, log_det_back = flow.inverse(x)
     turn = torch.where(flow.prior.circular, 2 * math.pi, math.inf)
     error = torch.minimum((again - z).abs(), (turn - (again - z).abs()).abs())
     trip, closing = _Rule.of(error, z), _Rule.of(log_det + log_det_back, log_det)
     words = f"latent {trip.size:.1e}, log-determinant {closing.size:.1e} nat over {len(z)} points in float64"
     return Finding("round trip", words, trip.passed and closing.passed)
+
+
+def _turned_round(flow: Any, structure: Tensor, drawn: Tensor, subset: Sequence[int] | None) -> str:
+    """The groups of three interchangeable hydrogens that go round the other way than in draws, and the remedy."""
+    rotors = getattr(flow.coordinates, "rotors", ())
+    bonded_to = {row[0]: row[1] for row in flow.coordinates.zmatrix.rows} if rotors else {}
+
+    def sense(x: Tensor, atoms: tuple[int, ...]) -> Tensor:
+        return torch.linalg.det(x[:, list(atoms)] - x[:, [bonded_to[atoms[0]]]]).sign().median()
+
+    wrong = [r.atoms for r in rotors if sense(structure, r.atoms) != sense(drawn, r.atoms)]
+    if not wrong:
+        return ""
+    groups = " and ".join(str([a if subset is None else subset[a] for a in atoms]) for atoms in wrong)
+    places = "--atoms (atom_subset), as matched_atoms in examples/ncmc_explicit.py does"
+    where = "the structure" if subset is None else places
+    return f": hydrogens {groups} go round the other way than the flow's; exchange two of each group in {where}"
 
 
 def _log_determinant(
