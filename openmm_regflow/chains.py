@@ -26,7 +26,7 @@ class ChainTrace:
         positions: `(n, n_atoms, 3)` [nm] float32, after every iteration.
         seconds: `(n,)` wall-clock at which each iteration ended [s].
         md_steps: Langevin steps in all.
-        statistics: of the flow move, empty for plain dynamics.
+        statistics: of the flow move over these iterations, empty for plain dynamics.
         accepted: `(n,)` whether the flow move of each iteration was accepted; empty for plain dynamics.
     """
 
@@ -57,7 +57,7 @@ def run_chain(
 
     Args:
         molecule: its System and temperature define the target.
-        flow_move: a ``FlowMove``; None for dynamics alone.
+        flow_move: a ``FlowMove``, whose statistics start from zero; None for dynamics alone.
         n_iterations: stop after so many.
         seconds: or after so much wall-clock [s].
         n_md_steps: Langevin steps per iteration.
@@ -93,10 +93,11 @@ def run_chain(
     with context_platform(platform, getattr(flow_move, "device", None)):
         sampler = mcmc.MCMCSampler(thermodynamic_state, sampler_state, move)
         sampler.run(1)  # makes the Contexts: set-up is not sampling
-        before = _accepted_by(flow_move)
+        if flow_move is not None:
+            flow_move.reset_statistics()
         frames, stamps, totals = _loop(sampler, n_iterations, seconds, progress, flow_move)
-    statistics = dict(getattr(flow_move, "statistics", {})) if flow_move is not None else {}
-    accepted = np.diff(totals, prepend=before) > 0 if flow_move is not None else np.zeros(0, dtype=bool)
+    statistics = dict(flow_move.statistics) if flow_move is not None else {}
+    accepted = np.diff(totals, prepend=0) > 0 if flow_move is not None else np.zeros(0, dtype=bool)
     n_steps = n_md_steps * len(frames)
     return ChainTrace(np.asarray(frames, dtype=np.float32), np.asarray(stamps), n_steps, statistics, accepted)
 

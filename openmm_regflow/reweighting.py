@@ -29,6 +29,8 @@ FEWEST_EFFECTIVE = 3.0
 PARETO_K_LIMIT = 0.7
 #: Above this part of the sum of squared weights one sample decides what error bars there are.
 LARGEST_SHARE = 0.25
+#: Below this number of steps a chain that never stuck has shown little.
+FEWEST_STEPS = 100
 
 Seed = np.random.Generator | int | None
 
@@ -493,4 +495,6 @@ def chain_verdict(accepted: Any) -> str:
         return f"do not trust: {figures}; one state was held for more than a tenth of the chain"
     if longest > 10 * expected:
         return f"use with care: {figures}; a state of large weight was hardly left"
+    if n < FEWEST_STEPS:
+        return f"use with care: {figures}; only {n} steps, too few to meet a state of large weight"
     return f"reliable: {figures}"

@@ -262,3 +262,10 @@ def test_a_chain_that_mixes_is_reliable_and_one_that_sticks_is_not(rate):
     accepted[5000:8000] = False
     assert rw.chain_verdict(accepted).startswith("do not trust")
     assert rw.chain_verdict(np.zeros(10, bool)).startswith("do not trust")
+
+
+def test_a_short_chain_is_not_reliable():
+    accepted = np.tile([True, False], 50)
+    assert rw.chain_verdict(accepted).startswith("reliable")
+    words = rw.chain_verdict(accepted[:20])
+    assert words.startswith("use with care") and "only 20 steps" in words
