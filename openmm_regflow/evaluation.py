@@ -382,7 +382,11 @@ def draw(
         n: number of samples.
         generator: torch generator of the samples.
     """
-    batch = FlowProposal(flow, potential, temperature, allow_mismatch=True).sample(n, generator)
+    return _drawn(FlowProposal(flow, potential, temperature, allow_mismatch=True), n, generator)
+
+
+def _drawn(proposal: FlowProposal, n: int, generator: Any | None) -> FlowSamples:
+    batch = proposal.sample(n, generator)
     x, log_q, u = (to_numpy(part).astype(np.float64) for part in batch)
     return FlowSamples(x, log_q, u, log_weights(u, log_q))
 
@@ -408,7 +412,8 @@ def evaluate_flow(
         sample_generator: torch generator of the samples.
         **keywords: passed to :func:`evaluate`.
     """
-    samples = draw(flow, potential, temperature, n, sample_generator)
+    proposal = FlowProposal(flow, potential, temperature, allow_mismatch=True)
+    samples = _drawn(proposal, n, sample_generator)
     x_ref = positions_nm(to_numpy_if_tensor(reference_positions))
-    u_ref = FlowProposal(flow, potential, temperature, allow_mismatch=True).reduced_potential(x_ref)
+    u_ref = proposal.reduced_potential(x_ref)
     return evaluate(samples.positions, samples.log_q, samples.u, x_ref, u_ref, **keywords)

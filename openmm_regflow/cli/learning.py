@@ -15,6 +15,7 @@ from openmm_regflow.cli.shell import (
     bars,
     command,
     finish_output,
+    given_frames,
     open_proposal,
     prepare_output,
     resumable,
@@ -72,13 +73,13 @@ def _train(
     from openmm_regflow.ensemble import frame_mover, phi_positive, training_potential
     from openmm_regflow.files import write_json
     from openmm_regflow.flows import FlowMetadata
-    from openmm_regflow.systems import load_system, load_trajectory
+    from openmm_regflow.systems import load_system
     from openmm_regflow.training import write_history
 
     where = resolve_device(device)
     mol = load_system(system)
-    frames = load_trajectory(data, mol.topology) if data else mol.reference("train")
-    held_out = load_trajectory(validation, mol.topology) if validation else mol.reference("validation")
+    frames = given_frames(mol, data, "train")
+    held_out = given_frames(mol, validation, "validation")
     provenance = {"config": settings.model_dump(), "data": str(data or f"{mol.name}: train"), "frames": len(frames)}
     metadata = FlowMetadata(mol.name, mol.fingerprint, mol.temperature, provenance)
     described = {"system": system, "config": settings.model_dump(), "data": str(data), "validation": str(validation)}
@@ -149,14 +150,13 @@ def refine(
     from openmm_regflow.flows import FlowMetadata
     from openmm_regflow.refinement import RefineConfig
     from openmm_regflow.refinement import refine as run
-    from openmm_regflow.systems import load_trajectory
 
     opened, mol, _ = open_proposal(flow, system, device)
     config = RefineConfig(
         enabled=True, rounds=rounds, pool=pool, learning_rate=learning_rate, anchors=anchors, anchor_moves=anchor_moves,
         rare_share=rare_share, tail=tail, ema=ema, seed=seed,
     )  # fmt: skip
-    frames = load_trajectory(data, mol.topology) if data else mol.reference("train")
+    frames = given_frames(mol, data, "train")
     described = {"flow": str(flow), "system": system, "data": str(data), "compile": compile}
     described |= {"config": config.model_dump()}
     described |= {"target": FlowMetadata(mol.name, mol.fingerprint, mol.temperature).target}

@@ -1,7 +1,7 @@
 """What a flow is for: ``sample``, ``evaluate``, ``check``, ``mcmc``, ``tfep``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -15,6 +15,7 @@ from openmm_regflow.cli.shell import (
     bars,
     command,
     finish_output,
+    given_frames,
     open_proposal,
     prepare_output,
     resumable,
@@ -23,11 +24,6 @@ from openmm_regflow.cli.shell import (
 )
 from openmm_regflow.errors import InputError
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from openmm_regflow.systems import MolecularSystem
-
 RefineSamples = Annotated[
     int, typer.Option(help="Annealing steps that carry every sample to the target; weights stay unbiased.")
 ]
@@ -35,13 +31,6 @@ TestData = Annotated[
     Path | None,
     typer.Option(help="Test trajectory (HDF5) that did not train the flow; default: the system's own."),
 ]
-
-
-def test_frames(molecule: "MolecularSystem", data: Path | None) -> "np.ndarray":
-    """Frames `(m, n_atoms, 3)` [nm] to judge a flow by."""
-    from openmm_regflow.systems import load_trajectory
-
-    return load_trajectory(data, molecule.topology) if data else molecule.reference("test")
 
 
 @command
@@ -94,7 +83,7 @@ def evaluate(
     from openmm_regflow.outputs import write_evaluation
 
     _, mol, proposal = open_proposal(flow, system, device)
-    reference = test_frames(mol, data)
+    reference = given_frames(mol, data, "test")
     described = {"flow": str(flow), "system": system, "n": n, "seed": seed, "refine_samples": refine_samples}
     prepare_output(output, "evaluate", described | {"data": str(data)}, overwrite)
     rows = write_evaluation(proposal, mol, reference, output, n, seed, refine_samples)
@@ -236,7 +225,7 @@ def tfep(
 
         seed = seed or 0
         _, mol, proposal = open_proposal(source, system, device)
-        reference = test_frames(mol, data)
+        reference = given_frames(mol, data, "test")
         described = {"flow": str(source), "system": system, "n": n, "seed": seed, "data": str(data)}
         prepare_output(output, "tfep", described, overwrite)
         batch = proposal.sample(n, torch.Generator(device=proposal.device).manual_seed(seed))

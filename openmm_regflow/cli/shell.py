@@ -6,12 +6,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from openmm_regflow.allocation import keep_freed_memory
 from openmm_regflow.errors import InputError, RegflowError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from openmm_regflow.systems import MolecularSystem, Split
 
 app = typer.Typer(
     name="openmm-regflow",
@@ -201,6 +206,13 @@ def use_platform(device: str) -> str | None:
     for name, value in openmm_properties("CUDA", where).items():
         platform.setPropertyDefaultValue(name, value)
     return "CUDA"
+
+
+def given_frames(molecule: "MolecularSystem", data: Path | None, split: "Split") -> "np.ndarray":
+    """Frames `(m, n_atoms, 3)` [nm] of the trajectory that was given, or of the system's own split."""
+    from openmm_regflow.systems import load_trajectory
+
+    return load_trajectory(data, molecule.topology) if data else molecule.reference(split)
 
 
 def open_proposal(flow_file: Path, system: str, device: str, allow_mismatch: bool = False) -> tuple[Any, Any, Any]:

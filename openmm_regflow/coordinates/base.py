@@ -45,6 +45,10 @@ class CoordinateMap(nn.Module):
         """Draw the labels of interchangeable atoms uniformly; the identity where there are none."""
         return x
 
+    def random_turns(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Labels `(n, n_groups)` drawn uniformly, on the generator's device; see `turned`."""
+        return torch.zeros(n, 0, dtype=torch.long)
+
     def turns(self, x: Tensor) -> Tensor:
         """Labels of interchangeable atoms that features leave out `(n, n_groups)`; `(n, 0)` where there are none."""
         return torch.zeros(len(x), 0, dtype=torch.long, device=x.device)

@@ -287,6 +287,8 @@ class InternalMap(CoordinateMap):
 
     def turned(self, x: Tensor, turns: Tensor) -> Tensor:
         """The same conformations with the labels of every rotor `(n, n_rotors)` turned on by so many places."""
+        if not self.rotors:
+            return x
         index = torch.arange(self.n_atoms, device=x.device).repeat(x.shape[0], 1)
         for k, (rotor, turn) in enumerate(zip(self.rotors, turns.unbind(1), strict=True)):
             m, ring = len(rotor.atoms), getattr(self, f"rotor_atoms_{k}").to(x.device)
@@ -303,9 +305,15 @@ class InternalMap(CoordinateMap):
 
     def relabel(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw the labels of every rotor uniformly among its m cyclic orders."""
-        device = generator.device if generator is not None else x.device
-        turns = [torch.randint(len(r.atoms), (len(x),), generator=generator, device=device) for r in self.rotors]
-        return self.turned(x, torch.stack(turns, dim=1).to(x.device)) if turns else x
+        return self.turned(x, self.random_turns(len(x), generator).to(x.device))
+
+    def random_turns(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Labels of every rotor `(n, n_rotors)`, each uniform among its m cyclic orders."""
+        if not self.rotors:
+            return super().random_turns(n, generator)
+        device = generator.device if generator is not None else self.circular.device
+        turns = [torch.randint(len(r.atoms), (n,), generator=generator, device=device) for r in self.rotors]
+        return torch.stack(turns, dim=1)
 
     def to_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Positions `(n, n_atoms, 3)` [nm] -> features `(n, dim)`, log-determinant `(n,)`."""

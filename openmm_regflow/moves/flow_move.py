@@ -90,7 +90,6 @@ class FlowMove:
         self._step: FlowStep | None = None
         self._reference: Any = None
         self._checked: Any = None
-        self._context_energy: tuple[Any, Any] = None, None
         self._n_steps = 0
         self._shared: Shared | None = None
         self._bind(register(self._description, proposal))
@@ -223,7 +222,6 @@ class FlowMove:
         self._statistics = FlowStatistics.from_dict(serialization["statistics"])
         self._n_steps = int(serialization.get("n_steps", 0))
         self._step, self._reference, self._checked = None, None, None
-        self._context_energy = None, None
         self._shared = living(self._description)  # held from now on: the move that was copied may go
 
     def __str__(self) -> str:
@@ -261,12 +259,9 @@ class FlowMove:
         context, _ = contexts.get_context(thermodynamic_state)
         if context is not self._checked:
             proposal.check_state_system(context.getSystem())
-            self._checked, self._context_energy = context, (None, None)
-        state = thermal_energy(thermodynamic_state.temperature), dict(context.getParameters())
-        if state != self._context_energy[0]:  # the step tests every new energy
-            self._context_energy = state, context_potential(context, state[0])
+            self._checked = context
         sampler_state.apply_to_context(context, ignore_velocities=True)  # the box, above all
-        return self._context_energy[1], context.getSystem()
+        return context_potential(context, thermal_energy(thermodynamic_state.temperature)), context.getSystem()
 
     def _is_reference(self, thermodynamic_state: Any, proposal: FlowProposal) -> bool:
         """Whether the proposal's potential is the whole energy of this state."""

@@ -157,11 +157,8 @@ class _Latent:
 
     def start(self, n: int, generator: torch.Generator | None, forces: bool = True) -> _State:
         """``n`` samples of the flow, their labels drawn uniformly."""
-        coordinates = self.flow.coordinates
         z = self.flow.prior.sample(n, generator, self.flow.dtype)
-        with torch.no_grad():
-            x = coordinates.to_positions(self.flow.bijection(z)[0].double())[0]
-        return self.at(z, coordinates.turns(coordinates.relabel(x, generator)), forces)
+        return self.at(z, self.flow.coordinates.random_turns(n, generator).to(z.device), forces)
 
     def at(self, z: Tensor, turns: Tensor, forces: bool = True) -> _State:
         """Energies, weights and gradients of latent points `(n, dim)` with labels `(n, n_groups)`."""

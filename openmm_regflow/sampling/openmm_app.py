@@ -19,7 +19,6 @@ from openmm_regflow.sampling.kernels import FlowStatistics
 from openmm_regflow.sampling.steps import (
     FlowStep,
     Orientation,
-    ReducedPotential,
     context_potential,
     redrawn,
     seeded_generator,
@@ -71,7 +70,6 @@ class FlowSimulation:
         self.simulation = simulation
         self.step = FlowStep(proposal, n_proposals, pool_size, seeded_generator(seed), orientation)
         self._masses = system_masses(simulation.system)
-        self._context_energy: tuple[Any, ReducedPotential] | None = None
         self._direct = travels_directly(proposal.device, simulation.context)
         self._same_energy = (
             proposal.covers_system
@@ -95,9 +93,9 @@ class FlowSimulation:
 
     def flow_step(self) -> bool:
         """One flow step on the Simulation's Context; True if it was accepted."""
-        temperature = self.temperature
+        context, temperature = self.simulation.context, self.temperature
         positions = self._read()
-        energy = None if self._same_energy else self._energy(temperature)
+        energy = None if self._same_energy else context_potential(context, GAS_CONSTANT * temperature)
         new = self.step.propose(positions, temperature, energy)
         if new is not None:
             self._write(new)
@@ -105,14 +103,6 @@ class FlowSimulation:
         elif not self._same_energy:
             self._write(positions)
         return new is not None
-
-    def _energy(self, temperature: float) -> ReducedPotential:
-        """The Context's energy; another object, which is tested anew, for other parameters or temperatures."""
-        context = self.simulation.context
-        state = temperature, dict(context.getParameters())
-        if self._context_energy is None or self._context_energy[0] != state:
-            self._context_energy = state, context_potential(context, GAS_CONSTANT * temperature)
-        return self._context_energy[1]
 
     def _read(self) -> Tensor:
         """The Context's positions `(n_atoms, 3)` [nm], on the flow's device where they need not see the host."""

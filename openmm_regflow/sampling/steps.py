@@ -149,7 +149,7 @@ class FlowStep:
             positions: current configuration `(n_atoms, 3)` [nm or Quantity].
             temperature: of the target [K or Quantity]; by default the proposal's. The pool's energies are scaled.
             energy: reduced potential of the target, used for the current state and the proposals alike; by
-                default the proposal's potential. Give the same object at every step: a new one is tested again.
+                default the proposal's potential. Give an equal one at every step: another is tested again.
 
         Returns:
             The new positions `(n_atoms, 3)` [nm], or None after a rejection.
@@ -287,22 +287,35 @@ def redrawn(
     return kept
 
 
-def context_potential(context: openmm.Context, kT: float) -> ReducedPotential:
+@dataclass(frozen=True)
+class ContextPotential:
     """The Context's own energy as a reduced potential; overwrites the Context's positions.
 
-    Args:
+    Equal ones are the same function, so that `FlowStep` tests it once for each set of the Context's parameters.
+
+    Attributes:
         context: any platform, with positions; its parameters and box stay as they are.
         kT: [kJ/mol].
+        parameters: of the Context when this was made.
     """
 
-    def reduced(positions: Tensor) -> Tensor:
-        direct = travels_directly(positions.device, context) and choose_way(context, positions.device).way == "native"
+    context: openmm.Context
+    kT: float
+    parameters: dict[str, float]
+
+    def __call__(self, positions: Tensor) -> Tensor:
+        """Reduced energies `(n,)` of `(n, n_atoms, 3)` [nm]."""
+        context, device = self.context, positions.device
+        direct = travels_directly(device, context) and choose_way(context, device).way == "native"
         # By the host, one copy of all is quicker than one of each.
         configurations = positions if direct else positions.cpu().numpy()
-        energies = [_context_energy(context, x) / kT for x in configurations]
+        energies = [_context_energy(context, x) / self.kT for x in configurations]
         return torch.tensor(energies, dtype=torch.float64)
 
-    return reduced
+
+def context_potential(context: openmm.Context, kT: float) -> ContextPotential:
+    """The energy of a Context with the parameters that it has now, at kT [kJ/mol]."""
+    return ContextPotential(context, kT, dict(context.getParameters()))
 
 
 def travels_directly(device: torch.device, context: openmm.Context) -> bool:
