@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from openmm_regflow._version import __version__
-from openmm_regflow.bijections import AffineCoupling, Bijection, Composition, SplineCoupling, wrap
+from openmm_regflow.bijections import AffineCoupling, Bijection, Composition, SplineCoupling, Within, wrap
 from openmm_regflow.coordinates import CartesianMap, CoordinateMap, InternalMap, build_zmatrix, topology_tables
 from openmm_regflow.errors import CorruptFileError, InputError
 from openmm_regflow.files import digest, read_safetensors, restored, rounded, write_safetensors
@@ -548,19 +548,30 @@ def build(
         raise InputError(f"unknown architecture {a['name']!r}; known: {', '.join(networks)}")
     network: Callable[..., Conditioner] = partial(networks[a["name"]], hidden=a["hidden"], depth=a["depth"])
     circular = coordinates.circular.cpu()  # layers are made on the CPU, and moved as a whole
+    masks = _masks(coordinates, a)
+    alone = a.get("torsion_layers", 0) if a.get("torsions_alone", False) else 0
     layers: list[Bijection] = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(a["seed"])
-        for mask in _masks(coordinates, a):
-            if a["name"] == "spline":
-                sizes = a["n_bins"], a["bound"], a.get("line_bins")
-                layers.append(SplineCoupling(mask, circular, network, *sizes))
-            elif a["name"] == "jet":
-                places = AffineCoupling.places(mask, circular)
-                layers.append(AffineCoupling(mask, circular, partial(network, token_size=3, places=places)))
-            else:
-                layers.append(AffineCoupling(mask, circular, network))
+        if alone:
+            among = circular[circular]
+            torsions = [_coupling(a, mask[circular], among, network) for mask in masks[:alone]]
+            layers.append(Within(circular, Composition(torsions)))
+        layers += [_coupling(a, mask, circular, network) for mask in masks[alone:]]
     return Flow(coordinates, Composition(layers), a, metadata, factor)
+
+
+def _coupling(
+    a: Mapping[str, Any], mask: Tensor, circular: Tensor, network: Callable[..., Conditioner]
+) -> Bijection:
+    """One layer of an architecture description."""
+    if a["name"] == "spline":
+        sizes = a["n_bins"], a["bound"], a.get("line_bins"), a.get("harmonics", 1)
+        return SplineCoupling(mask, circular, network, *sizes)
+    if a["name"] == "jet":
+        places = AffineCoupling.places(mask, circular)
+        return AffineCoupling(mask, circular, partial(network, token_size=3, places=places))
+    return AffineCoupling(mask, circular, network)
 
 
 def _masks(coordinates: CoordinateMap, a: Mapping[str, Any]) -> list[Tensor]:
@@ -611,6 +622,8 @@ def spline(
     line_bins: int | None = None,
     bound: float = 5.0,
     torsion_layers: int = 0,
+    torsions_alone: bool = True,
+    harmonics: int = 1,
     seed: int = 0,
 ) -> Flow:
     """Rational-quadratic spline couplings, circular on torsions (NSF; arXiv 1906.04032 and 2002.02428).
@@ -621,15 +634,20 @@ def spline(
         hidden: width of the residual conditioners.
         depth: residual blocks of each.
         n_bins: spline bins.
-        line_bins: spline bins of linear features, where they need fewer than angles do; None for as many.
+        line_bins: spline bins of linear features, where they need fewer than angles do; None for as many, 0 for a shift
+            and a scale alone.
         bound: half-width of the spline's domain in units of the feature's standard deviation.
         torsion_layers: couplings that come first and move torsions alone; the n_layers others then move lines alone, so
             that stiff coordinates see every torsion. 0: each coupling moves half of both.
+        torsions_alone: those couplings see torsions alone, so that their density is a factor of the flow's; otherwise
+            they see the latents of the lines, too.
+        harmonics: conditioners see each torsion as cosines and sines of its multiples up to this one.
         seed: of masks and initial weights.
     """
     architecture = {
         "name": "spline", "n_layers": n_layers, "hidden": hidden, "depth": depth, "n_bins": n_bins,
-        "line_bins": line_bins, "bound": bound, "torsion_layers": torsion_layers, "seed": seed,
+        "line_bins": line_bins, "bound": bound, "torsion_layers": torsion_layers,
+        "torsions_alone": torsions_alone, "harmonics": harmonics, "seed": seed,
     }  # fmt: skip
     return build(coordinates, architecture)
 

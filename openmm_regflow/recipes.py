@@ -43,7 +43,7 @@ from openmm_regflow.training import Batch, Batches, History, Progress, TrainConf
 #: (name of the stage, steps in total) -> progress callback of that stage
 Stage = Callable[[str, int], Progress]
 TEACHER_KIND = "openmm_regflow.teacher"
-SPLINE_KEYS = ("n_bins", "line_bins", "bound", "torsion_layers")
+SPLINE_KEYS = ("n_bins", "line_bins", "bound", "torsion_layers", "torsions_alone", "harmonics")
 
 
 class _Section(BaseModel):
@@ -70,11 +70,15 @@ class FlowConfig(_Section):
     hidden: int = Field(128, ge=1)
     depth: int = Field(1, ge=1)
     n_bins: int = Field(8, ge=2, description="spline only")
-    line_bins: int | None = Field(None, ge=2, description="spline only: bins of linear features; null: n_bins")
+    line_bins: int | None = Field(
+        None, ge=0, description="spline only: bins of linear features; null: n_bins, 0: shift and scale alone"
+    )
     bound: float = Field(5.0, gt=0, description="spline only")
     torsion_layers: int = Field(
         0, ge=0, description="spline, internal only: couplings of torsions alone; the n_layers then move the rest"
     )
+    torsions_alone: bool = Field(True, description="couplings of torsions see no latents of lines")
+    harmonics: int = Field(1, ge=1, description="spline only: multiples of a torsion that conditioners see")
     prior: Literal["normal", "harmonic"] = Field(
         "normal", description="harmonic: covariance of the data; cartesian only"
     )

@@ -15,6 +15,7 @@ from openmm_regflow.bijections import (
     AffineCoupling,
     Composition,
     SplineCoupling,
+    Within,
     fused,
     rational_quadratic,
     spline,
@@ -42,6 +43,11 @@ REGISTRY = {
     "affine-transformer": lambda: AffineCoupling(MASK, CIRCULAR, partial(TokenTransformer, token_size=3, hidden=16)),
     "spline": lambda: SplineCoupling(MASK, CIRCULAR, partial(ResidualMLP, hidden=16)),
     "spline-fewer-line-bins": lambda: SplineCoupling(MASK, CIRCULAR, partial(ResidualMLP, hidden=16), line_bins=3),
+    "spline-no-line-bins": lambda: SplineCoupling(MASK, CIRCULAR, partial(ResidualMLP, hidden=16), line_bins=0),
+    "spline-harmonics": lambda: SplineCoupling(MASK, CIRCULAR, partial(ResidualMLP, hidden=16), harmonics=3),
+    "within": lambda: Within(
+        CIRCULAR, SplineCoupling(MASK[CIRCULAR], CIRCULAR[CIRCULAR], partial(ResidualMLP, hidden=16))
+    ),
     "spline-all-linear": lambda: SplineCoupling(MASK, torch.zeros(11, dtype=torch.bool), partial(MLP, hidden=16)),
     "spline-all-circular": lambda: SplineCoupling(MASK, torch.ones(11, dtype=torch.bool), partial(MLP, hidden=16)),
     "composition": lambda: Composition(
@@ -172,6 +178,45 @@ def test_spline_is_monotone_and_inverts(n_bins, seed, spread):
 def test_a_mask_that_moves_everything_or_nothing_is_refused(mask):
     with pytest.raises(InputError, match="mask"):
         AffineCoupling(mask.bool(), torch.zeros(4, dtype=torch.bool), MLP)
+
+
+def test_without_bins_lines_are_shifted_and_scaled_alone():
+    """Each moved line is an affine function of its own latent; a spline is none."""
+    for name, affine in (("spline-no-line-bins", True), ("spline", False)):
+        module, z = perturbed(REGISTRY[name]()), points(1, CIRCULAR).repeat(3, 1)
+        lines = (MASK & ~CIRCULAR).nonzero()[:, 0]
+        z[:, lines] += torch.linspace(-1, 1, 3)[:, None]
+        bend = module(z)[0][:, lines].diff(n=2, dim=0).abs().max()
+        assert (bend < 1e-12) == affine
+
+
+def test_conditioners_see_multiples_of_torsions():
+    """With a network that is one matrix, shifts of lines are harmonics of a kept torsion up to the order asked for."""
+
+    class Matrix(MLP):
+        def __init__(self, n_in, n_out):
+            super().__init__(n_in, n_out, zero_init=False)
+            self.head = torch.nn.Linear(n_in, n_out)
+
+        def hidden(self, x):
+            return x
+
+    turned = int((~MASK & CIRCULAR).nonzero()[0])
+    line = int((MASK & ~CIRCULAR).nonzero()[0])
+    z = torch.zeros(64, 11, dtype=torch.float64)
+    z[:, turned] = torch.arange(64, dtype=torch.float64) * (2 * math.pi / 64)
+    for order in (1, 3):
+        module = perturbed(SplineCoupling(MASK, CIRCULAR, Matrix, line_bins=0, harmonics=order))
+        powers = torch.fft.rfft(module(z)[0][:, line]).abs()
+        assert (powers[1 : order + 1] > 1e-3).all() and powers[order + 1 :].max() < 1e-9
+
+
+def test_within_sees_only_what_it_moves():
+    module, z = perturbed(REGISTRY["within"]()), points(2, CIRCULAR)
+    z[1] = torch.where(CIRCULAR, z[0], z[1])
+    y, log_det = module(z)
+    assert torch.equal(y[:, ~CIRCULAR], z[:, ~CIRCULAR]) and (y[0] != z[0])[CIRCULAR].any()
+    assert torch.equal(y[0][CIRCULAR], y[1][CIRCULAR]) and log_det[0] == log_det[1] != 0
 
 
 def fused_and_plain(inverse, n_bins=6, seed=0, device="cpu"):

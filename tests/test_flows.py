@@ -51,7 +51,7 @@ def factory(request):
 def flow(request, data):
     name, kind = request.param
     coordinates = internal(data) if kind == "internal" else CartesianMap.fit(data[1])
-    factory = partial(flows.spline, torsion_layers=4) if name == "torsions first" else getattr(flows, name)
+    factory = partial(flows.spline, torsion_layers=4, harmonics=2) if name == "torsions first" else getattr(flows, name)
     return stirred(factory(coordinates, **SMALL))
 
 
@@ -241,12 +241,13 @@ def test_one_dimension_is_refused():
         flows.alternating_masks(torch.tensor([False]), 4, 0)
 
 
-def test_torsions_first(data):
+@pytest.mark.parametrize("alone", [True, False])
+def test_torsions_first(data, alone):
     """The first couplings move every torsion and nothing else, the others every line; lines then see all torsions."""
-    flow = stirred(flows.spline(internal(data), **SMALL, torsion_layers=6), scale=0.3)
+    flow = stirred(flows.spline(internal(data), **SMALL, torsion_layers=6, torsions_alone=alone), scale=0.3)
     circular = flow.coordinates.circular
     masks = flows.alternating_masks(circular, 4, 0, torsion_layers=6)
-    assert len(masks) == len(flow.bijection.parts) == 10
+    assert len(masks) == 10 and len(flow.bijection.parts) == (5 if alone else 10)
     for k, mask in enumerate(masks):
         assert mask.any() and not (mask & ((~circular) if k < 6 else circular)).any()
         assert k % 2 == 0 or torch.equal(mask | masks[k - 1], circular if k < 6 else ~circular)
@@ -255,8 +256,19 @@ def test_torsions_first(data):
     z = flow.prior.sample(1, torch.Generator().manual_seed(2), torch.float64)
     jacobian = torch.autograd.functional.jacobian(lambda v: flow.bijection(v)[0].sum(0), z)[:, 0]
     assert (jacobian[~circular][:, circular] != 0).all()
+    assert bool((jacobian[circular][:, ~circular] == 0).all()) == alone  # whether they see the lines' latents
     with pytest.raises(InputError, match="of 66 features 0 are circles"):
         flows.spline(CartesianMap.fit(data[1]), **SMALL, torsion_layers=2)
+
+
+def test_descriptions_of_older_flows_mean_what_they_meant(data):
+    """Their torsions saw the lines, as cosine and sine alone."""
+    new = flows.spline(internal(data), **SMALL, torsion_layers=2, torsions_alone=False)
+    old = {k: v for k, v in new.architecture.items() if k not in ("torsions_alone", "harmonics")}
+    built = flows.build(new.coordinates, old)
+    assert built.bijection.state_dict().keys() == new.bijection.state_dict().keys()
+    alone = flows.spline(internal(data), **SMALL, torsion_layers=2)
+    assert built.bijection.state_dict().keys() != alone.bijection.state_dict().keys()
 
 
 class LargestTensor(TorchDispatchMode):

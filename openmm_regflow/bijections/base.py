@@ -1,5 +1,6 @@
 """The one face of every bijection: value and log-determinant together, in both directions."""
 
+import torch
 from torch import Tensor, nn
 
 
@@ -41,3 +42,29 @@ class Composition(Bijection):
             y, log_det = part.inverse(y)  # type: ignore[operator]
             total = total + log_det
         return y, total
+
+
+class Within(Bijection):
+    """A bijection of some elements, which sees these alone; the others pass unchanged.
+
+    Args:
+        where: `(dim,)` bool, True where an element is given to `inside`.
+        inside: of as many elements as `where` names.
+    """
+
+    index: Tensor
+
+    def __init__(self, where: Tensor, inside: Bijection) -> None:
+        super().__init__()
+        self.register_buffer("index", torch.nonzero(where)[:, 0], persistent=False)
+        self.inside = inside
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Noise to data."""
+        y, log_det = self.inside(z.index_select(1, self.index))
+        return z.index_copy(1, self.index, y), log_det
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Data to noise."""
+        z, log_det = self.inside.inverse(y.index_select(1, self.index))
+        return y.index_copy(1, self.index, z), log_det

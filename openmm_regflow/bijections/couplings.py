@@ -48,6 +48,8 @@ class Coupling(Bijection):
         per_line: parameters of a transformed linear element: rows of each of the tensors that `parameters_for` returns.
         per_circle: the same for a circular element.
         network: builds the conditioner from (features in, features out).
+        harmonics: an untouched angle is given to the conditioner as its cosine and sine, and those of its multiples up
+            to this one.
 
     Raises:
         InputError: the mask transforms nothing or everything.
@@ -63,6 +65,7 @@ class Coupling(Bijection):
         per_line: tuple[int, ...],
         per_circle: tuple[int, ...],
         network: Callable[[int, int], Conditioner],
+        harmonics: int = 1,
     ) -> None:
         super().__init__()
         if not bool(mask.any()) or bool(mask.all()):
@@ -79,7 +82,8 @@ class Coupling(Bijection):
         n_linear, n_circular, kept_linear, kept_circular = self.parts
         self.shapes = [(k, n_linear) for k in per_line] + [(k, n_circular) for k in per_circle]
         self.sizes = [rows * elements for rows, elements in self.shapes]
-        self.network = network(kept_linear + 2 * kept_circular, sum(self.sizes))
+        self.harmonics = harmonics
+        self.network = network(kept_linear + 2 * harmonics * kept_circular, sum(self.sizes))
 
     @property
     def moved(self) -> Tensor:
@@ -95,7 +99,10 @@ class Coupling(Bijection):
         """
         v = z.T.index_select(0, self.order)
         linear, circular, kept_linear, angles = v.split(self.parts)
-        features = torch.cat([kept_linear, angles.cos(), angles.sin()]) if len(angles) else kept_linear
+        features = kept_linear
+        if len(angles):
+            multiples = angles if self.harmonics == 1 else torch.cat([k * angles for k in range(1, self.harmonics + 1)])
+            features = torch.cat([kept_linear, multiples.cos(), multiples.sin()])
         parts = self.network.columns(features.T.to(self.network.dtype), self.sizes)
         parameters = [part.reshape(*shape, v.shape[1]) for part, shape in zip(parts, self.shapes)]
         return linear, circular, v[len(linear) + len(circular) :], parameters
@@ -112,10 +119,13 @@ class AffineCoupling(Coupling):
         mask: `(dim,)` bool, True where transformed.
         circular: `(dim,)` bool.
         network: builds the conditioner from (features in, features out).
+        harmonics: of untouched angles, see `Coupling`.
     """
 
-    def __init__(self, mask: Tensor, circular: Tensor, network: Callable[[int, int], Conditioner]) -> None:
-        super().__init__(mask, circular, (1, 1), (1,), network)
+    def __init__(
+        self, mask: Tensor, circular: Tensor, network: Callable[[int, int], Conditioner], harmonics: int = 1
+    ) -> None:
+        super().__init__(mask, circular, (1, 1), (1,), network, harmonics)
 
     @staticmethod
     def places(mask: Tensor, circular: Tensor) -> list[tuple[int, int]]:
@@ -153,7 +163,8 @@ class SplineCoupling(Coupling):
         network: builds the conditioner from (features in, features out).
         n_bins: spline bins K of circular elements, and of linear ones unless `line_bins` says otherwise.
         bound: half-width of the spline's domain on linear elements, in units of the (whitened) coordinate.
-        line_bins: spline bins of linear elements.
+        line_bins: spline bins of linear elements; 0 for the shift and the scale alone.
+        harmonics: of untouched angles, see `Coupling`.
 
     Attributes:
         compiled: evaluate splines by `fused.spline` (``Flow.fuse``); no part of the flow's description.
@@ -167,17 +178,22 @@ class SplineCoupling(Coupling):
         n_bins: int = 8,
         bound: float = 5.0,
         line_bins: int | None = None,
+        harmonics: int = 1,
     ) -> None:
         # K widths, K heights, K - 1 inner derivatives; then a shift and a log-scale on lines, where the ends have slope
         # one to meet the identity outside, or a shift and the derivative at the seam on circles.
-        on_lines, on_circles = ((3 * k - 1, 1, 1) for k in (line_bins or n_bins, n_bins))
-        super().__init__(mask, circular, on_lines, on_circles, network)
+        on_lines, on_circles = (
+            (max(3 * k - 1, 0), 1, 1) for k in (n_bins if line_bins is None else line_bins, n_bins)
+        )
+        super().__init__(mask, circular, on_lines, on_circles, network, harmonics)
         self.bound = bound
         self.compiled = False
 
     def _spline(self, raw: Tensor, ends: Tensor, v: Tensor, half: float, inverse: bool) -> tuple[Tensor, Tensor]:
         if not v.numel():  # no element of this kind
             return v, v
+        if not raw.numel():  # no bins
+            return v, torch.zeros_like(v)
         one = fused.spline if self.compiled and fused.usable(v) else spline
         return one(raw, ends, v, half, inverse)
 
