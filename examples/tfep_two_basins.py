@@ -16,7 +16,7 @@ import torch
 
 from openmm_regflow import plots, tfep
 from openmm_regflow.coordinates import CartesianMap
-from openmm_regflow.systems import skewed_double_well
+from openmm_regflow.toys import skewed_double_well
 from openmm_regflow.training import TrainConfig
 
 output = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/tfep_two_basins")

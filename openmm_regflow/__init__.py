@@ -25,6 +25,7 @@ _MODULES = (
     "coordinates",
     "errors",
     "evaluation",
+    "fingerprints",
     "flows",
     "metrics",
     "moves",
@@ -45,6 +46,7 @@ _MODULES = (
     "targets",
     "teachers",
     "tfep",
+    "toys",
     "training",
     "units",
 )

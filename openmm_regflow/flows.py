@@ -47,7 +47,7 @@ class FlowMetadata:
 
     Attributes:
         system: name of the molecule.
-        fingerprint: of the System (see ``systems.fingerprint``); None if trained without one.
+        fingerprint: of the System (see ``fingerprints.fingerprint``); None if trained without one.
         temperature: [K]; None if unknown.
         training: provenance: data, configuration, seeds, figures.
     """

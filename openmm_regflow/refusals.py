@@ -9,7 +9,7 @@ from openmm import unit
 
 from openmm_regflow.constraints import fixed_bonds
 from openmm_regflow.errors import IncompatibleFlowError, InputError, UnsupportedForceError
-from openmm_regflow.systems import compare_fingerprints, fingerprint
+from openmm_regflow.fingerprints import compare_fingerprints, fingerprint
 
 #: Relative difference of a constraint's length and the flow's fixed bond that counts as equal (nine digits).
 LENGTH_TOLERANCE = 1e-9

@@ -22,7 +22,7 @@ LEARNING = [
     "refinement",
     "recipes",
 ]
-PHYSICS = ["units", "constraints", "potentials", "systems", "simulate"]
+PHYSICS = ["units", "constraints", "fingerprints", "potentials", "systems", "toys", "simulate"]
 MEETING = ["refusals", "proposals", "sampling", "ensemble", "moves", "chains", "tfep", "evaluation", "check", "report"]
 MEETING += ["outputs", "speed", "demo", "paper", "doctor", "cli"]
 OPTIONAL = {

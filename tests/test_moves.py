@@ -26,11 +26,11 @@ from test_sampling import SIGMAS, chain_z, generator, heights, in_a_field, veloc
 
 from openmm_regflow import Flow, flows, moves
 from openmm_regflow.errors import CorruptFileError, IncompatibleFlowError, InputError, UnsupportedForceError
+from openmm_regflow.fingerprints import fingerprint
 from openmm_regflow.moves import FlowMove, registry
 from openmm_regflow.potentials import OpenMMPotential, TorchPotential
 from openmm_regflow.proposals import FlowProposal
 from openmm_regflow.sampling import FlowStatistics, system_masses
-from openmm_regflow.systems import fingerprint
 from openmm_regflow.units import GAS_CONSTANT
 
 MOLECULE = Chain(4)

@@ -12,11 +12,12 @@ from openmm import unit
 
 from openmm_regflow import flows
 from openmm_regflow.errors import IncompatibleFlowError, InputError, UnsupportedForceError
+from openmm_regflow.fingerprints import fingerprint
 from openmm_regflow.potentials import OpenMMPotential, TorchPotential
 from openmm_regflow.proposals import ABSURD_ENERGY, FlowProposal, ProposalBatch
 from openmm_regflow.refusals import check_supported
 from openmm_regflow.sampling import FlowStep
-from openmm_regflow.systems import fingerprint, load_system
+from openmm_regflow.systems import load_system
 from openmm_regflow.units import thermal_energy
 
 

@@ -25,6 +25,7 @@ from scipy.special import ndtri_exp
 from openmm_regflow import flows
 from openmm_regflow.device import openmm_properties
 from openmm_regflow.errors import IncompatibleFlowError, InputError, InsufficientDataError, UnsupportedForceError
+from openmm_regflow.fingerprints import fingerprint
 from openmm_regflow.metrics import integrated_autocorrelation_time
 from openmm_regflow.potentials import OpenMMPotential, TorchPotential
 from openmm_regflow.proposals import FlowProposal, ProposalBatch
@@ -46,7 +47,6 @@ from openmm_regflow.sampling import (
     system_masses,
 )
 from openmm_regflow.sampling.steps import _context_energy
-from openmm_regflow.systems import fingerprint
 from openmm_regflow.units import GAS_CONSTANT
 
 #: Standard errors: 1e-5 two-sided probability per figure.

@@ -14,6 +14,7 @@ from openmm import app
 
 from openmm_regflow import metrics, simulate
 from openmm_regflow.errors import CorruptFileError, InputError, InsufficientDataError
+from openmm_regflow.fingerprints import compare_fingerprints
 from openmm_regflow.simulate import (
     TemperingRun,
     TemperingSettings,
@@ -33,7 +34,8 @@ from openmm_regflow.simulate import (
     with_hydrogen_mass,
     with_torsion_bias,
 )
-from openmm_regflow.systems import MolecularSystem, compare_fingerprints, harmonic_well, load_system, load_trajectory
+from openmm_regflow.systems import MolecularSystem, load_system, load_trajectory
+from openmm_regflow.toys import harmonic_well
 from openmm_regflow.units import GAS_CONSTANT
 
 SHORT = {

@@ -14,13 +14,13 @@ from test_sampling import SIGMAS, chain_z, generator
 
 from openmm_regflow import flows
 from openmm_regflow.errors import IncompatibleFlowError, InputError, UnsupportedForceError
+from openmm_regflow.fingerprints import fingerprint
 from openmm_regflow.metrics import integrated_autocorrelation_time
 from openmm_regflow.moves import FlowMove
 from openmm_regflow.potentials import OpenMMPotential, TorchPotential
 from openmm_regflow.proposals import SubsetProposal, local_frame
 from openmm_regflow.refusals import check_subset_supported
 from openmm_regflow.sampling import FlowSimulation, FlowStep, run_chain
-from openmm_regflow.systems import fingerprint
 
 MOLECULE = SolvatedChain()
 

@@ -15,18 +15,16 @@ from openmm import app, unit
 
 from openmm_regflow import metrics, systems
 from openmm_regflow.errors import CorruptFileError, InputError
+from openmm_regflow.fingerprints import compare_fingerprints, fingerprint
 from openmm_regflow.flows import Flow
 from openmm_regflow.refusals import check_flow
 from openmm_regflow.simulate import export_hdf5, with_hydrogen_mass
 from openmm_regflow.systems import (
     available_systems,
-    compare_fingerprints,
-    fingerprint,
-    harmonic_well,
     load_system,
     load_trajectory,
-    skewed_double_well,
 )
+from openmm_regflow.toys import harmonic_well, skewed_double_well
 from openmm_regflow.units import thermal_energy
 
 EXPECTED = {

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from openmm_regflow.device import read_positions, write_positions
 from openmm_regflow.errors import InputError
+from openmm_regflow.fingerprints import fingerprint
 from openmm_regflow.proposals import FlowProposal
 from openmm_regflow.refusals import has_global_parameters
 from openmm_regflow.sampling.kernels import FlowStatistics
@@ -25,7 +26,6 @@ from openmm_regflow.sampling.steps import (
     system_masses,
     travels_directly,
 )
-from openmm_regflow.systems import fingerprint
 from openmm_regflow.units import GAS_CONSTANT, temperature_kelvin
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from openmm_regflow.errors import CorruptFileError, InputError, InsufficientDataError
 from openmm_regflow.files import write_json
+from openmm_regflow.fingerprints import compare_fingerprints, fingerprint
 from openmm_regflow.graphs import Replayed
 from openmm_regflow.potentials import TorchPotential
 from openmm_regflow.simulate.tempering import (
@@ -33,7 +34,7 @@ from openmm_regflow.simulate.tempering import (
     with_hydrogen_mass,
     writable_folder,
 )
-from openmm_regflow.systems import MolecularSystem, compare_fingerprints, fingerprint
+from openmm_regflow.systems import MolecularSystem
 from openmm_regflow.units import GAS_CONSTANT
 
 #: Iterations written at a time: what an interruption loses at most.

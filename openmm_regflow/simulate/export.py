@@ -10,11 +10,12 @@ from openmm import app
 from openmm_regflow import metrics
 from openmm_regflow.errors import InputError, InsufficientDataError
 from openmm_regflow.files import write_json
+from openmm_regflow.fingerprints import compare_fingerprints, fingerprint
 from openmm_regflow.reweighting import Estimate
 from openmm_regflow.simulate.analysis import TemperingAnalysis, analyse
 from openmm_regflow.simulate.batched import load_batched
 from openmm_regflow.simulate.tempering import RECORD, TemperingRun, is_free, load_run, read_record, writable_folder
-from openmm_regflow.systems import MolecularSystem, Split, compare_fingerprints, fingerprint
+from openmm_regflow.systems import MolecularSystem, Split
 
 
 def target_frames(run: TemperingRun, max_frames: int | None = None, *, centre: bool = True) -> np.ndarray:

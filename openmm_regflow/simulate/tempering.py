@@ -27,8 +27,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from openmm_regflow.device import openmm_properties
 from openmm_regflow.errors import CorruptFileError, InputError, InsufficientDataError
 from openmm_regflow.files import read_json, write_json
+from openmm_regflow.fingerprints import compare_fingerprints, fingerprint
 from openmm_regflow.potentials import platform_names
-from openmm_regflow.systems import MolecularSystem, compare_fingerprints, fingerprint
+from openmm_regflow.systems import MolecularSystem
 from openmm_regflow.units import GAS_CONSTANT
 
 #: Called as ``progress(done, total)`` in iterations.
