@@ -86,7 +86,11 @@ def test_every_command_has_help_with_an_example(capsys):
         assert code == 0 and f"Example: openmm-regflow {command}" in " ".join(out.split())
 
 
-@pytest.mark.parametrize("script", ["examples/jacobian_gap.py", "systems/make_reference.py", "systems/write_cards.py"])
+SCRIPTS = ["examples/coupling_layouts.py", "examples/jacobian_gap.py"]
+SCRIPTS += ["systems/make_reference.py", "systems/write_cards.py"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_have_help(script, tmp_path):
     """And take it for no folder and no name."""
     program = [sys.executable, Path(__file__).parents[1] / script, "--help"]
