@@ -547,17 +547,19 @@ def build(
     if a["name"] not in networks:
         raise InputError(f"unknown architecture {a['name']!r}; known: {', '.join(networks)}")
     network: Callable[..., Conditioner] = partial(networks[a["name"]], hidden=a["hidden"], depth=a["depth"])
+    of_torsions = partial(network, **{k: a[f"torsion_{k}"] for k in ("hidden", "depth") if a.get(f"torsion_{k}")})
     circular = coordinates.circular.cpu()  # layers are made on the CPU, and moved as a whole
     masks = _masks(coordinates, a)
-    alone = a.get("torsion_layers", 0) if a.get("torsions_alone", False) else 0
+    first = a.get("torsion_layers", 0)
     layers: list[Bijection] = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(a["seed"])
-        if alone:
-            among = circular[circular]
-            torsions = [_coupling(a, mask[circular], among, network) for mask in masks[:alone]]
+        if first and a.get("torsions_alone", False):
+            torsions = [_coupling(a, mask[circular], circular[circular], of_torsions) for mask in masks[:first]]
             layers.append(Within(circular, Composition(torsions)))
-        layers += [_coupling(a, mask, circular, network) for mask in masks[alone:]]
+        else:
+            layers += [_coupling(a, mask, circular, of_torsions) for mask in masks[:first]]
+        layers += [_coupling(a, mask, circular, network) for mask in masks[first:]]
     return Flow(coordinates, Composition(layers), a, metadata, factor)
 
 
@@ -622,6 +624,8 @@ def spline(
     line_bins: int | None = None,
     bound: float = 5.0,
     torsion_layers: int = 0,
+    torsion_hidden: int | None = None,
+    torsion_depth: int | None = None,
     torsions_alone: bool = True,
     harmonics: int = 1,
     seed: int = 0,
@@ -639,6 +643,8 @@ def spline(
         bound: half-width of the spline's domain in units of the feature's standard deviation.
         torsion_layers: couplings that come first and move torsions alone; the n_layers others then move lines alone, so
             that stiff coordinates see every torsion. 0: each coupling moves half of both.
+        torsion_hidden: width of the conditioners of those couplings, which have less to say; None for ``hidden``.
+        torsion_depth: residual blocks of each; None for ``depth``.
         torsions_alone: those couplings see torsions alone, so that their density is a factor of the flow's; otherwise
             they see the latents of the lines, too.
         harmonics: conditioners see each torsion as cosines and sines of its multiples up to this one.
@@ -647,7 +653,7 @@ def spline(
     architecture = {
         "name": "spline", "n_layers": n_layers, "hidden": hidden, "depth": depth, "n_bins": n_bins,
         "line_bins": line_bins, "bound": bound, "torsion_layers": torsion_layers,
-        "torsions_alone": torsions_alone, "harmonics": harmonics, "seed": seed,
+        "torsion_hidden": torsion_hidden, "torsion_depth": torsion_depth, "torsions_alone": torsions_alone, "harmonics": harmonics, "seed": seed,
     }  # fmt: skip
     return build(coordinates, architecture)
 

@@ -43,7 +43,8 @@ from openmm_regflow.training import Batch, Batches, History, Progress, TrainConf
 #: (name of the stage, steps in total) -> progress callback of that stage
 Stage = Callable[[str, int], Progress]
 TEACHER_KIND = "openmm_regflow.teacher"
-SPLINE_KEYS = ("n_bins", "line_bins", "bound", "torsion_layers", "torsions_alone", "harmonics")
+SPLINE_KEYS = ("n_bins", "line_bins", "bound", "harmonics")
+SPLINE_KEYS += ("torsion_layers", "torsion_hidden", "torsion_depth", "torsions_alone")
 
 
 class _Section(BaseModel):
@@ -77,6 +78,8 @@ class FlowConfig(_Section):
     torsion_layers: int = Field(
         0, ge=0, description="spline, internal only: couplings of torsions alone; the n_layers then move the rest"
     )
+    torsion_hidden: int | None = Field(None, ge=1, description="width of their conditioners; null: hidden")
+    torsion_depth: int | None = Field(None, ge=1, description="residual blocks of their conditioners; null: depth")
     torsions_alone: bool = Field(True, description="couplings of torsions see no latents of lines")
     harmonics: int = Field(1, ge=1, description="spline only: multiples of a torsion that conditioners see")
     prior: Literal["normal", "harmonic"] = Field(

@@ -13,6 +13,7 @@ from openmm_regflow.bijections import wrap
 from openmm_regflow.coordinates import CartesianMap, InternalMap, build_zmatrix, topology_tables
 from openmm_regflow.errors import CorruptFileError, InputError
 from openmm_regflow.flows import Flow, FlowMetadata
+from openmm_regflow.networks import ResidualMLP
 from openmm_regflow.systems import load_system
 
 SMALL = {"n_layers": 4, "hidden": 16, "depth": 1}
@@ -244,7 +245,10 @@ def test_one_dimension_is_refused():
 @pytest.mark.parametrize("alone", [True, False])
 def test_torsions_first(data, alone):
     """The first couplings move every torsion and nothing else, the others every line; lines then see all torsions."""
-    flow = stirred(flows.spline(internal(data), **SMALL, torsion_layers=6, torsions_alone=alone), scale=0.3)
+    sizes = {"torsion_layers": 6, "torsions_alone": alone, "torsion_hidden": 12, "torsion_depth": 2}
+    flow = stirred(flows.spline(internal(data), **SMALL, **sizes), scale=0.3)
+    networks = [m for m in flow.bijection.modules() if isinstance(m, ResidualMLP)]
+    assert [(n.head.in_features, len(n.blocks)) for n in networks] == 6 * [(12, 2)] + 4 * [(16, 1)]
     circular = flow.coordinates.circular
     masks = flows.alternating_masks(circular, 4, 0, torsion_layers=6)
     assert len(masks) == 10 and len(flow.bijection.parts) == (5 if alone else 10)
