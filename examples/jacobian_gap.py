@@ -290,7 +290,7 @@ ROWS: dict[str, tuple[str | None, Any]] = {
     "... then 10 pools with 10,000 frames": (BOTH, lambda b, s: refined(b, s, 10_000)),
     "likelihood alone, 200,000 frames, 10 layers": (None, lambda b, s: likelihood(b, b.flow(n_layers=10), b.many)),
     "likelihood alone, 200,000 frames, 6 + 6 layers": (
-        None, lambda b, s: likelihood(b, b.flow(torsion_layers=6), b.many),
+        None, lambda b, s: likelihood(b, b.flow(torsion_layers=6, torsions_alone=False), b.many),
     ),
     "likelihood alone, 200,000 frames, mixed precision": (
         None, lambda b, s: likelihood(b, b.flow(), b.many, precision="mixed"),

@@ -653,7 +653,8 @@ def spline(
     architecture = {
         "name": "spline", "n_layers": n_layers, "hidden": hidden, "depth": depth, "n_bins": n_bins,
         "line_bins": line_bins, "bound": bound, "torsion_layers": torsion_layers,
-        "torsion_hidden": torsion_hidden, "torsion_depth": torsion_depth, "torsions_alone": torsions_alone, "harmonics": harmonics, "seed": seed,
+        "torsion_hidden": torsion_hidden, "torsion_depth": torsion_depth,
+        "torsions_alone": torsions_alone, "harmonics": harmonics, "seed": seed,
     }  # fmt: skip
     return build(coordinates, architecture)
 
