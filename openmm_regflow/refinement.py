@@ -65,6 +65,7 @@ class RefineConfig(BaseModel):
     tail: float = Field(
         0.0, ge=0, lt=1, description="power of p/q in the weights: 0 lowers KL(p || q), near 1 the weights' variance"
     )
+    tail_after: float = Field(0.0, ge=0, lt=1, description="share of the rounds after which tail begins")
     precision: Literal["float32", "mixed"] = Field(
         "float32", description="mixed: gradients by products in bfloat16, on CPUs that gain by it"
     )
@@ -132,7 +133,8 @@ class _Learner:
         """One pass over pool k, each sample seen once, at ``factor`` times its learning rate."""
         c, flow = self.config, self.flow
         fine = torch.isfinite(pool.x).flatten(1).all(1) & torch.isfinite(pool.log_r)
-        tilt = c.tail * pool.log_ratio() if c.tail else 0.0  # 0 times the -inf of an impossible sample is no number
+        power = c.tail if k >= c.tail_after * c.rounds else 0.0
+        tilt = power * pool.log_ratio() if power else 0.0  # 0 times the -inf of an impossible sample is no number
         weights = truncate(pool.log_w + tilt, c.clip_top)
         w = torch.as_tensor(weights, dtype=flow.dtype, device=pool.x.device)[fine]
         y, log_det = flow.coordinates.to_features(pool.x[fine])

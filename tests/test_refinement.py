@@ -203,6 +203,17 @@ def test_a_tail_that_the_flow_cannot_follow_is_covered(coordinates):
     assert ratios[0.0].mean() < ratios[0.5].mean()
 
 
+def test_the_tail_begins_after_its_share_of_the_rounds(coordinates):
+    found = []
+    for choice in ({}, {"tail": 0.5, "tail_after": 0.5}, {"tail": 0.5}):
+        flow, potential = pair(coordinates)
+        records = refine(flow, potential, config(3e-3, rounds=4).model_copy(update=choice))
+        found.append([record.divergence for record in records])
+    without, late, always = found
+    assert late[:3] == without[:3] != always[:3]  # pool k is judged before it is learned from
+    assert late[3] != without[3]
+
+
 @pytest.mark.parametrize("tail", [0.0, 0.5])
 def test_impossible_samples_have_no_weight(tail, coordinates):
     flow, potential = pair(coordinates)
