@@ -77,7 +77,7 @@ def demo_config(seed: int = 0) -> RunConfig:
     """Training settings sized for ten minutes on two CPU cores, chains and plots included."""
     return RunConfig(
         frames=FramesConfig(copies=15, moves=1, seed=seed),
-        flow=FlowConfig(n_layers=6, hidden=64, depth=1, seed=seed),
+        flow=FlowConfig(n_layers=10, hidden=64, depth=2, torsion_layers=6, torsion_hidden=48, line_bins=0, seed=seed),
         teacher=TeacherConfig(
             hidden=256, depth=3, seed=seed, train=TrainConfig(steps=4000, seconds=110, learning_rate=1e-3, seed=seed)
         ),

@@ -43,8 +43,8 @@ from openmm_regflow.training import Batch, Batches, History, Progress, TrainConf
 #: (name of the stage, steps in total) -> progress callback of that stage
 Stage = Callable[[str, int], Progress]
 TEACHER_KIND = "openmm_regflow.teacher"
-SPLINE_KEYS = ("n_bins", "line_bins", "bound", "harmonics")
-SPLINE_KEYS += ("torsion_layers", "torsion_hidden", "torsion_depth", "torsions_alone")
+TORSION_KEYS = ("torsion_layers", "torsion_hidden", "torsion_depth", "torsions_alone")
+SPLINE_KEYS = ("n_bins", "line_bins", "bound", "harmonics", *TORSION_KEYS)
 
 
 class _Section(BaseModel):
@@ -72,25 +72,34 @@ class FlowConfig(_Section):
     depth: int = Field(1, ge=1)
     n_bins: int = Field(8, ge=2, description="spline only")
     line_bins: int | None = Field(
-        None, ge=0, description="spline only: bins of linear features; null: n_bins, 0: shift and scale alone"
+        None, ge=0, description="spline only: bins of linear features, 0: shift and scale; null: see torsion_layers"
     )
     bound: float = Field(5.0, gt=0, description="spline only")
-    torsion_layers: int = Field(
-        0, ge=0, description="spline, internal only: couplings of torsions alone; the n_layers then move the rest"
+    torsion_layers: int | None = Field(
+        None,
+        ge=0,
+        description="spline, internal only: couplings of torsions alone; the n_layers then move the rest; null: as "
+        "many, and no bins for lines, where there are two torsions and two lines, else 0, and n_bins for lines",
     )
     torsion_hidden: int | None = Field(None, ge=1, description="width of their conditioners; null: hidden")
     torsion_depth: int | None = Field(None, ge=1, description="residual blocks of their conditioners; null: depth")
     torsions_alone: bool = Field(True, description="couplings of torsions see no latents of lines")
-    harmonics: int = Field(1, ge=1, description="spline only: multiples of a torsion that conditioners see")
+    harmonics: int = Field(3, ge=1, description="spline only: multiples of a torsion that conditioners see")
     prior: Literal["normal", "harmonic"] = Field(
         "normal", description="harmonic: covariance of the data; cartesian only"
     )
     seed: int = Field(0, ge=0)
 
-    def architecture(self) -> dict[str, Any]:
-        """As ``flows.build`` takes it."""
+    def architecture(self, circular: Tensor) -> dict[str, Any]:
+        """As ``flows.build`` takes it, for features `(dim,)` of which these are circles."""
         keys = self.model_dump(exclude={"prior"})
-        return keys if self.name == "spline" else {k: v for k, v in keys.items() if k not in SPLINE_KEYS}
+        if self.name != "spline":
+            return {k: v for k, v in keys.items() if k not in SPLINE_KEYS}
+        if self.torsion_layers is None:
+            keys["torsion_layers"] = self.n_layers if min(circular.sum(), (~circular).sum()) >= 2 else 0
+            if keys["torsion_layers"] and self.line_bins is None:
+                keys["line_bins"] = 0
+        return keys
 
 
 class TeacherConfig(_Section):
@@ -490,7 +499,7 @@ def _more_frames(x: Tensor, mover: Mover, config: FramesConfig, work: _Workspace
 def _student(coordinates: CoordinateMap, x: Tensor, config: FlowConfig, metadata: FlowMetadata | None) -> Flow:
     harmonic = config.prior == "harmonic" and isinstance(coordinates, CartesianMap)
     factor = flows.harmonic_factor(coordinates, x) if harmonic else None  # type: ignore[arg-type]
-    return flows.build(coordinates, config.architecture(), metadata, factor)
+    return flows.build(coordinates, config.architecture(coordinates.circular), metadata, factor)
 
 
 def _pair_batches(

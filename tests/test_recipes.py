@@ -388,6 +388,25 @@ def test_a_steep_map_is_kept_in_float64(data, monkeypatch):
     assert steep.flow.dtype == torch.float64 and steep.inverse_error < 1e-9
 
 
+@pytest.mark.parametrize(
+    ("circles", "changes", "expected"),
+    [
+        (5, {}, (4, 0)),
+        (1, {}, (0, None)),
+        (0, {}, (0, None)),
+        (11, {}, (0, None)),
+        (5, {"torsion_layers": 0}, (0, None)),
+        (5, {"line_bins": 6}, (4, 6)),
+        (5, {"torsion_layers": 2, "line_bins": 6}, (2, 6)),
+    ],
+)
+def test_layout_that_fits_the_molecule(circles, changes, expected):
+    """Torsions get couplings of their own, and lines no bins, where there are two of each and nobody said otherwise."""
+    config = recipes.FlowConfig(n_layers=4, **changes)
+    architecture = config.architecture(torch.arange(11) < circles)
+    assert (architecture["torsion_layers"], architecture["line_bins"]) == expected
+
+
 def test_settings_without_a_value_are_shown(tmp_path):
     """As comments, each in its section, and the file reads back as what was printed."""
     text = recipes.print_config(RunConfig())

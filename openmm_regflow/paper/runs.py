@@ -138,7 +138,8 @@ def train_cell(cell: Cell, config: PaperConfig, molecule: MolecularSystem, devic
         }
     )  # fmt: skip
     kind = config.mle_prior if cell.method == "mle" else config.prior
-    flow = flows.build(coordinates, student.architecture(), None, _factor(coordinates, x, kind)).to(device)
+    architecture = student.architecture(coordinates.circular)
+    flow = flows.build(coordinates, architecture, None, _factor(coordinates, x, kind)).to(device)
     if cell.method == "mle":
         trained = Trained(flow, {"student": _likelihood(flow, x, held_out, cell, config)})
     else:
