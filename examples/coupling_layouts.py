@@ -1,11 +1,11 @@
 """Which couplings suit a peptide: architectures side by side, by likelihood alone in equal time.
 
-Every row trains one flow of alanine tetrapeptide on a hundred frames for each one of the trajectory, for the same
-number of seconds, and is judged on frames of other runs: KL(p || q) [nat], and how the log-density of the torsions and
-that of the stiff coordinates given the torsions compare with those of the first row, where the two are factors.
-Finished rows are kept.
+Every row trains one flow on many frames for each one of the trajectory, for the same number of seconds, and is judged
+on frames of other runs: KL(p || q) [nat], and how the log-density of the torsions and that of the stiff coordinates
+given the torsions compare with those of the first row, where the two are factors. Finished rows are kept.
 
-    python examples/coupling_layouts.py runs/layouts --seconds 600     # ten minutes for the frames, then one row each
+    python examples/coupling_layouts.py runs/layouts                   # alanine dipeptide, a quarter of an hour
+    python examples/coupling_layouts.py runs/layouts-4 --system alanine-tetrapeptide --copies 100 --seconds 600
 """
 
 import argparse
@@ -24,7 +24,7 @@ from openmm_regflow.objectives import LikelihoodLoss
 from openmm_regflow.refinement import log_normalisation
 from openmm_regflow.training import Batches, TrainConfig, train
 
-SYSTEM, COPIES, SAMPLES = "alanine-tetrapeptide", 100, 20_000
+SAMPLES = 20_000
 SPLINES: dict[str, Any] = {"n_layers": 8, "torsion_layers": 8, "hidden": 128, "depth": 1, "line_bins": 4}
 AFFINE: dict[str, Any] = SPLINES | {"n_layers": 12, "depth": 2, "line_bins": 0, "harmonics": 3}
 ROWS: dict[str, dict[str, Any]] = {
@@ -39,13 +39,13 @@ ROWS: dict[str, dict[str, Any]] = {
 class Bench:
     """Frames and the normalisation of the target, which the rows share."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, system: str, copies: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.molecule = folder, rf.load_system(SYSTEM)
+        self.molecule = rf.load_system(system)
         few, *others = (torch.as_tensor(self.molecule.reference(k)) for k in ("train", "validation", "test"))
         self.others = torch.cat(others)
         self.coordinates = flows.coordinates_for(self.molecule.topology, few)
-        config = FramesConfig(copies=COPIES, moves=1)
+        config = FramesConfig(copies=copies, moves=1)
         many, _ = more_frames(few, frame_mover(self.molecule, few, compile=True), config, folder / "frames.safetensors")
         self.y = recipes.features(self.coordinates, many, torch.Generator())
         shipped = rf.Flow.load(self.molecule.folder / "flow.safetensors").fuse()
@@ -112,9 +112,11 @@ def table(folder: Path) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default="runs/layouts", help="of finished rows")
-    parser.add_argument("--seconds", type=float, default=600.0, help="of training for each row")
+    parser.add_argument("--system", default="alanine-dipeptide", help="one that comes with reference frames and a flow")
+    parser.add_argument("--copies", type=int, default=20, help="frames for each one of the trajectory")
+    parser.add_argument("--seconds", type=float, default=120.0, help="of training for each row")
     options = parser.parse_args()
-    bench = Bench(options.folder)
+    bench = Bench(options.folder, options.system, options.copies)
     first: dict[str, torch.Tensor] | None = None
     for k, (row, architecture) in enumerate(ROWS.items()):
         path = options.folder / f"{k}.safetensors"
