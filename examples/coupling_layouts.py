@@ -19,6 +19,7 @@ import torch
 import openmm_regflow as rf
 from openmm_regflow import flows, recipes
 from openmm_regflow.ensemble import frame_mover, training_potential
+from openmm_regflow.flows import FlowMetadata
 from openmm_regflow.frames import FramesConfig, more_frames
 from openmm_regflow.objectives import LikelihoodLoss
 from openmm_regflow.refinement import log_normalisation
@@ -46,7 +47,9 @@ class Bench:
         self.others = torch.cat(others)
         self.coordinates = flows.coordinates_for(self.molecule.topology, few)
         config = FramesConfig(copies=copies, moves=1)
-        many, _ = more_frames(few, frame_mover(self.molecule, few, compile=True), config, folder / "frames.safetensors")
+        target = FlowMetadata(system, self.molecule.fingerprint, self.molecule.temperature).target
+        mover = frame_mover(self.molecule, few, compile=True)
+        many, _ = more_frames(few, mover, config, folder / "frames.safetensors", target=target)
         self.y = recipes.features(self.coordinates, many, torch.Generator())
         shipped = rf.Flow.load(self.molecule.folder / "flow.safetensors").fuse()
         x, log_q = shipped.sample(SAMPLES, torch.Generator().manual_seed(0))
