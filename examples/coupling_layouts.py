@@ -34,6 +34,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "8 + 8, four bins on lines": SPLINES,
     "8 + 8, four bins on lines, three harmonics": SPLINES | {"harmonics": 3},
     "8 + 12, no bins on lines": AFFINE | {"harmonics": 1},
+    "8 + 8, four bins on lines, three harmonics, torsions see lines": SPLINES
+    | {"harmonics": 3, "torsions_alone": False},
+    "8 + 12, no bins on lines, three harmonics, torsions see lines": AFFINE | {"torsions_alone": False},
 }
 
 
