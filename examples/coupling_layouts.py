@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jacobian_gap import log_evidence
 
 import openmm_regflow as rf
 from openmm_regflow import flows, recipes
@@ -22,10 +23,8 @@ from openmm_regflow.ensemble import frame_mover, training_potential
 from openmm_regflow.flows import FlowMetadata
 from openmm_regflow.frames import FramesConfig, more_frames
 from openmm_regflow.objectives import LikelihoodLoss
-from openmm_regflow.refinement import log_normalisation
 from openmm_regflow.training import Batches, TrainConfig, train
 
-SAMPLES = 20_000
 SPLINES: dict[str, Any] = {"n_layers": 8, "torsion_layers": 8, "hidden": 128, "depth": 1, "line_bins": 4}
 AFFINE: dict[str, Any] = SPLINES | {"n_layers": 12, "depth": 2, "line_bins": 0, "harmonics": 3}
 ROWS: dict[str, dict[str, Any]] = {
@@ -55,12 +54,8 @@ class Bench:
         many, _ = more_frames(few, mover, config, folder / "frames.safetensors", target=target)
         self.y = recipes.features(self.coordinates, many, torch.Generator())
         shipped = rf.Flow.load(self.molecule.folder / "flow.safetensors").fuse()
-        x, log_q = shipped.sample(SAMPLES, torch.Generator().manual_seed(0))
-        both = torch.cat([x, self.others.to(x)])
-        log_p = -training_potential(self.molecule, compile=True)(both)
-        log_q = torch.cat([log_q, shipped.log_prob(self.others)])
-        log_z = log_normalisation(log_p.numpy(), log_q.double().numpy(), len(x), len(self.others))
-        self.log_p = log_p[len(x) :] - log_z
+        potential = training_potential(self.molecule, compile=True)
+        self.log_p = -potential(self.others) - log_evidence(shipped, potential, self.others)
 
     def train(self, architecture: dict[str, Any], seconds: float) -> tuple[flows.Flow, int]:
         """A flow after so many seconds of likelihood, and the steps that it took."""
@@ -125,14 +120,13 @@ if __name__ == "__main__":
     bench = Bench(options.folder, options.system, options.copies)
     first: dict[str, torch.Tensor] | None = None
     for k, (row, architecture) in enumerate(ROWS.items()):
-        path = options.folder / f"{k}.safetensors"
-        if path.exists():
-            flow, steps = rf.Flow.load(path), json.loads(path.with_suffix(".json").read_text())["steps"]
+        path, judged = options.folder / f"{k}.safetensors", options.folder / f"{k}.json"
+        if judged.exists():
+            flow, steps = rf.Flow.load(path), json.loads(judged.read_text())["steps"]
         else:
             flow, steps = bench.train(architecture, options.seconds)
             flow.save(path)
         found = bench.judge(flow.fuse())
         first = first or found
-        record = {"row": row, "steps": steps, **figures(found, first)}
-        path.with_suffix(".json").write_text(json.dumps(record, indent=1))
+        judged.write_text(json.dumps({"row": row, "steps": steps, **figures(found, first)}, indent=1))
     print(table(options.folder))

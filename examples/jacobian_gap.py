@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ FLOW = {"n_layers": 6, "hidden": 96, "n_bins": 8, "line_bins": 4}
 TEACHER = TrainConfig(steps=3000, learning_rate=1e-3, validate_every=250, patience=6)
 REGRESSION = TrainConfig(steps=2000, learning_rate=1e-3, ema=0.998)
 LIKELIHOOD = TrainConfig(steps=1500, learning_rate=1e-3, ema=0.99, warmup=100, validate_every=50, patience=8)
+#: Positions `(n, n_atoms, 3)` [nm] -> reduced energies `(n,)` [kT].
+Potential = Callable[[torch.Tensor], torch.Tensor]
 #: Length of the finite differences that stand for Jacobian-vector products, in latent units.
 PROBE = 0.05
 
@@ -59,6 +62,15 @@ class DirectionalLoss(RegFlowLoss):
         return total + parts["directional"], parts
 
 
+def log_evidence(flow: flows.Flow, potential: Potential, frames: torch.Tensor) -> float:
+    """log of the integral of ``exp(-u)``, by bridge sampling between a good flow and frames of the target."""
+    x, log_q = flow.sample(SAMPLES, torch.Generator().manual_seed(0))
+    both = torch.cat([x, frames.to(x)])
+    log_p = -potential(both).numpy()
+    log_q = torch.cat([log_q, flow.log_prob(frames)])
+    return log_normalisation(log_p, log_q.double().numpy(), len(x), len(frames))
+
+
 class Bench:
     """Data, teacher and pairs that the rows share, kept in a folder."""
 
@@ -79,7 +91,7 @@ class Bench:
         self.coordinates = flows.coordinates_for(self.molecule.topology, self.few)
         self.circular = self.coordinates.circular
         shipped = rf.Flow.load(self.molecule.folder / "flow.safetensors").fuse()
-        self.log_z = self.log_evidence(shipped)
+        self.log_z = log_evidence(shipped, self.potential, self.test)
 
     def flow(self, **other: int) -> flows.Flow:
         """A new flow, of other sizes if wished."""
@@ -120,15 +132,6 @@ class Bench:
         z = pairs.z + PROBE * v / v.norm(dim=1, keepdim=True)
         field = self.teacher("few", self.few)
         return z, torch.cat([integrate(field, part, n_steps=ODE_STEPS)[0] for part in z.split(8192)])
-
-    def log_evidence(self, flow: flows.Flow) -> float:
-        """log of the integral of ``exp(-u)``, by bridge sampling between a good flow and the test frames."""
-        x, log_q = flow.sample(SAMPLES, torch.Generator().manual_seed(0))
-        both = torch.cat([x, self.test.to(x)])
-        log_p = -self.potential(both).numpy()
-        return log_normalisation(
-            log_p, torch.cat([log_q, flow.log_prob(self.test)]).double().numpy(), len(x), len(both) - len(x)
-        )
 
     def judge(self, flow: flows.Flow) -> dict[str, float]:
         """Figures of a flow's weights."""
