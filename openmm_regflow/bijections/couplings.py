@@ -119,13 +119,10 @@ class AffineCoupling(Coupling):
         mask: `(dim,)` bool, True where transformed.
         circular: `(dim,)` bool.
         network: builds the conditioner from (features in, features out).
-        harmonics: of untouched angles, see `Coupling`.
     """
 
-    def __init__(
-        self, mask: Tensor, circular: Tensor, network: Callable[[int, int], Conditioner], harmonics: int = 1
-    ) -> None:
-        super().__init__(mask, circular, (1, 1), (1,), network, harmonics)
+    def __init__(self, mask: Tensor, circular: Tensor, network: Callable[[int, int], Conditioner]) -> None:
+        super().__init__(mask, circular, (1, 1), (1,), network)
 
     @staticmethod
     def places(mask: Tensor, circular: Tensor) -> list[tuple[int, int]]:
