@@ -23,7 +23,7 @@ from openmm_regflow.device import (
 )
 from openmm_regflow.device.choice import openmm_remedy
 from openmm_regflow.potentials import TorchPotential, platform_names
-from openmm_regflow.products import onednn_is_quicker
+from openmm_regflow.products import onednn_is_quicker, rounding
 from openmm_regflow.systems import load_system
 
 Rows = list[tuple[str, ...]]
@@ -70,6 +70,8 @@ def version_rows() -> Rows:
     else:
         rows.append(("CUDA devices seen by torch", f"none: {why_no_gpu()}"))
     rows.append(("products of float32 matrices on the CPU", "oneDNN" if onednn_is_quicker() else "torch's default"))
+    gradients = {"oneDNN": "bfloat16", "AMX": "bfloat16 (AMX)", None: "float32: this processor would gain nothing"}
+    rows.append(('gradients by precision = "mixed" on the CPU', gradients[rounding()]))
     return rows
 
 

@@ -129,15 +129,15 @@ def test_what_stays_with_torch(monkeypatch):
         assert products.linear(large, weight).dtype == torch.bfloat16
 
 
-needs_bfloat16 = pytest.mark.skipif(
-    not torch.cpu._is_avx512_bf16_supported(), reason="this processor does not multiply bfloat16"
-)
+WAYS = ["oneDNN"] * torch.cpu._is_avx512_bf16_supported() + ["AMX"] * torch.cpu._is_amx_tile_supported()
 
 
-@needs_bfloat16
-def test_coarse_gradients_are_gradients(monkeypatch):
-    """Values are untouched, gradients off by thousandths; twice differentiated, nothing is rounded."""
-    monkeypatch.setattr(products, "onednn_is_quicker", lambda: True)
+@pytest.mark.skipif(not WAYS, reason="this processor does not multiply bfloat16")
+@pytest.mark.parametrize("way", WAYS)
+def test_coarse_gradients_are_gradients(monkeypatch, way):
+    """Values are untouched and gradients off by thousandths; outside, and where oneDNN is differentiated twice, not."""
+    monkeypatch.setattr(products, "onednn_is_quicker", lambda: way == "oneDNN")
+    monkeypatch.setattr(products, "rounding", lambda: way)
     torch.manual_seed(0)
     network = ResidualMLP(40, 300, hidden=64, depth=2, zero_init=False)
     x, target = torch.randn(2, 1000, 300)
@@ -155,5 +155,8 @@ def test_coarse_gradients_are_gradients(monkeypatch):
     assert 1e-5 < error < 0.01, error  # eight bits of mantissa in each factor
     halves = [gradient(False, rows)[1] for rows in (slice(0, 500), slice(500, 1000))]
     assert error < 0.05 * float((halves[0] - halves[1]).norm() / exact.norm())  # what one batch differs from another
-    assert float((gradient(True, twice=True)[1] - exact).norm() / exact.norm()) < 1e-5
+    if way == "oneDNN":
+        assert float((gradient(True, twice=True)[1] - exact).norm() / exact.norm()) < 1e-5
+    with pytest.raises(RuntimeError), products.coarse_gradients():
+        raise RuntimeError
     assert float((gradient(False)[1] - exact).norm()) == 0.0  # and outside it is off again

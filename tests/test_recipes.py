@@ -221,7 +221,10 @@ def test_teacher_in_mixed_precision(data):
 
 def test_students_by_coarse_gradients(data, monkeypatch):
     """Regression and likelihood follow the curve of float32 to a per cent, and the flow is as exact both ways."""
-    monkeypatch.setattr(products, "onednn_is_quicker", lambda: True)
+    if products.rounding() is None:  # as on other processors
+        monkeypatch.setattr(products, "onednn_is_quicker", lambda: True)
+        able = torch.cpu._is_avx512_bf16_supported()
+        monkeypatch.setattr(products, "rounding", lambda: "oneDNN" if able else None)
     monkeypatch.setattr(products, "LEAST_WORK", 1)
     found = []
     for precision in ("float32", "mixed"):
@@ -232,7 +235,7 @@ def test_students_by_coarse_gradients(data, monkeypatch):
     for stage in ("regression", "likelihood"):
         assert mixed.histories[stage].loss == pytest.approx(full.histories[stage].loss, rel=0.02, abs=0.05)
     assert mixed.histories["regression"].loss[-1] < 0.9 * mixed.histories["regression"].loss[0]
-    if torch.cpu._is_avx512_bf16_supported():
+    if products.rounding():
         assert mixed.histories["likelihood"].loss != full.histories["likelihood"].loss
     assert mixed.inverse_error < 1e-4
 
