@@ -39,12 +39,16 @@ class Evaluation:
         e_w1_reweighted: the same after importance sampling.
         e_w2: Wasserstein-2 distance of energies [kT].
         e_w2_reweighted: the same after importance sampling.
+        e_w1_error, e_w1_reweighted_error, e_w2_error, e_w2_reweighted_error: their standard errors, the reference's
+            share included (`metrics.energy_distance`).
         t_w2: Wasserstein-2 distance of backbone torsions [rad].
         t_w2_reweighted: the same after importance sampling.
         t_w2_floor: the same between two halves of the reference: what a perfect sampler would score.
         t_w2_points: points on either side of those three.
+        t_w2_error, t_w2_reweighted_error: standard errors of the first two for so many points.
         wrong_chirality: fraction of samples with a D residue.
         wrong_chirality_reweighted: its share of the weight.
+        wrong_chirality_error, wrong_chirality_reweighted_error: their standard errors.
         delta_f_phi: (value, standard error) [kT] of phi > 0 above phi < 0, plain.
         delta_f_phi_reweighted: after importance sampling.
         delta_f_phi_reference: in the reference samples, taken as one chain in order of time (block bootstrap).
@@ -65,12 +69,20 @@ class Evaluation:
     e_w1_reweighted: float
     e_w2: float
     e_w2_reweighted: float
+    e_w1_error: float | None
+    e_w1_reweighted_error: float | None
+    e_w2_error: float | None
+    e_w2_reweighted_error: float | None
     t_w2: float | None
     t_w2_reweighted: float | None
     t_w2_floor: float | None
     t_w2_points: int | None
+    t_w2_error: float | None
+    t_w2_reweighted_error: float | None
     wrong_chirality: float | None
     wrong_chirality_reweighted: float | None
+    wrong_chirality_error: float | None
+    wrong_chirality_reweighted_error: float | None
     delta_f_phi: tuple[float, float] | None
     delta_f_phi_reweighted: tuple[float, float] | None
     delta_f_phi_reference: tuple[float, float] | None
@@ -89,14 +101,15 @@ class Evaluation:
             ("ESS", f"{100 * self.ess:.3g} ± {100 * self.ess_error:.2g} %"),
             ("ESS, top 0.2 % dropped", f"{100 * self.ess_truncated:.3g} ± {100 * self.ess_truncated_error:.2g} %"),
             ("Pareto k-hat", _number(self.k_hat)),
-            ("E-W1 plain (finite only) / reweighted [kT]", f"{_number(self.e_w1)} / {_number(self.e_w1_reweighted)}"),
-            ("E-W2 plain (finite only) / reweighted [kT]", f"{_number(self.e_w2)} / {_number(self.e_w2_reweighted)}"),
+            ("E-W1 plain (finite only) / reweighted [kT]", self._both("e_w1")),
+            ("E-W2 plain (finite only) / reweighted [kT]", self._both("e_w2")),
         ]
         if self.t_w2 is not None:
-            figures = f"{_number(self.t_w2)} / {_number(self.t_w2_reweighted)} / {_number(self.t_w2_floor)}"
+            figures = f"{self._both('t_w2')} / {_number(self.t_w2_floor)}"
             rows.append((f"T-W2 plain / reweighted / floor [rad, {self.t_w2_points} points]", figures))
         if self.wrong_chirality is not None:
-            rows.append(("wrong chirality", f"{100 * self.wrong_chirality:.3g} %"))
+            error = 100 * (self.wrong_chirality_error or 0.0)
+            rows.append(("wrong chirality", f"{100 * self.wrong_chirality:.3g} ± {error:.2g} %"))
         for name in ("delta_f_phi", "delta_f_phi_reweighted", "delta_f_phi_reference"):
             value = getattr(self, name)
             if value is not None:
@@ -104,6 +117,11 @@ class Evaluation:
                 rows.append((f"ΔF(φ>0) − ΔF(φ<0), {words} [kT]", f"{value[0]:.2f} ± {value[1]:.2f}"))
         rows.append(("mean energy with the top 0.2 % clipped, less without [kT]", _number(self.clip_bias)))
         return [*rows, ("verdict", self.verdict)]
+
+    def _both(self, name: str) -> str:
+        """A figure of the samples and that of the reweighted ones, each with its error."""
+        pairs = ((getattr(self, key), getattr(self, f"{key}_error")) for key in (name, f"{name}_reweighted"))
+        return " / ".join(_number(value) + (f" ± {error:.2g}" if error is not None else "") for value, error in pairs)
 
 
 def _number(value: float | None) -> str:
@@ -266,46 +284,45 @@ def _or_none(figure: Callable[[], Any]) -> Any:
         return None
 
 
-def _energy_figures(u_n: np.ndarray, u_ref: np.ndarray, log_w_n: np.ndarray) -> dict[str, float]:
+def _energy_figures(u_n: np.ndarray, u_ref: np.ndarray, log_w_n: np.ndarray) -> dict[str, float | None]:
     # One atom on another makes any distance infinite: such samples are counted, and the rest is measured.
     finite = np.isfinite(u_n)
-    if not finite.any():
-        return dict.fromkeys(("e_w1", "e_w1_reweighted", "e_w2", "e_w2_reweighted"), math.inf)
     u_n, log_w_n = u_n[finite], log_w_n[finite]
-    return {
-        f"e_w{order}{suffix}": metrics.energy_wasserstein(u_n, u_ref, order=order, log_weights=weights)
-        for order in (1, 2)
-        for suffix, weights in (("", None), ("_reweighted", log_w_n))
-    }
+    figures: dict[str, float | None] = {}
+    for order in (1, 2):
+        for suffix, weights in (("", None), ("_reweighted", log_w_n)):
+            found = (math.inf, math.inf)
+            if len(u_n):
+                found = metrics.energy_distance(u_n, u_ref, order=order, log_weights=weights)
+            figures |= _with_error(f"e_w{order}{suffix}", found)
+    return figures
+
+
+def _with_error(name: str, found: tuple[float, float]) -> dict[str, float | None]:
+    value, error = found
+    return {name: value, f"{name}_error": error if math.isfinite(error) else None}
 
 
 def _torsion_figures(
     x: np.ndarray, x_ref: np.ndarray, log_w_n: np.ndarray, phi: Any, psi: Any, n_max: int, rng: np.random.Generator
 ) -> dict[str, Any]:
+    names = ("t_w2", "t_w2_error", "t_w2_reweighted", "t_w2_reweighted_error", "t_w2_floor", "t_w2_points")
     rows = _torsion_rows(phi, psi)
-    if not len(rows):
-        return dict.fromkeys(("t_w2", "t_w2_reweighted", "t_w2_floor", "t_w2_points"))
     there = np.isfinite(x).all(axis=(1, 2))
+    points = min(n_max, int(there.sum()), len(x_ref) // 2)
+    if not len(rows) or points < 1:
+        return dict.fromkeys(names)
     angles, reference = metrics.dihedrals(x[there], rows), metrics.dihedrals(x_ref, rows)
-    points = min(n_max, len(angles), len(reference) // 2)
-    if points < 1:
-        return dict.fromkeys(("t_w2", "t_w2_reweighted", "t_w2_floor", "t_w2_points"))
-    # Two interleaved halves, each covering the whole reference trajectory.
     keywords: dict[str, Any] = {"n_max": points, "generator": rng}
     return {
-        "t_w2": metrics.torus_wasserstein(angles, reference, **keywords),
-        "t_w2_reweighted": _reweighted_torsions(angles, reference, log_w_n[there], points, rng),
+        **_with_error("t_w2", metrics.torus_distance(angles, reference, **keywords)),
+        **_with_error(
+            "t_w2_reweighted", metrics.torus_distance(angles, reference, log_weights=log_w_n[there], **keywords)
+        ),
+        # Two interleaved halves, each covering the whole reference trajectory.
         "t_w2_floor": metrics.torus_wasserstein(reference[::2], reference[1::2], **keywords),
         "t_w2_points": points,
     }
-
-
-def _reweighted_torsions(
-    angles: np.ndarray, reference: np.ndarray, log_w_n: np.ndarray, points: int, rng: np.random.Generator
-) -> float:
-    """T-W2 of ``points`` samples drawn in proportion to their weights, so that both sides have equal points."""
-    drawn = reweighting.resample(log_w_n, points, rng)
-    return metrics.torus_wasserstein(angles[drawn], reference, n_max=points, generator=rng)
 
 
 def _torsion_rows(phi: Any, psi: Any) -> np.ndarray:
@@ -314,11 +331,14 @@ def _torsion_rows(phi: Any, psi: Any) -> np.ndarray:
 
 def _chirality_figures(x: np.ndarray, log_w_n: np.ndarray, centres: Any) -> dict[str, float | None]:
     rows = np.asarray(centres, dtype=np.int64).reshape(-1, 4)
+    names = ("wrong_chirality", "wrong_chirality_error", "wrong_chirality_reweighted")
     if not len(rows):
-        return {"wrong_chirality": None, "wrong_chirality_reweighted": None}
+        return dict.fromkeys((*names, "wrong_chirality_reweighted_error"))
+    wrong = metrics.wrong_chirality(x, rows)
+    fraction, weighted = float(wrong.mean()), reweighting.expectation(wrong, log_w_n)
     return {
-        "wrong_chirality": metrics.wrong_chirality_fraction(x, rows),
-        "wrong_chirality_reweighted": metrics.wrong_chirality_fraction(x, rows, log_w_n),
+        **dict(zip(names, (fraction, metrics.fraction_error(fraction, len(wrong)), float(weighted.value)))),
+        "wrong_chirality_reweighted_error": float(weighted.error),
     }
 
 

@@ -143,9 +143,9 @@ def flow_part(molecule: MolecularSystem, folder: Path) -> list[str]:
         f"| ESS | {100 * found['ess']:.1f} ± {100 * found['ess_error']:.2g} % |",
         f"| ESS, top 0.2 % dropped | {100 * found['ess_truncated']:.1f} ± {100 * found['ess_truncated_error']:.1g} % |",
         f"| Pareto k̂ | {found['k_hat']:.2f} |",
-        f"| E-W1 plain / reweighted [kT] | {found['e_w1']:.3g} / {found['e_w1_reweighted']:.3g} |",
-        f"| T-W2 plain / reweighted / floor [rad] | {found['t_w2']:.3f} / {found['t_w2_reweighted']:.3f} / "
-        f"{found['t_w2_floor']:.3f} |",
+        f"| E-W1 plain / reweighted [kT] | {with_error(found, 'e_w1')} / {with_error(found, 'e_w1_reweighted')} |",
+        f"| T-W2 plain / reweighted / floor [rad] | {with_error(found, 't_w2')} / "
+        f"{with_error(found, 't_w2_reweighted')} / {found['t_w2_floor']:.3f} |",
         f"| wrong chirality | {100 * found['wrong_chirality']:.3g} % |",
         f"| ΔF of φ > 0, reweighted [kT] | {found['delta_f_phi_reweighted'][0]:.2f} ± "
         f"{found['delta_f_phi_reweighted'][1]:.2f} |",
@@ -157,6 +157,12 @@ def flow_part(molecule: MolecularSystem, folder: Path) -> list[str]:
         "",
     ]
     return lines
+
+
+def with_error(found: dict[str, Any], name: str) -> str:
+    """A figure and its error, where it was measured with one."""
+    error = found.get(f"{name}_error")
+    return f"{found[name]:.3g}" + ("" if error is None else f" ± {error:.1g}")
 
 
 def write_card(name: str) -> None:

@@ -83,9 +83,10 @@ def test_one_row_of_each_method_end_to_end(capsys, tmp_path):
     assert records["alanine-dipeptide-cnf-flow-matching-1s-seed0"]["n_weights"] == 100
     assert len(list((tmp_path / "t").glob("*.png"))) == 4
     with open(tmp_path / "t" / "table.csv", newline="") as handle:
-        assert [row["method"] for row in csv.DictReader(handle)] == [
-            "flow-matching", "mle", "regflow-ot", "regflow-reflow",
-        ]  # fmt: skip
+        rows = list(csv.DictReader(handle))
+    assert [row["method"] for row in rows] == ["flow-matching", "mle", "regflow-ot", "regflow-reflow"]
+    with_errors = ("E-W1 [kT]", "T-W2 [rad]", "clashes [%]", "wrong chirality [%]", "ESS [%]")
+    assert all("±" in row[header] for row in rows for header in with_errors)  # of one seed, too
     short = (tmp_path / "t" / "table.md").read_text()
     assert "processor time" in short and all(f" {header} |" in short for header in SHORT)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "t").glob("*seed0.json")}

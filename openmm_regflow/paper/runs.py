@@ -1,5 +1,6 @@
 """One run of the paper's table: training within a budget, and all figures of what was trained."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmm_regflow import evaluation, flows, metrics, plots, recipes, targets
+from openmm_regflow import evaluation, flows, metrics, plots, recipes, reweighting, targets
 from openmm_regflow.coordinates import CoordinateMap
 from openmm_regflow.device import synchronize
 from openmm_regflow.errors import RegflowError
@@ -30,8 +31,8 @@ TRANSPORT_POINTS, TRANSPORT_SECONDS, TRANSPORT_POWER = 4000, 8.0, 2.3
 LIKELIHOODS = 200_000
 #: Figures of a student's own teacher that are kept beside the student's.
 OF_TEACHER = (
-    "e_w1", "t_w2", "ess", "ess_error", "ess_truncated", "clashes", "wrong_chirality", "delta_f_phi",
-    "delta_f_phi_reweighted", "n_weights",
+    "e_w1", "e_w1_error", "t_w2", "t_w2_error", "ess", "ess_error", "ess_truncated", "clashes", "clashes_error",
+    "wrong_chirality", "wrong_chirality_error", "delta_f_phi", "delta_f_phi_reweighted", "n_weights",
 )  # fmt: skip
 #: Energies above this [kT] are clashes: counted, and cut to it in E-W1, which one of them would otherwise decide.
 ABSURD = 1e6
@@ -247,7 +248,7 @@ def evaluate_cell(
         even = evaluation.FlowSamples(x.cpu().numpy(), -u, u, np.zeros(len(u)))
         plain = _evaluate(even, molecule, potential, reference, config)
         names = ("e_w1", "median_excess", "clashes", "t_w2", "wrong_chirality", "delta_f_phi", "n_finite")
-        figures |= {k: plain[k] for k in names}
+        figures |= {k: plain[k] for name in names for k in (name, f"{name}_error") if k in plain}
     figures |= {"n_weights": n, "n_plain": config.n, **_round_trip(sampler, generator), **_speed(sampler, n)}
     return figures, _ramachandran(drawn, reference, molecule) if cell.seed == 0 else None
 
@@ -274,12 +275,14 @@ def _evaluate(
         generator=0,
     ).to_dict()
     clash = ~(drawn.u < ABSURD)
-    u = np.where(clash, ABSURD, drawn.u)
-    return figures | {
-        "e_w1": metrics.energy_wasserstein(u, u_reference),
-        "median_excess": float(np.median(u) - np.median(u_reference)),
-        "clashes": float(clash.mean()),
-    }
+    u, clashes = np.where(clash, ABSURD, drawn.u), float(clash.mean())
+    figures |= dict(zip(("e_w1", "e_w1_error"), metrics.energy_distance(u, u_reference)))
+    figures |= {"clashes": clashes, "clashes_error": metrics.fraction_error(clashes, len(u))}
+    figures["median_excess"] = float(np.median(u) - np.median(u_reference))
+    figures["median_excess_error"] = math.hypot(
+        *(reweighting.bootstrap_error(np.median, v, generator=0) for v in (u, u_reference))
+    )
+    return figures
 
 
 def _round_trip(sampler: Any, generator: torch.Generator, n: int = 1000) -> dict[str, float]:

@@ -135,7 +135,7 @@ SHORT = (
 def table(records: list[dict[str, Any]]) -> Rows:
     """Means over seeds with their standard errors; "–" where a figure is not defined, failures counted.
 
-    Of a single seed the error is that of the figure itself (bootstrap), where it has one.
+    Of a single seed the error is that of the figure itself, where it has one.
     """
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for record in records:
@@ -282,7 +282,7 @@ def write_table(folder: Path, records: list[dict[str, Any]], config: PaperConfig
     notes = (
         "Cartesian coordinates. The budget is the training time of a run, teacher and pairs included (a fixed number "
         "of pairs takes what it takes), in seconds of processor time on a CPU. Mean ± standard error over seeds; of a "
-        "single seed the bootstrap error of the figure, where it has one. Weighted figures are from `n of weights` "
+        "single seed the error of the figure itself, where it has one. Weighted figures are from `n of weights` "
         f"samples, the others from {config.n}; T-W2 between {config.torsion_points} points. Clashes are samples above "
         f"{ABSURD:g} kT; E-W1 takes them as {ABSURD:g} kT. `bits`: precision in which a flow is kept, 64 where its map "
         "is too steep for 32. The time for 200k likelihoods is measured on `n of weights` samples and scaled."
