@@ -333,7 +333,7 @@ def fit(
 def features(coordinates: CoordinateMap, x: Tensor, generator: torch.Generator) -> Tensor:
     """Features `(n, dim)` in float32, on the map's device, of positions in a fresh frame."""
     x = x.to(coordinates.circular.device, torch.float64)
-    return coordinates.to_features(coordinates.augment(x, generator))[0].float()
+    return coordinates.features_of(coordinates.augment(x, generator))[0].float()
 
 
 def data_batches(coordinates: CoordinateMap, x: Tensor, config: TrainConfig) -> Batches:

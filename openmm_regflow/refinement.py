@@ -137,7 +137,7 @@ class _Learner:
         tilt = power * pool.log_ratio() if power else 0.0  # 0 times the -inf of an impossible sample is no number
         weights = truncate(pool.log_w + tilt, c.clip_top)
         w = torch.as_tensor(weights, dtype=flow.dtype, device=pool.x.device)[fine]
-        y, log_det = flow.coordinates.to_features(pool.x[fine])
+        y, log_det = flow.coordinates.features_of(pool.x[fine])
         log_r_y = (pool.log_r[fine] - log_det).to(flow.dtype)  # density of the features, as the loss compares it
         batches = Batches((y.to(flow.dtype), log_r_y, w), min(c.batch_size, len(y)), c.seed + k)
         self.live.train()

@@ -31,6 +31,13 @@ def molecule(request):
     return mol, InternalMap.fit(zmatrix, x), x
 
 
+def test_features_in_parts_are_the_same(molecule):
+    _, coordinates, x = molecule
+    many = x.repeat(6, 1, 1)[:2345]
+    for whole, parts in zip(coordinates.to_features(many), coordinates.features_of(many)):
+        assert len(parts) == 2345 and (parts - whole).abs().max() < 1e-12
+
+
 def test_zmatrix_covers_every_atom_once(molecule):
     mol, coordinates, _ = molecule
     z = coordinates.zmatrix

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+#: Rows of `CoordinateMap.features_of` at a time.
+CPU_PART, DEVICE_PART = 1024, 65536
+
 
 class CoordinateMap(nn.Module):
     """Maps positions `(n, n_atoms, 3)` [nm] to features `(n, dim)` and back.
@@ -32,6 +35,15 @@ class CoordinateMap(nn.Module):
     def to_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Positions `(n, n_atoms, 3)` [nm] -> features `(n, dim)`, log|det dy/dx| `(n,)`."""
         raise TypeError(f"{type(self).__name__} does not define to_features")
+
+    @torch.no_grad()
+    def features_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`to_features` of any number of rows, without gradients, in parts whose intermediates stay in a core's cache.
+
+        All at once, a quarter of a million frames take four times as long.
+        """
+        parts = [self.to_features(part) for part in x.split(CPU_PART if x.device.type == "cpu" else DEVICE_PART)]
+        return torch.cat([y for y, _ in parts]), torch.cat([log_det for _, log_det in parts])
 
     def to_positions(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Features `(n, dim)` -> positions `(n, n_atoms, 3)` [nm], log|det dx/dy| `(n,)`."""

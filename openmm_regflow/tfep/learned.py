@@ -214,7 +214,7 @@ def fit_map(
     if architecture == "spline":
         size |= {"n_bins": 8, "bound": 6.0}
     bijection = flows.build(coordinates, size).bijection.to(coordinates.circular.device)
-    a, b = (coordinates.to_features(x)[0].float() for x in (x_a, x_b))
+    a, b = (coordinates.features_of(x)[0].float() for x in (x_a, x_b))
     generator = torch.Generator().manual_seed(config.seed)
     if coupling == "reflow":
         pairs = reflow_between(a, b, coordinates.circular, teacher_config or config)

@@ -211,7 +211,7 @@ def fit_nearby_map(
     if x_a.shape[1:] != x_b.shape[1:] or x_a.shape[1] != coordinates.n_atoms:
         raise InputError(f"positions {tuple(x_a.shape)}, {tuple(x_b.shape)} do not fit {coordinates.n_atoms} atoms")
     config = config or TrainConfig.model_validate(TRAINING)
-    a, b = (coordinates.to_features(x)[0].float() for x in (x_a, x_b))
+    a, b = (coordinates.features_of(x)[0].float() for x in (x_a, x_b))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         torsions = torsion_flow(int(coordinates.circular.sum())) if states is not None else None
