@@ -456,9 +456,9 @@ def cosine(turn: float, final: float) -> float:
 
 
 def adamw(module: nn.Module, rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over all parameters of a module; on a GPU in one kernel."""
-    on_gpu = any(p.device.type == "cuda" for p in module.parameters())
-    return torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=weight_decay, fused=on_gpu or None)
+    """AdamW over all parameters of a module, each in one pass over memory where torch has a kernel for it."""
+    fused = all(p.device.type in ("cpu", "cuda") for p in module.parameters())
+    return torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=weight_decay, fused=fused or None)
 
 
 @torch.no_grad()
