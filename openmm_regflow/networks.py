@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from openmm_regflow.errors import InputError
 from openmm_regflow.products import Linear, SiluLinear, columns
 
+#: Outputs of a head that are computed by one product in a training step.
+SMALL_HEAD = 256
+
 
 class Conditioner(nn.Module):
     """What a coupling takes its parameters from: `(n, n_in)` -> `(n, n_out)`, or in parts with the samples last."""
@@ -33,7 +36,8 @@ class HeadedNetwork(Conditioner):
     """A conditioner that ends in a linear head.
 
     A head that parametrises splines has a dozen times more outputs than the network has inputs. Written at once in
-    parts with the samples last, as a spline reads them, they need not be moved, nor their gradients be put together.
+    parts with the samples last, as a spline reads them, they need not be moved, nor their gradients be put together,
+    unless they are so few that one product is quicker than several.
     """
 
     head: nn.Linear
@@ -54,7 +58,7 @@ class HeadedNetwork(Conditioner):
     def columns(self, x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
         """`(n, n_in)` -> contiguous tensors `(size, n)`."""
         h = self.hidden(x)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or sum(sizes) <= SMALL_HEAD:
             return columns(h, self.head.weight, self.head.bias).split(sizes)
         parts = zip(self.head.weight.split(sizes), self.head.bias.split(sizes))
         return tuple(columns(h, weight, bias) for weight, bias in parts)
