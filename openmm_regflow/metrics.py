@@ -282,7 +282,7 @@ def _distance_error(value: float, order: float, squared: float, reference_potent
         return math.nan
     means = [part.mean() for part in np.array_split(reference_potential, STRETCHES)]
     error = math.sqrt(squared + np.var(means, ddof=1) / STRETCHES)
-    return error / (order * value ** (order - 1.0)) if error else 0.0
+    return error / (order * value ** (order - 1.0)) if value else 0.0
 
 
 def torus_cost(angles: np.ndarray, angles_reference: np.ndarray) -> np.ndarray:
