@@ -146,7 +146,7 @@ def flow_part(molecule: MolecularSystem, folder: Path) -> list[str]:
         f"| E-W1 plain / reweighted [kT] | {with_error(found, 'e_w1')} / {with_error(found, 'e_w1_reweighted')} |",
         f"| T-W2 plain / reweighted / floor [rad] | {with_error(found, 't_w2')} / "
         f"{with_error(found, 't_w2_reweighted')} / {found['t_w2_floor']:.3f} |",
-        f"| wrong chirality | {100 * found['wrong_chirality']:.3g} % |",
+        f"| wrong chirality [%] | {with_error(found, 'wrong_chirality', 100)} |",
         f"| ΔF of φ > 0, reweighted [kT] | {found['delta_f_phi_reweighted'][0]:.2f} ± "
         f"{found['delta_f_phi_reweighted'][1]:.2f} |",
         "",
@@ -159,10 +159,10 @@ def flow_part(molecule: MolecularSystem, folder: Path) -> list[str]:
     return lines
 
 
-def with_error(found: dict[str, Any], name: str) -> str:
+def with_error(found: dict[str, Any], name: str, factor: float = 1.0) -> str:
     """A figure and its error, where it was measured with one."""
     error = found.get(f"{name}_error")
-    return f"{found[name]:.3g}" + ("" if error is None else f" ± {error:.1g}")
+    return f"{factor * found[name]:.3g}" + ("" if error is None else f" ± {factor * error:.1g}")
 
 
 def write_card(name: str) -> None:
