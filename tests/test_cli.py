@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, good runs, one line for every kind of bad input, Ctrl-C."""
 
+import dataclasses
 import json
 import math
 import os
@@ -524,8 +525,21 @@ def test_a_refused_run_leaves_a_folder_that_the_mended_one_may_have(capsys, tmp_
 
 def test_a_flow_of_another_molecule_names_the_option(capsys, tmp_path):
     flow = load_system("alanine-tripeptide").folder / "flow.safetensors"
-    err = refused(capsys, "sample", flow, "-n", 10, "-o", tmp_path / "out")
+    err = refused(capsys, "sample", flow, "-n", 10, "--system", "alanine-dipeptide", "-o", tmp_path / "out")
     assert "is a flow of alanine-tripeptide, and --system is alanine-dipeptide" in err
+
+
+def test_a_flow_names_its_system(capsys, tmp_path):
+    flow = load_system("alanine-tripeptide").folder / "flow.safetensors"
+    code, _, err = run(capsys, "sample", flow, "-n", 10, "-o", tmp_path / "out")
+    assert code == 0, err
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["system"] == "alanine-tripeptide"
+    loaded = flows.Flow.load(flow)
+    for name, word in ((None, "names no system"), ("my-peptide", "no shipped system")):
+        loaded.metadata = dataclasses.replace(loaded.metadata, system=name)
+        loaded.save(tmp_path / "flow.safetensors")
+        err = refused(capsys, "sample", tmp_path / "flow.safetensors", "-n", 10, "-o", tmp_path / "x")
+        assert word in err and "--system" in err
 
 
 def test_import_is_silent_and_help_is_light():

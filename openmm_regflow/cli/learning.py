@@ -122,7 +122,7 @@ def _train(
 def refine(
     flow: FlowFile,
     output: Output = Path("runs/refine"),
-    system: System = "alanine-dipeptide",
+    system: System = None,
     rounds: Annotated[int, typer.Option(help="Pools.")] = 10,
     pool: Annotated[int, typer.Option(help="Flow samples, and energies, per round.")] = 100_000,
     learning_rate: Annotated[float, typer.Option(help="Of each round.")] = 4e-4,
@@ -152,6 +152,7 @@ def refine(
     from openmm_regflow.refinement import refine as run
 
     opened, mol, _ = open_proposal(flow, system, device)
+    system = system or mol.name
     config = RefineConfig(
         enabled=True, rounds=rounds, pool=pool, learning_rate=learning_rate, anchors=anchors, anchor_moves=anchor_moves,
         rare_share=rare_share, tail=tail, ema=ema, seed=seed,

@@ -37,7 +37,7 @@ TestData = Annotated[
 def sample(
     flow: FlowFile,
     output: Output = Path("runs/sample"),
-    system: System = "alanine-dipeptide",
+    system: System = None,
     n: Annotated[int, typer.Option("-n", help="Samples.")] = 10_000,
     refine_samples: RefineSamples = 0,
     seed: Seed = 0,
@@ -52,6 +52,7 @@ def sample(
     from openmm_regflow.outputs import drawn, write_batch
 
     _, mol, proposal = open_proposal(flow, system, device)
+    system = system or mol.name
     described = {"flow": str(flow), "system": system, "n": n, "seed": seed, "refine_samples": refine_samples}
     prepare_output(output, "sample", described, overwrite)
     batch, annealed = drawn(proposal, n, seed, refine_samples)
@@ -68,7 +69,7 @@ def sample(
 def evaluate(
     flow: FlowFile,
     output: Output = Path("runs/evaluate"),
-    system: System = "alanine-dipeptide",
+    system: System = None,
     n: Annotated[int, typer.Option("-n", help="Samples.")] = 20_000,
     refine_samples: RefineSamples = 0,
     data: TestData = None,
@@ -83,6 +84,7 @@ def evaluate(
     from openmm_regflow.outputs import write_evaluation
 
     _, mol, proposal = open_proposal(flow, system, device)
+    system = system or mol.name
     reference = given_frames(mol, data, "test")
     described = {"flow": str(flow), "system": system, "n": n, "seed": seed, "refine_samples": refine_samples}
     prepare_output(output, "evaluate", described | {"data": str(data)}, overwrite)
@@ -145,7 +147,7 @@ def check(
 def mcmc(
     flow: FlowFile,
     output: Output = Path("runs/mcmc"),
-    system: System = "alanine-dipeptide",
+    system: System = None,
     iterations: Annotated[int, typer.Option(help="Iterations of dynamics and flow move.")] = 1000,
     md_steps: Annotated[int, typer.Option(help="Langevin steps per iteration.")] = 250,
     n_proposals: Annotated[int, typer.Option(help="1: Metropolis-Hastings; more: i-SIR.")] = 1,
@@ -165,6 +167,7 @@ def mcmc(
     from openmm_regflow.moves import FlowMove
 
     _, mol, proposal = open_proposal(flow, system, device)
+    system = system or mol.name
     platform = use_platform(device) or "Reference"
     settings = {"flow": str(flow), "system": system, "iterations": iterations, "md_steps": md_steps, "seed": seed}
     prepare_output(output, "mcmc", settings | {"n_proposals": n_proposals}, overwrite)
@@ -191,7 +194,7 @@ def mcmc(
 def tfep(
     source: Annotated[Path, typer.Argument(help="A states file (.toml), or a flow file (.safetensors).")],
     output: Output = Path("runs/tfep"),
-    system: System = "alanine-dipeptide",
+    system: System = None,
     n: Annotated[int, typer.Option("-n", help="Flow samples.")] = 20_000,
     data: TestData = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed; default the states file's, or 0.")] = None,
@@ -225,6 +228,7 @@ def tfep(
 
         seed = seed or 0
         _, mol, proposal = open_proposal(source, system, device)
+        system = system or mol.name
         reference = given_frames(mol, data, "test")
         described = {"flow": str(source), "system": system, "n": n, "seed": seed, "data": str(data)}
         prepare_output(output, "tfep", described, overwrite)

@@ -31,7 +31,10 @@ Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random n
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N, or auto.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the results of a finished run in the folder.")]
-System = Annotated[str, typer.Option("--system", help="Name of a system or path of a system folder.")]
+System = Annotated[
+    str | None,
+    typer.Option("--system", help="Name of a system or path of a system folder; default: the one the flow names."),
+]
 FlowFile = Annotated[Path, typer.Argument(help="A flow file (.safetensors).")]
 
 RUN_FILE = "run.json"
@@ -215,16 +218,31 @@ def given_frames(molecule: "MolecularSystem", data: Path | None, split: "Split")
     return load_trajectory(data, molecule.topology) if data else molecule.reference(split)
 
 
-def open_proposal(flow_file: Path, system: str, device: str, allow_mismatch: bool = False) -> tuple[Any, Any, Any]:
-    """(flow, molecule, proposal) for a flow file and a system; flow and energies on the device."""
+def open_proposal(
+    flow_file: Path, system: str | None, device: str, allow_mismatch: bool = False
+) -> tuple[Any, Any, Any]:
+    """(flow, molecule, proposal) for a flow file and a system; flow and energies on the device.
+
+    Without a system it is the one that the flow names; it must be the very one in either case.
+    """
     from openmm_regflow.device import resolve_device
-    from openmm_regflow.errors import IncompatibleFlowError
+    from openmm_regflow.errors import IncompatibleFlowError, InputError
     from openmm_regflow.flows import Flow
     from openmm_regflow.proposals import FlowProposal
     from openmm_regflow.systems import load_system
 
     flow = Flow.load(flow_file, resolve_device(device))
-    molecule = load_system(system)
+    name = system or flow.metadata.system
+    if name is None:
+        raise InputError(f"{flow_file} names no system; give --system")
+    try:
+        molecule = load_system(name)
+    except InputError as error:
+        if system is not None:
+            raise
+        raise InputError(
+            f"{flow_file} is a flow of {flow.metadata.system}, which is no shipped system; give its folder by --system"
+        ) from error
     potential = _potential(molecule.system, device)
     try:
         proposal = FlowProposal(flow, potential, molecule.temperature, allow_mismatch=allow_mismatch)
