@@ -151,8 +151,8 @@ def refine(
     from openmm_regflow.refinement import RefineConfig
     from openmm_regflow.refinement import refine as run
 
-    opened, mol, _ = open_proposal(flow, system, device)
-    system = system or mol.name
+    system, mol, proposal = open_proposal(flow, system, device)
+    opened = proposal.flow
     config = RefineConfig(
         enabled=True, rounds=rounds, pool=pool, learning_rate=learning_rate, anchors=anchors, anchor_moves=anchor_moves,
         rare_share=rare_share, tail=tail, ema=ema, seed=seed,

@@ -51,8 +51,7 @@ def sample(
     from openmm_regflow import reweighting
     from openmm_regflow.outputs import drawn, write_batch
 
-    _, mol, proposal = open_proposal(flow, system, device)
-    system = system or mol.name
+    system, mol, proposal = open_proposal(flow, system, device)
     described = {"flow": str(flow), "system": system, "n": n, "seed": seed, "refine_samples": refine_samples}
     prepare_output(output, "sample", described, overwrite)
     batch, annealed = drawn(proposal, n, seed, refine_samples)
@@ -83,8 +82,7 @@ def evaluate(
     """
     from openmm_regflow.outputs import write_evaluation
 
-    _, mol, proposal = open_proposal(flow, system, device)
-    system = system or mol.name
+    system, mol, proposal = open_proposal(flow, system, device)
     reference = given_frames(mol, data, "test")
     described = {"flow": str(flow), "system": system, "n": n, "seed": seed, "refine_samples": refine_samples}
     prepare_output(output, "evaluate", described | {"data": str(data)}, overwrite)
@@ -166,8 +164,7 @@ def mcmc(
     from openmm_regflow.files import write_json
     from openmm_regflow.moves import FlowMove
 
-    _, mol, proposal = open_proposal(flow, system, device)
-    system = system or mol.name
+    system, mol, proposal = open_proposal(flow, system, device)
     platform = use_platform(device) or "Reference"
     settings = {"flow": str(flow), "system": system, "iterations": iterations, "md_steps": md_steps, "seed": seed}
     prepare_output(output, "mcmc", settings | {"n_proposals": n_proposals}, overwrite)
@@ -227,8 +224,7 @@ def tfep(
         from openmm_regflow.outputs import basin_tfep
 
         seed = seed or 0
-        _, mol, proposal = open_proposal(source, system, device)
-        system = system or mol.name
+        system, mol, proposal = open_proposal(source, system, device)
         reference = given_frames(mol, data, "test")
         described = {"flow": str(source), "system": system, "n": n, "seed": seed, "data": str(data)}
         prepare_output(output, "tfep", described, overwrite)

@@ -220,8 +220,8 @@ def given_frames(molecule: "MolecularSystem", data: Path | None, split: "Split")
 
 def open_proposal(
     flow_file: Path, system: str | None, device: str, allow_mismatch: bool = False
-) -> tuple[Any, Any, Any]:
-    """(flow, molecule, proposal) for a flow file and a system; flow and energies on the device.
+) -> tuple[str, Any, Any]:
+    """(system, molecule, proposal) for a flow file and a system; flow and energies on the device.
 
     Without a system it is the one that the flow names; it must be the very one in either case.
     """
@@ -252,7 +252,7 @@ def open_proposal(
         raise IncompatibleFlowError(
             f"{flow_file} is a flow of {flow.metadata.system}, and --system is {system}; give its own system ({error})"
         ) from error
-    return flow, molecule, proposal
+    return name, molecule, proposal
 
 
 def _potential(system: Any, device: str) -> Any:
