@@ -23,7 +23,8 @@ from openmm_regflow import flows, recipes, reweighting
 from openmm_regflow.ensemble import frame_mover, phi_positive, training_potential
 from openmm_regflow.frames import FramesConfig, more_frames
 from openmm_regflow.objectives import FlowMatchingLoss, LikelihoodLoss, RegFlowLoss, wrapped_difference
-from openmm_regflow.refinement import RefineConfig, log_normalisation, refine
+from openmm_regflow.pools import log_normalisation
+from openmm_regflow.refinement import RefineConfig, refine
 from openmm_regflow.sampling import annealed_samples
 from openmm_regflow.targets import Pairs, StreamedPairs, optimal_transport_pairs, reflow_pairs
 from openmm_regflow.teachers import VectorField, integrate

@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from openmm_regflow import ranks
 from openmm_regflow.errors import CorruptFileError, InputError
 from openmm_regflow.files import digest, read_safetensors, write_safetensors
 
@@ -94,14 +95,15 @@ def more_frames(
     """The frames, and ``copies - 1`` times as many that Markov chains from them have visited.
 
     The chains start in the ensemble if the frames are drawn from it, so that no burn-in is needed; copies of one frame
-    share its slow coordinates and are no independent samples of them.
+    share its slow coordinates and are no independent samples of them. Under ``torchrun`` each rank moves a part of the
+    chains; every rank gets all frames, rank 0 alone reads, writes and reports.
 
     Args:
         x: `(n, n_atoms, 3)` [nm], from the target of ``mover``.
         mover: a Markov kernel of the target.
         config: settings.
         path: file that keeps the result; frames made earlier from the same `x`, settings and target are read instead.
-        progress: called after every copy.
+        progress: called after every copy of a part of the chains, with copies done, copies in total, and energies.
         target: what ``mover`` leaves invariant, as ``FlowMetadata.target`` has it; None if nobody says.
 
     Returns:
@@ -112,22 +114,37 @@ def more_frames(
     """
     made_of = {"frames": digest({"x": x}), "config": config.model_dump(exclude={"rare_share"})}
     made_of |= {"target": dict(target)} if target else {}
-    if path is not None and Path(path).exists():
-        header, tensors = read_safetensors(Path(path), KIND, 1)
-        if header["made of"] != made_of:
-            raise CorruptFileError(f"{path} holds frames of another trajectory, target or of other settings; remove it")
-        return tensors["x"], header["energies"]
-    generator = torch.Generator().manual_seed(config.seed)
-    now, copies, energies = x, [x], 0
-    for k in range(1, config.copies):
-        for _ in range(config.moves):
-            now, spent = mover(now, generator)
-            energies += spent
-        copies.append(now)
-        if progress:
-            progress(k, config.copies - 1, {"energies": energies})
-    frames = torch.cat(copies)
-    if path is not None:
+    peers = ranks.current()
+    kept = peers.share(_kept(path, made_of) if path is not None and peers.main else None)
+    if kept is not None:
+        return kept
+    spent, n_own, total = 0, len(peers.mine(len(x))), config.copies - 1
+
+    def chains(j: int, rows: slice) -> tuple[Tensor, ...]:
+        nonlocal spent
+        generator, now, copies = ranks.stream(config.seed, j), x[rows], [x[rows]]
+        for k in range(1, config.copies):
+            for _ in range(config.moves):
+                now, energies = mover(now, generator)
+                spent += energies
+            copies.append(now)
+            if progress and peers.main:
+                progress((j * total + k) // n_own, total, {"energies": spent * peers.size})
+        return (torch.stack(copies, dim=1),)
+
+    (histories,) = peers.by_parts(len(x), chains)
+    frames, energies = histories.transpose(0, 1).flatten(0, 1), sum(peers.gather(spent))
+    if path is not None and peers.main:
         header = {"format": KIND, "format_version": 1, "made of": made_of, "energies": energies}
         write_safetensors(Path(path), {"x": frames.cpu().contiguous()}, header)
     return frames, energies
+
+
+def _kept(path: str | Path, made_of: Mapping[str, Any]) -> tuple[Tensor, int] | None:
+    """Frames that were made earlier, and the energies that they took."""
+    if not Path(path).exists():
+        return None
+    header, tensors = read_safetensors(Path(path), KIND, 1)
+    if header["made of"] != made_of:
+        raise CorruptFileError(f"{path} holds frames of another trajectory, target or of other settings; remove it")
+    return tensors["x"], header["energies"]

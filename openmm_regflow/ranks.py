@@ -6,12 +6,12 @@ number of ranks gives the result of one process, up to the rounding of sums.
 
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,7 +20,23 @@ from openmm_regflow.errors import InputError
 
 #: A rank may wait for another's transport plan or validation; only a dead one stays away for a day.
 TIMEOUT = datetime.timedelta(days=1)
-_alone: ContextVar[bool] = ContextVar("alone", default=False)
+Rows = slice
+#: Parts of many rows that ranks share: few rows in a part are slow on a GPU, few parts leave ranks without one.
+MOST_PARTS, LEAST_ROWS = 32, 512
+
+
+def stream(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on these numbers (>= 0) alone: a seed, a step, a purpose, a part."""
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state >> 1))
+
+
+def parts(n: int) -> list[Rows]:
+    """How n rows are cut into parts with random numbers of their own: alike for any number of ranks."""
+    count = 1
+    while 2 * count <= min(MOST_PARTS, n // LEAST_ROWS):
+        count *= 2
+    return [Rows(j * n // count, (j + 1) * n // count) for j in range(count)]
 
 
 @dataclass(frozen=True)
@@ -81,21 +97,43 @@ class Ranks:
         return box
 
 
+    def mine(self, n: int) -> list[tuple[int, Rows]]:
+        """The parts of n rows that this rank makes: their numbers and rows; none if there are more ranks than parts."""
+        cut = parts(n)
+        begin, end = (r * len(cut) // self.size for r in (self.rank, self.rank + 1))
+        return list(enumerate(cut))[begin:end]
+
+    def by_parts(self, n: int, make: Callable[[int, Rows], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What all ranks make of n rows, in order, on every rank.
+
+        Args:
+            n: rows.
+            make: number and rows of a part -> tensors with those rows; random numbers by `stream` with that number.
+        """
+        made = [make(j, rows) for j, rows in self.mine(n)]
+        return self.join(tuple(torch.cat(columns) for columns in zip(*made, strict=True)))
+
+    def join(self, own: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The rows of all ranks in their order, on every rank; a rank without any gives an empty tuple."""
+        if self.size == 1:
+            return own
+        described = self.gather([(t.shape, t.dtype, t.device.type) for t in own])
+        columns: list[list[Tensor]] = [[] for _ in max(described, key=len)]
+        for source, kinds in enumerate(described):
+            for k, (shape, dtype, device) in enumerate(kinds):
+                here = source == self.rank
+                rows = own[k].contiguous() if here else torch.empty(shape, dtype=dtype, device=device)
+                if rows.numel():
+                    dist.broadcast(rows.view(-1).view(torch.uint8), src=source)
+                columns[k].append(rows)
+        return tuple(torch.cat(column) for column in columns)
+
+
 def current() -> Ranks:
     """The ranks of the running job; one rank where there is none."""
-    if not _alone.get() and dist.is_available() and dist.is_initialized():
+    if dist.is_available() and dist.is_initialized():
         return Ranks(dist.get_rank(), dist.get_world_size())
     return Ranks()
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """A part of the program that this rank runs for itself: `current` is one rank inside."""
-    token = _alone.set(True)
-    try:
-        yield
-    finally:
-        _alone.reset(token)
 
 
 @contextmanager

@@ -260,8 +260,8 @@ def fit(
 ) -> FitResult:
     """Train a flow on positions.
 
-    Under ``torchrun`` all ranks call it alike: they share the batches of every phase and the pairs of the teacher;
-    exact transport and refinement run on rank 0. Every rank gets the result; rank 0 alone writes.
+    Under ``torchrun`` all ranks call it alike: they share the batches of every phase, the pairs of the teacher, the
+    frames and pools; exact transport and validation run on rank 0. Every rank gets the result; rank 0 alone writes.
 
     Args:
         topology: with atoms() and bonds(), e.g. ``openmm.app.Topology``.
@@ -313,15 +313,10 @@ def fit(
     if config.refinement.enabled and reduced_potential is not None:
         progress = work.stage("refinement", config.refinement.rounds) if work.stage else None
         checkpoint = work.folder / "refinement-checkpoint.safetensors" if work.folder else None
-        peers = ranks.current()
         keywords: dict[str, Any] = {"data": x_train.to(device), "mover": mover, "watch": watch}
         keywords |= {"checkpoint": checkpoint, "progress": progress}
         with work.clock("refinement", result):
-            if peers.main:
-                with ranks.alone():
-                    result.rounds = refine(flow, reduced_potential, config.refinement, **keywords)
-            result.rounds = peers.share(result.rounds)
-            flow.bijection.load_state_dict(peers.share(flow.bijection.state_dict()))
+            result.rounds = refine(flow, reduced_potential, config.refinement, **keywords)
         result.note_phase("refinement")
     y = features(flow.coordinates, x_validation[:1000], torch.Generator().manual_seed(config.flow.seed))
     result.inverse_error = flow.secure(y, config.flow.seed)
@@ -440,6 +435,9 @@ def check_config(config: RunConfig) -> None:
     if config.regression.train.patience is not None and not config.regression.held_out:
         raise InputError("regression.train.patience needs pairs to judge by; set regression.held_out, without a stream")
     size = ranks.current().size
+    if config.refinement.enabled and config.refinement.batch_size % size:
+        batch_size = config.refinement.batch_size
+        raise InputError(f"refinement.batch_size is {batch_size}; make it a multiple of {size} processes")
     for name in ("teacher", "regression", "likelihood"):
         section = getattr(config, name).train
         if section.batch_size % size:
@@ -488,11 +486,9 @@ def check_data(x_train: Tensor, x_validation: Tensor, config: RunConfig) -> None
 
 def _more_frames(x: Tensor, mover: Mover, config: FramesConfig, work: _Workspace, result: FitResult) -> Tensor:
     progress = work.stage("frames", config.copies - 1) if work.stage else None
-    path, peers, made = work.folder / "frames.safetensors" if work.folder else None, ranks.current(), None
+    path = work.folder / "frames.safetensors" if work.folder else None
     with work.clock("frames", result):
-        if peers.main:
-            made = more_frames(x, mover, config, path, progress, result.flow.metadata.target)
-        frames, result.frame_energies = peers.share(made)
+        frames, result.frame_energies = more_frames(x, mover, config, path, progress, result.flow.metadata.target)
     return frames.cpu()
 
 

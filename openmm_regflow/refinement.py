@@ -24,17 +24,16 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from scipy.optimize import brentq
-from scipy.special import logsumexp
 from torch import Tensor
 
-from openmm_regflow import reweighting
+from openmm_regflow import ranks, reweighting
 from openmm_regflow.errors import IncompatibleFlowError, InputError
 from openmm_regflow.files import digest, read_safetensors, write_safetensors
 from openmm_regflow.flows import Flow, origin
-from openmm_regflow.frames import Indicator, Mover, memberships, rare_frames
+from openmm_regflow.frames import Indicator, Mover, rare_frames
 from openmm_regflow.graphs import Gradients
 from openmm_regflow.objectives import GeneralisedKLLoss
+from openmm_regflow.pools import Anchors, Pool, draw
 from openmm_regflow.training import Batch, Batches, adamw, average_into, cosine, pack_optimizer, unpack_optimizer
 
 CHECKPOINT_KIND = "openmm_regflow.refinement"
@@ -118,7 +117,7 @@ class _Learner:
     """The weights that are trained, their optimiser, and the average that pools are drawn from (the flow's own)."""
 
     def __init__(self, flow: Flow, config: RefineConfig) -> None:
-        self.flow, self.config = flow, config
+        self.flow, self.config, self.peers = flow, config, ranks.current()
         self.live = copy.deepcopy(flow.bijection)
         self.optimizer = adamw(self.live, config.learning_rate, weight_decay=0.0)
         self.gradients = Gradients(GeneralisedKLLoss(flow.prior).of, self.live, config.precision)
@@ -129,17 +128,18 @@ class _Learner:
         self.flow.bijection.load_state_dict(weights)
         self.live.load_state_dict(weights)
 
-    def learn(self, pool: "_Pool", k: int, factor: float) -> None:
+    def learn(self, pool: Pool, k: int, factor: float) -> None:
         """One pass over pool k, each sample seen once, at ``factor`` times its learning rate."""
         c, flow = self.config, self.flow
-        fine = torch.isfinite(pool.x).flatten(1).all(1) & torch.isfinite(pool.log_r)
+        fine = torch.isfinite(pool.y).all(1) & torch.isfinite(pool.log_r)
         power = c.tail if k >= c.tail_after * c.rounds else 0.0
         tilt = power * pool.log_ratio() if power else 0.0  # 0 times the -inf of an impossible sample is no number
         weights = truncate(pool.log_w + tilt, c.clip_top)
-        w = torch.as_tensor(weights, dtype=flow.dtype, device=pool.x.device)[fine]
-        y, log_det = flow.coordinates.features_of(pool.x[fine])
-        log_r_y = (pool.log_r[fine] - log_det).to(flow.dtype)  # density of the features, as the loss compares it
-        batches = Batches((y.to(flow.dtype), log_r_y, w), min(c.batch_size, len(y)), c.seed + k)
+        w = torch.as_tensor(weights, dtype=flow.dtype, device=pool.y.device)[fine]
+        # Density of the features, as the loss compares it.
+        log_r_y = (pool.log_r - pool.log_volume)[fine].to(flow.dtype)
+        size = min(c.batch_size, len(w))
+        batches = Batches((pool.y[fine], log_r_y, w), size - size % self.peers.size, c.seed + k)
         self.live.train()
         for step in range(batches.per_epoch):
             turn = (k + step / batches.per_epoch) / c.rounds
@@ -149,7 +149,8 @@ class _Learner:
     def _step(self, batch: Batch, rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.gradients(batch)
+        self.gradients(self.peers.slice(batch))
+        self.peers.mean_([p.grad for p in self.live.parameters() if p.grad is not None])
         norm = torch.nn.utils.clip_grad_norm_(self.live.parameters(), self.config.clip)
         if bool(torch.isfinite(norm)):  # a batch that overflows teaches nothing; the next pool judges the rest
             self.optimizer.step()
@@ -210,6 +211,19 @@ class _Progress:
         return cls(made_of, header["factor"], best, header["best_divergence"], records, tensors.get("anchors"))
 
 
+def _shared(state: _Progress, learner: _Learner) -> _Progress:
+    """Progress and learner of rank 0, on every rank."""
+    peers = learner.peers
+    if peers.size == 1:
+        return state
+    modules: tuple[Any, ...] = learner.flow.bijection, learner.live, learner.optimizer
+    state, learner.steps, *weights = peers.share((state, learner.steps, *(m.state_dict() for m in modules)))
+    for module, values in zip(modules, weights, strict=True):
+        module.load_state_dict(values)
+    state.best = {k: v.to(learner.flow.device) for k, v in state.best.items()}
+    return state
+
+
 def _made_of(flow: Flow, data: Tensor | None) -> dict[str, Any]:
     """What a refinement begins with, JSON-ready: digests of weights and frames, what the flow is of, temperature."""
     return {
@@ -237,6 +251,9 @@ def refine(
 ) -> list[Round]:
     """Refine a flow in place; it ends with the weights of the best pool.
 
+    Under ``torchrun`` all ranks call it alike: they share the samples and energies of every pool, the moves of frames
+    and every batch, with the result of one process, up to the rounding of sums. Rank 0 alone writes and reports.
+
     Args:
         flow: trained; its ESS should be a per cent or more, since every round lives on reweighted samples.
         reduced_potential: positions `(n, n_atoms, 3)` [nm] -> `(n,)` [kT], +inf where impossible.
@@ -247,38 +264,40 @@ def refine(
         watch: indicator functions on positions; their weighted populations are reported for every pool, so that a
             lost mode is seen; conformations in any of them get ``config.rare_share``.
         checkpoint: file to write after every round and, if it exists, to continue from.
-        progress: called after every round.
+        progress: called after every round, on rank 0.
 
     Returns:
         a record of every pool, the last one judging the last training.
 
     Raises:
-        InputError: no sample of the first pool has a finite weight.
+        InputError: no sample of a pool has a finite weight, or a batch that the ranks cannot split evenly.
         IncompatibleFlowError: a checkpoint of other settings, or of a refinement of another flow or with other frames.
     """
-    path = None if checkpoint is None else Path(checkpoint)
+    peers = ranks.current()
+    if config.batch_size % peers.size:
+        raise InputError(f"batch_size is {config.batch_size}; make it a multiple of {peers.size} processes")
+    learner, watch = _Learner(flow, config), watch or []
+    path = Path(checkpoint) if checkpoint is not None and peers.main else None
     made_of = _made_of(flow, data) if path else {}
-    learner = _Learner(flow, config)
-    watch = watch or []
     lift = _lift(watch, data, config.rare_share)
     state = _Progress.load(path, learner, made_of) if path and path.exists() else _Progress(made_of)
-    anchors = _Anchors(data, reduced_potential, config, mover) if data is not None and config.anchors else None
+    state = _shared(state, learner)
+    anchors = None
+    if data is not None and config.anchors:
+        anchors = Anchors(data, reduced_potential, config.anchors, mover, config.anchor_moves, config.seed)
     if anchors and state.anchors is not None:
         anchors.place(state.anchors.to(anchors.x))
     energies = state.records[-1].energies if state.records else len(anchors.x) if anchors else 0
     for k in range(len(state.records), config.rounds + 1):
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + k)
-        energies += config.pool + (anchors.renew(k, generator) if anchors else 0)
-        x, log_q = flow.sample(config.pool, _on(flow.device, generator))
-        log_w = _log_weights(flow, x, log_q, reduced_potential)
-        mixed = anchors.mix(flow, x, log_q, log_w, generator) if anchors else _Pool(x, log_q, log_q, log_w)
-        members = memberships(mixed.x, watch)
-        mixed.log_w = mixed.log_w + lift * members.any(0)
-        record = _judge(mixed, log_w, members[:, : config.pool], energies)
+        energies += config.pool + (anchors.renew(k) if anchors else 0)
+        own = draw(flow, config.pool, reduced_potential, watch, (config.seed, k))
+        pool = anchors.mix(flow, own, k, watch) if anchors else own
+        pool = replace(pool, log_w=pool.log_w + lift * pool.members.any(0))
+        record = peers.share(_judge(pool, own, energies))
         margin = max(-math.log(config.tolerance), 3 * record.divergence_error)
         undone = record.divergence > state.best_divergence + margin
         state.records.append(replace(record, undone=undone))
-        if progress:
+        if progress and peers.main:
             figures = {"ESS": record.ess, "truncated": record.ess_truncated, "KL": record.divergence}
             progress(k, config.rounds, figures | {"factor": state.factor})
         if undone:
@@ -288,7 +307,7 @@ def refine(
             state.best = {n: v.clone() for n, v in flow.bijection.state_dict().items()}
             state.best_divergence = record.divergence
         if k < config.rounds and not undone:
-            learner.learn(mixed, k, state.factor)
+            learner.learn(pool, k, state.factor)
         if path:
             state.anchors = anchors.x if anchors and config.anchor_moves else None
             state.save(path, learner)
@@ -297,155 +316,19 @@ def refine(
     return state.records
 
 
-@dataclass
-class _Pool:
-    """Samples of a density ``r``, the flow's own or a mixture with it, and their weights ``p / r``.
-
-    Attributes:
-        x: positions `(n, n_atoms, 3)` [nm].
-        log_q: log-density of the flow `(n,)`.
-        log_r: log-density of the pool `(n,)`.
-        log_w: log-weights `(n,)`, -inf where there is none.
-    """
-
-    x: Tensor
-    log_q: Tensor
-    log_r: Tensor
-    log_w: np.ndarray
-
-    def log_ratio(self) -> np.ndarray:
-        """log p/q `(n,)`, ``p/q = (p/r) (r/q)``, where p is normalised by the weights; -inf where there is none."""
-        log_p = self.log_w + self.log_r.cpu().numpy() - _log_mean(self.log_w)
-        return np.where(np.isfinite(self.log_w), log_p - self.log_q.cpu().numpy(), -np.inf)
-
-    def divergence(self) -> tuple[float, float]:
-        """KL(p || q) = E_p[log p/q] [nat], with its error."""
-        fine = np.isfinite(self.log_w)
-        w = reweighting.normalised_weights(self.log_w[fine])
-        log_ratio = self.log_ratio()[fine]
-        value = float(np.sum(w * log_ratio))
-        return value, float(np.sqrt(np.sum((w * (log_ratio - value)) ** 2)))
-
-
-def _log_mean(log_w: np.ndarray) -> float:
-    return float(logsumexp(log_w)) - math.log(len(log_w))
-
-
-def log_normalisation(log_p: np.ndarray, log_q: np.ndarray, n: int, m: int) -> float:
-    """log of the integral of an unnormalised density p, from n samples of a density q and m of p together.
-
-    The root Z of ``sum_i p_i / (n q_i + m p_i / Z) = Z`` over all samples: Bennett's acceptance ratio, bridge sampling
-    (Bennett 1976; Meng & Wong 1996). The mean of p/q over the samples of q alone is what a few of them say as long as
-    q is poor.
-
-    Args:
-        log_p: `(n + m,)` of all samples, -inf where impossible.
-        log_q: `(n + m,)`.
-        n: samples of q.
-        m: samples of p.
-    """
-    possible = np.isfinite(log_p) & np.isfinite(log_q)
-    log_p, log_q = log_p[possible], log_q[possible]
-
-    def excess(log_z: float) -> float:
-        share = log_p - log_z - np.logaddexp(math.log(n) + log_q, math.log(m) + log_p - log_z)
-        return float(logsumexp(share))
-
-    middle = float(np.median(log_p - log_q))
-    return float(brentq(excess, middle - 700.0, middle + 700.0, xtol=1e-9))
-
-
-def _on(device: torch.device, generator: torch.Generator) -> torch.Generator:
-    """The generator, or on a GPU one of its own: millions of normal numbers take a CPU longer than a GPU their flow."""
-    if device.type == "cpu":
-        return generator
-    return torch.Generator(device).manual_seed(generator.initial_seed())
-
-
-def _judge(pool: _Pool, log_w: np.ndarray, members: np.ndarray, energies: int) -> Round:
-    """The record of a pool; ESS and populations are those of the flow's own samples, `members` `(k, n)` theirs."""
-    w = reweighting.normalised_weights(log_w)
+def _judge(pool: Pool, own: Pool, energies: int) -> Round:
+    """The record of a pool with its anchors; ESS and populations are those of the flow's own samples."""
+    w = reweighting.normalised_weights(own.log_w)
     divergence, error = pool.divergence()
     return Round(
         energies=energies,
-        ess=reweighting.effective_sample_size(log_w),
-        ess_truncated=reweighting.truncated_effective_sample_size(log_w),
+        ess=reweighting.effective_sample_size(own.log_w),
+        ess_truncated=reweighting.truncated_effective_sample_size(own.log_w),
         divergence=divergence,
         divergence_error=error,
-        occupied=tuple(float(w[member].sum()) for member in members),
+        occupied=tuple(float(w[member].sum()) for member in own.members),
         undone=False,
     )
-
-
-class _Anchors:
-    """Frames of the target as the defensive part of a pool (Hesterberg 1995; balance heuristic of Veach & Guibas 1995).
-
-    A pool of n flow samples alone cannot show where the flow has too little density: it hardly goes there. With m
-    frames of the target among them the pool has the density ``(n q + m p) / (n + m)``, its weights are at most
-    ``(n + m) / m``, and a basin that the frames visited cannot be forgotten. The target's normalisation, which ``p``
-    needs, comes from both (`log_normalisation`).
-    """
-
-    def __init__(
-        self,
-        data: Tensor,
-        reduced_potential: Callable[[Tensor], Tensor],
-        config: RefineConfig,
-        mover: Mover | None = None,
-    ) -> None:
-        self._rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed)).to(data.device)
-        self._potential, self._mover, self._n_moves = reduced_potential, mover, config.anchor_moves if mover else 0
-        self._data, self._n = data, config.anchors if self._n_moves else min(config.anchors, len(data))
-        self._take(0)
-
-    def place(self, x: Tensor) -> None:
-        """Put the anchors at `x` `(m, n_atoms, 3)` [nm]."""
-        self.x = x
-        self.u = torch.cat([self._potential(part) for part in x.split(4096)])
-
-    def _take(self, turn: int) -> None:
-        """Place frames in the order of `_rows`, round and round: copies that will move may be more than the frames."""
-        places = torch.arange(turn * self._n, (turn + 1) * self._n, device=self._rows.device) % len(self._rows)
-        self.place(self._data[self._rows[places]].double())
-
-    def renew(self, k: int, generator: torch.Generator) -> int:
-        """Other anchors for pool ``k``: moved within the target, or the next of the frames; the energies it took."""
-        if self._mover is not None and self._n_moves:
-            return self._move(self._mover, generator)
-        if k == 0 or len(self._data) <= self._n:
-            return 0
-        self._take(k)
-        return len(self.x)
-
-    def _move(self, mover: Mover, generator: torch.Generator) -> int:
-        x, total = self.x, 0
-        for _ in range(self._n_moves):
-            x, energies = mover(x, generator)
-            total += energies
-        self.place(x)
-        return total + len(x)
-
-    def mix(self, flow: Flow, x: Tensor, log_q: Tensor, log_w: np.ndarray, generator: torch.Generator) -> _Pool:
-        """The pool with the anchors in it."""
-        frames = flow.coordinates.augment(self.x, generator).to(x)
-        log_p_m = (-self.u.to(log_q) + flow.frame_log_density(frames)).cpu().numpy()
-        both = torch.cat([log_q, flow.log_prob(frames).to(log_q)])
-        n, m = len(x), len(frames)
-        log_p = np.concatenate([log_w + log_q.cpu().numpy(), log_p_m])
-        log_p = log_p - log_normalisation(log_p, both.cpu().numpy(), n, m)
-        log_r = np.logaddexp(math.log(n) + both.cpu().numpy(), math.log(m) + log_p) - math.log(n + m)
-        log_ratio = log_p - log_r
-        log_ratio[~np.isfinite(log_ratio)] = -np.inf
-        return _Pool(torch.cat([x, frames]), both, torch.as_tensor(log_r).to(both), log_ratio)
-
-
-def _log_weights(flow: Flow, x: Tensor, log_q: Tensor, reduced_potential: Callable[[Tensor], Tensor]) -> np.ndarray:
-    u = reduced_potential(x).to(log_q)
-    log_w = (-u + flow.frame_log_density(x) - log_q).cpu().double().numpy()
-    log_w[~np.isfinite(log_w)] = -np.inf
-    if not np.isfinite(log_w).any():
-        raise InputError("no sample of the pool has a finite weight; train the flow longer before refining it")
-    return log_w
 
 
 def _lift(watch: list[Indicator], data: Tensor | None, share: float) -> float:

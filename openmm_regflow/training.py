@@ -139,18 +139,12 @@ class Batches:
         """The batch of step `step`."""
         epoch, k = divmod(step, self.per_epoch)
         if epoch != self._epoch:
-            self._order = torch.randperm(len(self.tensors[0]), generator=step_generator(self.seed, epoch, 1))
+            self._order = torch.randperm(len(self.tensors[0]), generator=ranks.stream(self.seed, epoch, 1))
             self._epoch = epoch
         index = self._order[k * self.batch_size : (k + 1) * self.batch_size]
         batch = tuple(t[index] for t in self.tensors)
         batch = self.augment(batch, generator) if self.augment else batch
         return batch if self.device is None else tuple(t.to(self.device) for t in batch)
-
-
-def step_generator(seed: int, step: int, purpose: int = 0) -> torch.Generator:
-    """A generator that depends on (seed, step, purpose) alone."""
-    state = np.random.SeedSequence([seed, step, purpose]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> 1))
 
 
 def train(
@@ -245,7 +239,7 @@ class _Run:
 
     def advance(self) -> dict[str, float]:
         """One optimiser step with everything that hangs on it."""
-        generator = step_generator(self.config.seed, self.step)
+        generator = ranks.stream(self.config.seed, self.step, 0)
         self.module.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate_factor * self.rate()
@@ -273,7 +267,7 @@ class _Run:
         if isinstance(self.loss, SplitLoss):
             return self.ranks.slice(self.loss.draw(batch, generator))
         alone = self.ranks.size == 1
-        self.noise = generator if alone else step_generator(self.config.seed, self.step, 2 + self.ranks.rank)
+        self.noise = generator if alone else ranks.stream(self.config.seed, self.step, 2 + self.ranks.rank)
         return self.ranks.slice(batch)
 
     def _loss(self, module: nn.Module, drawn: Batch) -> tuple[Tensor, dict[str, Tensor]]:

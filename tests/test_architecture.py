@@ -19,6 +19,7 @@ LEARNING = [
     "targets",
     "objectives",
     "training",
+    "pools",
     "refinement",
     "recipes",
 ]

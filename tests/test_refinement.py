@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openmm_regflow import flows, refinement
+from openmm_regflow import flows, pools
 from openmm_regflow.errors import IncompatibleFlowError, InputError
 from openmm_regflow.refinement import RefineConfig, refine, truncate
 from openmm_regflow.systems import load_system
@@ -64,7 +64,7 @@ def test_ess_grows_and_populations_are_watched(coordinates):
 def test_a_round_that_makes_it_worse_is_undone(coordinates):
     flow, potential = pair(coordinates)
     before = {k: v.clone() for k, v in flow.bijection.state_dict().items()}
-    records = refine(flow, potential, config(0.3, rounds=1))
+    records = refine(flow, potential, config(1.0, rounds=1))
     assert records[1].undone
     assert all(torch.equal(v, before[k]) for k, v in flow.bijection.state_dict().items())
 
@@ -101,13 +101,11 @@ def test_anchors_give_the_divergence_and_bounded_weights(coordinates):
     assert ratio.mean() > 10 * error
     assert all(abs(r.divergence - ratio.mean()) < 4 * error for r in records)
     assert records[0].energies == 7000
-    anchors = refinement._Anchors(data, potential, RefineConfig(anchors=1000))
-    x, log_q = flow.sample(4000, torch.Generator().manual_seed(7))
-    log_w = refinement._log_weights(flow, x, log_q, potential)
-    pool = anchors.mix(flow, x, log_q, log_w, torch.Generator())
-    assert len(pool.x) == 5000 and pool.log_w.max() <= np.log(5.0) + 1e-6
+    own = pools.draw(flow, 4000, potential, seed=(7,))
+    pool = pools.Anchors(data, potential, 1000).mix(flow, own, 0)
+    assert len(pool.y) == len(pool.log_r) == 5000 and pool.log_w.max() <= np.log(5.0) + 1e-6
     # The mean weight is one, up to the error of the pool and that of the normalisation.
-    w, plain = np.exp(pool.log_w), np.exp(log_w - log_w.max())
+    w, plain = np.exp(pool.log_w), np.exp(own.log_w - own.log_w.max())
     error = (w.var() / len(w) + plain.var() / plain.mean() ** 2 / len(plain)) ** 0.5
     assert abs(w.mean() - 1.0) < 4 * error
 
@@ -138,9 +136,9 @@ def test_anchors_take_turns(coordinates, tmp_path):
     data, _ = target.sample(1000, torch.Generator().manual_seed(5))
     settings = config(3e-3).model_copy(update={"anchors": 400})
     flow, potential = pair(coordinates)
-    anchors, seen = refinement._Anchors(data, potential, settings), []
+    anchors, seen = pools.Anchors(data, potential, settings.anchors), []
     for k in range(5):
-        assert anchors.renew(k, torch.Generator()) == (400 if k else 0)
+        assert anchors.renew(k) == (400 if k else 0)
         seen.append(anchors.x)
     rows = torch.cat(seen)
     assert len(torch.unique(rows.flatten(1), dim=0)) == 1000  # two rounds of all frames

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from openmm_regflow import ranks
 from openmm_regflow.bijections import Composition
 from openmm_regflow.errors import CorruptFileError, DivergenceError, IncompatibleFlowError, InputError
 from openmm_regflow.flows import Prior
 from openmm_regflow.objectives import LikelihoodLoss, RegFlowLoss
-from openmm_regflow.training import Batches, TrainConfig, _Run, step_generator, train
+from openmm_regflow.training import Batches, TrainConfig, _Run, train
 
 
 def problem(seed=0, n=256):
@@ -249,7 +250,7 @@ def test_gradients_are_clipped(clip):
     """The norm over all weights that the optimiser sees is `clip`, or what it was if that is less."""
     run_ = _Run(network(), loss, Batches(problem(), 32), CONFIG.model_copy(update={"clip": clip}), None, None)
     plain = network()
-    generator = step_generator(CONFIG.seed, 0)
+    generator = ranks.stream(CONFIG.seed, 0, 0)
     loss(plain, run_.batches(0, generator), generator)[0].backward()
     norm = math.sqrt(sum(float(p.grad.square().sum()) for p in plain.parameters()))
     assert norm > 0.1
@@ -318,8 +319,8 @@ def test_batches_cover_every_epoch_once():
     assert torch.equal(batches(3, torch.Generator())[0], Batches((x,), 10, seed=3)(3, torch.Generator())[0])
 
 
-def test_step_generators_differ():
-    draws = {float(torch.rand(1, generator=step_generator(s, k, p))) for s in (0, 1) for k in (0, 1) for p in (0, 1)}
+def test_streams_differ():
+    draws = {float(torch.rand(1, generator=ranks.stream(s, k, p))) for s in (0, 1) for k in (0, 1) for p in (0, 1)}
     assert len(draws) == 8
 
 

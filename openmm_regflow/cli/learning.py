@@ -139,8 +139,33 @@ def refine(
 ) -> None:
     """Refine a flow on energies: forward KL on its own reweighted samples and on training frames; resumable.
 
+    Several processes: torchrun --standalone --nproc-per-node 2 -m openmm_regflow refine ... share every pool.
+
     Example: openmm-regflow refine runs/flow/flow.safetensors --rounds 10 --output runs/refined
     """
+    from openmm_regflow import ranks
+    from openmm_regflow.refinement import RefineConfig
+
+    settings = RefineConfig(
+        enabled=True, rounds=rounds, pool=pool, learning_rate=learning_rate, anchors=anchors, anchor_moves=anchor_moves,
+        rare_share=rare_share, tail=tail, ema=ema, seed=seed,
+    )  # fmt: skip
+    with ranks.job() as peers:
+        _refine(flow, system, output, settings, compile, data, device, overwrite, peers.main)
+
+
+def _refine(
+    flow: Path,
+    system: str | None,
+    output: Path,
+    settings: Any,
+    compile: bool,
+    data: Path | None,
+    device: str,
+    overwrite: bool,
+    writes: bool,
+) -> None:
+    """`refine` on one rank; one of them writes and prints."""
     import dataclasses
 
     import torch
@@ -148,34 +173,32 @@ def refine(
     from openmm_regflow.ensemble import frame_mover, phi_positive, training_potential
     from openmm_regflow.files import write_json
     from openmm_regflow.flows import FlowMetadata
-    from openmm_regflow.refinement import RefineConfig
     from openmm_regflow.refinement import refine as run
 
     system, mol, proposal = open_proposal(flow, system, device)
     opened = proposal.flow
-    config = RefineConfig(
-        enabled=True, rounds=rounds, pool=pool, learning_rate=learning_rate, anchors=anchors, anchor_moves=anchor_moves,
-        rare_share=rare_share, tail=tail, ema=ema, seed=seed,
-    )  # fmt: skip
-    frames = given_frames(mol, data, "train")
+    frames = torch.as_tensor(given_frames(mol, data, "train"))
     described = {"flow": str(flow), "system": system, "data": str(data), "compile": compile}
-    described |= {"config": config.model_dump()}
+    described |= {"config": settings.model_dump()}
     described |= {"target": FlowMetadata(mol.name, mol.fingerprint, mol.temperature).target}
-    prepare_output(output, "refine", described, overwrite)
+    if writes:
+        prepare_output(output, "refine", described, overwrite)
     with bars() as bar:
         records = run(
             opened.fuse(compile),
             training_potential(mol, opened.device, compile),
-            config,
-            data=torch.as_tensor(frames, device=opened.device),
-            mover=frame_mover(mol, torch.as_tensor(frames), opened.device, compile) if anchor_moves else None,
+            settings,
+            data=frames.to(opened.device),
+            mover=frame_mover(mol, frames, opened.device, compile) if settings.anchor_moves else None,
             watch=phi_positive(mol),
             checkpoint=output / "refinement-checkpoint.safetensors",
-            progress=bar("refinement", rounds),
+            progress=bar("refinement", settings.rounds) if writes else None,
         )
+    if not writes:
+        return
     before = opened.metadata.training
     energies = before.get("energies", 0) + records[-1].energies
-    refined = {"refinement of": str(flow), "refinement": config.model_dump(), "energies": energies}
+    refined = {"refinement of": str(flow), "refinement": settings.model_dump(), "energies": energies}
     if "refinement" in before:
         refined["refined before"] = [*before.get("refined before", []), before["refinement"]]
     opened.metadata = dataclasses.replace(opened.metadata, training=before | refined)

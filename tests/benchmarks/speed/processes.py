@@ -1,4 +1,4 @@
-"""Part 7: two processes against one, by wall-clock: energies on an executor, training under torchrun."""
+"""Part 7: two processes against one, by wall-clock: energies on an executor, training and refinement by torchrun."""
 
 import json
 import os
@@ -15,8 +15,10 @@ JOB = Path(__file__).parents[1] / "ranks_job.py"
 
 
 def measure(n: int = 1500, steps: int = 15, rounds: int = 2) -> dict[str, Any]:
-    """Energies of the hexapeptide per second and training steps per second, with one and with two processes."""
-    found = {"energies": executors(n, rounds), "training": {w: training(w, steps) for w in (1, 2)}}
+    """Energies of the hexapeptide, training steps and rounds of refinement per second, with one and two processes."""
+    jobs = {workers: job(workers, steps) for workers in (1, 2)}
+    found = {"energies": executors(n, rounds)}
+    found |= {name: {workers: rates[name] for workers, rates in jobs.items()} for name in jobs[1]}
     ratios = {name: rates[2] / rates[1] for name, rates in found.items()}
     named = {name: {str(k): v for k, v in rates.items()} for name, rates in found.items()}
     return {"per second": named, "ratio": ratios, "load average": round(os.getloadavg()[0], 1)}
@@ -41,12 +43,12 @@ def executors(n: int, rounds: int) -> dict[int, float]:
     return best
 
 
-def training(workers: int, steps: int) -> float:
-    """RegFlow steps per second of a torchrun job; batch 1024 shared by all."""
+def job(workers: int, steps: int) -> dict[str, float]:
+    """RegFlow steps and rounds of refinement per second of a torchrun job; batches of 1024 and pools shared by all."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
     done = subprocess.run(
         [*command, JOB, str(steps)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
     )
     if done.returncode:
         raise RuntimeError(f"the job of {workers} failed: {done.stderr[-2000:]}")
-    return float(json.loads(done.stdout.splitlines()[-1])["steps_per_second"])
+    return dict(json.loads(done.stdout.splitlines()[-1]))

@@ -1,0 +1,214 @@
+"""Pools: samples of a flow, with frames of the target among them, and their weights; made by all ranks together."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import brentq
+from scipy.special import logsumexp
+from torch import Tensor
+
+from openmm_regflow import ranks, reweighting
+from openmm_regflow.errors import InputError
+from openmm_regflow.flows import Flow
+from openmm_regflow.frames import Indicator, Mover, memberships
+
+#: What random numbers are for; part of their seed.
+SAMPLES, MOVES, LABELS = 0, 1, 2
+
+
+@dataclass
+class Pool:
+    """Samples of a density ``r``, the flow's own or a mixture with it, and their weights ``p / r``.
+
+    Attributes:
+        y: features `(n, dim)` in the flow's precision, not finite where positions are not.
+        log_volume: log|det dy/dx| `(n,)`.
+        log_q: log-density of the flow at the positions `(n,)`.
+        log_r: log-density of the pool at the positions `(n,)`.
+        log_w: log-weights `(n,)`, -inf where there is none.
+        members: whether each sample is in each of k watched sets `(k, n)`, bool.
+    """
+
+    y: Tensor
+    log_volume: Tensor
+    log_q: Tensor
+    log_r: Tensor
+    log_w: np.ndarray
+    members: np.ndarray
+
+    def log_ratio(self) -> np.ndarray:
+        """log p/q `(n,)`, ``p/q = (p/r) (r/q)``, where p is normalised by the weights; -inf where there is none."""
+        log_mean = float(logsumexp(self.log_w)) - math.log(len(self.log_w))
+        log_p = self.log_w + self.log_r.cpu().numpy() - log_mean
+        return np.where(np.isfinite(self.log_w), log_p - self.log_q.cpu().numpy(), -np.inf)
+
+    def divergence(self) -> tuple[float, float]:
+        """KL(p || q) = E_p[log p/q] [nat], with its error."""
+        fine = np.isfinite(self.log_w)
+        w = reweighting.normalised_weights(self.log_w[fine])
+        log_ratio = self.log_ratio()[fine]
+        value = float(np.sum(w * log_ratio))
+        return value, float(np.sqrt(np.sum((w * (log_ratio - value)) ** 2)))
+
+
+def draw(
+    flow: Flow,
+    n: int,
+    reduced_potential: Callable[[Tensor], Tensor],
+    watch: Sequence[Indicator] = (),
+    seed: Sequence[int] = (0,),
+) -> Pool:
+    """Samples of the flow with their weights.
+
+    Args:
+        flow: what is sampled.
+        n: samples, and energies.
+        reduced_potential: positions `(n, n_atoms, 3)` [nm] -> `(n,)` [kT], +inf where impossible.
+        watch: indicator functions of sets of conformations.
+        seed: numbers that the random ones depend on, and on nothing else.
+
+    Raises:
+        InputError: no sample has a finite weight.
+    """
+
+    def part(j: int, rows: slice) -> tuple[Tensor, ...]:
+        generator = ranks.stream(*seed, SAMPLES, j, device=flow.device)
+        x, log_q = flow.sample(rows.stop - rows.start, generator)
+        log_w = -reduced_potential(x).to(log_q) + flow.frame_log_density(x) - log_q
+        return *_described(flow, x, watch), log_q, log_w.double()
+
+    y, log_volume, members, log_q, weights = ranks.current().by_parts(n, part)
+    log_w = weights.cpu().numpy()
+    log_w[~np.isfinite(log_w)] = -np.inf
+    if not np.isfinite(log_w).any():
+        raise InputError("no sample of the pool has a finite weight; train the flow longer before refining it")
+    return Pool(y, log_volume, log_q, log_q, log_w, members.T.numpy())
+
+
+def _described(flow: Flow, x: Tensor, watch: Sequence[Indicator]) -> tuple[Tensor, Tensor, Tensor]:
+    """Features `(n, dim)`, their log|det dy/dx| `(n,)`, and membership in each set `(n, k)`, of positions."""
+    y, log_volume = flow.coordinates.features_of(x)
+    return y.to(flow.dtype), log_volume, torch.as_tensor(memberships(x, watch).T.copy())
+
+
+def log_normalisation(log_p: np.ndarray, log_q: np.ndarray, n: int, m: int) -> float:
+    """log of the integral of an unnormalised density p, from n samples of a density q and m of p together.
+
+    The root Z of ``sum_i p_i / (n q_i + m p_i / Z) = Z`` over all samples: Bennett's acceptance ratio, bridge sampling
+    (Bennett 1976; Meng & Wong 1996). The mean of p/q over the samples of q alone is what a few of them say as long as
+    q is poor.
+
+    Args:
+        log_p: `(n + m,)` of all samples, -inf where impossible.
+        log_q: `(n + m,)`.
+        n: samples of q.
+        m: samples of p.
+    """
+    possible = np.isfinite(log_p) & np.isfinite(log_q)
+    log_p, log_q = log_p[possible], log_q[possible]
+
+    def excess(log_z: float) -> float:
+        share = log_p - log_z - np.logaddexp(math.log(n) + log_q, math.log(m) + log_p - log_z)
+        return float(logsumexp(share))
+
+    middle = float(np.median(log_p - log_q))
+    return float(brentq(excess, middle - 700.0, middle + 700.0, xtol=1e-9))
+
+
+class Anchors:
+    """Frames of the target as the defensive part of a pool (Hesterberg 1995; balance heuristic of Veach & Guibas 1995).
+
+    A pool of n flow samples alone cannot show where the flow has too little density: it hardly goes there. With m
+    frames of the target among them the pool has the density ``(n q + m p) / (n + m)``, its weights are at most
+    ``(n + m) / m``, and a basin that the frames visited cannot be forgotten. The target's normalisation, which ``p``
+    needs, comes from both (`log_normalisation`).
+
+    Args:
+        data: frames of the target `(k, n_atoms, 3)` [nm].
+        reduced_potential: positions `(n, n_atoms, 3)` [nm] -> `(n,)` [kT].
+        n: anchors; more than the frames if they move, then by repetition.
+        mover: a Markov kernel of the target.
+        n_moves: calls of it before each pool.
+        seed: of the order in which frames are taken, and of moves and labels.
+
+    Attributes:
+        x: positions `(m, n_atoms, 3)` [nm].
+        u: their reduced potential `(m,)` [kT].
+    """
+
+    def __init__(
+        self,
+        data: Tensor,
+        reduced_potential: Callable[[Tensor], Tensor],
+        n: int,
+        mover: Mover | None = None,
+        n_moves: int = 0,
+        seed: int = 0,
+    ) -> None:
+        self._rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).to(data.device)
+        self._potential, self._mover, self._n_moves, self._seed = reduced_potential, mover, n_moves, seed
+        self._data, self._n = data, n if mover and n_moves else min(n, len(data))
+        self._take(0)
+
+    def place(self, x: Tensor) -> None:
+        """Put the anchors at `x` `(m, n_atoms, 3)` [nm]."""
+        self.x = x
+        (self.u,) = ranks.current().by_parts(len(x), lambda j, rows: (self._potential(x[rows]),))
+
+    def _take(self, turn: int) -> None:
+        """Place frames in the order of `_rows`, round and round: copies that will move may be more than the frames."""
+        places = torch.arange(turn * self._n, (turn + 1) * self._n, device=self._rows.device) % len(self._rows)
+        self.place(self._data[self._rows[places]].double())
+
+    def renew(self, k: int) -> int:
+        """Other anchors for pool ``k``: moved within the target, or the next of the frames; the energies it took."""
+        if self._mover is not None and self._n_moves:
+            return self._move(k, self._mover)
+        if k == 0 or len(self._data) <= self._n:
+            return 0
+        self._take(k)
+        return len(self.x)
+
+    def _move(self, k: int, mover: Mover) -> int:
+        peers, spent = ranks.current(), 0
+
+        def part(j: int, rows: slice) -> tuple[Tensor, ...]:
+            nonlocal spent
+            generator, x = ranks.stream(self._seed, k, MOVES, j), self.x[rows]
+            for _ in range(self._n_moves):
+                x, energies = mover(x, generator)
+                spent += energies
+            return (x,)
+
+        (x,) = peers.by_parts(len(self.x), part)
+        self.place(x)
+        return sum(peers.gather(spent)) + len(x)
+
+    def mix(self, flow: Flow, pool: Pool, k: int, watch: Sequence[Indicator] = ()) -> Pool:
+        """Pool ``k`` with the anchors in it, behind its own samples."""
+        frames = flow.coordinates.augment(self.x, ranks.stream(self._seed, k, LABELS)).to(flow.device)
+
+        def part(j: int, rows: slice) -> tuple[Tensor, ...]:
+            x = frames[rows]
+            return *_described(flow, x, watch), flow.log_prob(x).to(pool.log_q)
+
+        y, log_volume, members, log_q = ranks.current().by_parts(len(frames), part)
+        n, m, both = len(pool.log_q), len(frames), torch.cat([pool.log_q, log_q])
+        log_p_own = pool.log_w + pool.log_q.cpu().numpy()
+        log_p_frames = (-self.u.to(log_q) + flow.frame_log_density(frames).to(log_q)).cpu().numpy()
+        log_p = np.concatenate([log_p_own, log_p_frames])
+        log_p = log_p - log_normalisation(log_p, both.cpu().numpy(), n, m)
+        log_r = np.logaddexp(math.log(n) + both.cpu().numpy(), math.log(m) + log_p) - math.log(n + m)
+        log_w = log_p - log_r
+        log_w[~np.isfinite(log_w)] = -np.inf
+        return Pool(
+            torch.cat([pool.y, y]),
+            torch.cat([pool.log_volume, log_volume]),
+            both,
+            torch.as_tensor(log_r).to(both),
+            log_w,
+            np.concatenate([pool.members, members.T.numpy()], axis=1),
+        )
