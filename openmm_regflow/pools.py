@@ -21,37 +21,63 @@ SAMPLES, MOVES, LABELS = 0, 1, 2
 
 @dataclass
 class Pool:
-    """Samples of a density ``r``, the flow's own or a mixture with it, and their weights ``p / r``.
+    """Samples of a density ``r``, the flow's own or a mixture with the target, and their weights ``p / r``.
+
+    What is trained for may be lifted where the samples are in a watched set: ``p exp(lift)``.
 
     Attributes:
         y: features `(n, dim)` in the flow's precision, not finite where positions are not.
         log_volume: log|det dy/dx| `(n,)`.
         log_q: log-density of the flow at the positions `(n,)`.
         log_r: log-density of the pool at the positions `(n,)`.
-        log_w: log-weights `(n,)`, -inf where there is none.
+        log_p_over_r: log-weights of the target `(n,)`, -inf where there is none.
         members: whether each sample is in each of k watched sets `(k, n)`, bool.
+        n_frames: how many of the samples, the last ones, are of the target.
+        lift: logarithm of what the target is multiplied by in a watched set.
     """
 
     y: Tensor
     log_volume: Tensor
     log_q: Tensor
     log_r: Tensor
-    log_w: np.ndarray
+    log_p_over_r: np.ndarray
     members: np.ndarray
+    n_frames: int = 0
+    lift: float = 0.0
+
+    @property
+    def log_w(self) -> np.ndarray:
+        """Log-weights `(n,)` of what is trained for."""
+        return self.log_p_over_r + self.lift * self.members.any(0)
 
     def log_ratio(self) -> np.ndarray:
-        """log p/q `(n,)`, ``p/q = (p/r) (r/q)``, where p is normalised by the weights; -inf where there is none."""
-        log_mean = float(logsumexp(self.log_w)) - math.log(len(self.log_w))
-        log_p = self.log_w + self.log_r.cpu().numpy() - log_mean
-        return np.where(np.isfinite(self.log_w), log_p - self.log_q.cpu().numpy(), -np.inf)
+        """log p/q `(n,)` of what is trained for, normalised by the weights; -inf where there is none."""
+        log_w = self.log_w
+        log_mean = float(logsumexp(log_w)) - math.log(len(log_w))
+        log_p = log_w + self.log_r.cpu().numpy() - log_mean
+        return np.where(np.isfinite(log_w), log_p - self.log_q.cpu().numpy(), -np.inf)
 
     def divergence(self) -> tuple[float, float]:
-        """KL(p || q) = E_p[log p/q] [nat], with its error."""
-        fine = np.isfinite(self.log_w)
-        w = reweighting.normalised_weights(self.log_w[fine])
-        log_ratio = self.log_ratio()[fine]
+        """KL(p || q) = E_p[log p/q] [nat] of what is trained for, with its standard error.
+
+        The error is that of independent samples by the delta method, that of the normalisation in it: with t the
+        weights of the target (their sum is one, which is how `log_normalisation` chose the normalisation), a the lift,
+        l = log p/q, g = a (l - KL - 1) / sum(t a), and m frames,
+
+            d KL = sum over samples of t (g - c), less its mean over the samples of the same source,
+            c = (1 + sum g t (1 - m t)) / sum t (1 - m t).
+        """
+        w = reweighting.normalised_weights(self.log_w)
+        log_ratio = np.where(w > 0, self.log_ratio(), 0.0)
         value = float(np.sum(w * log_ratio))
-        return value, float(np.sqrt(np.sum((w * (log_ratio - value)) ** 2)))
+        t = reweighting.normalised_weights(self.log_p_over_r)
+        slope = t * (1.0 - self.n_frames * t)
+        lift = np.exp(self.lift * self.members.any(0))
+        g = lift / np.sum(t * lift) * (log_ratio - value - 1.0)
+        influence = t * (g - (1.0 + np.sum(g * slope)) / np.sum(slope))
+        n_own = len(t) - self.n_frames
+        parts = influence[:n_own], influence[n_own:]
+        return value, math.sqrt(sum(len(part) * float(part.var()) for part in parts if len(part)))
 
 
 def draw(
@@ -197,7 +223,7 @@ class Anchors:
 
         y, log_volume, members, log_q = ranks.current().by_parts(len(frames), part)
         n, m, both = len(pool.log_q), len(frames), torch.cat([pool.log_q, log_q])
-        log_p_own = pool.log_w + pool.log_q.cpu().numpy()
+        log_p_own = pool.log_p_over_r + pool.log_q.cpu().numpy()
         log_p_frames = (-self.u.to(log_q) + flow.frame_log_density(frames).to(log_q)).cpu().numpy()
         log_p = np.concatenate([log_p_own, log_p_frames])
         log_p = log_p - log_normalisation(log_p, both.cpu().numpy(), n, m)
@@ -211,4 +237,5 @@ class Anchors:
             torch.as_tensor(log_r).to(both),
             log_w,
             np.concatenate([pool.members, members.T.numpy()], axis=1),
+            m,
         )

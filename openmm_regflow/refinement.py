@@ -81,7 +81,7 @@ class Round:
         ess: Kish fraction of the pool.
         ess_truncated: without the top 0.2 % of weights.
         divergence: KL(p || q) [nat], from the pool and its anchors; what a round is judged by.
-        divergence_error: its standard error [nat].
+        divergence_error: its standard error [nat], that of the target's normalisation in it.
         occupied: weighted fraction in each watched set.
         undone: the training before this pool made it worse and was undone.
     """
@@ -291,8 +291,8 @@ def refine(
     for k in range(len(state.records), config.rounds + 1):
         energies += config.pool + (anchors.renew(k) if anchors else 0)
         own = draw(flow, config.pool, reduced_potential, watch, (config.seed, k))
-        pool = anchors.mix(flow, own, k, watch) if anchors else own
-        pool = replace(pool, log_w=pool.log_w + lift * pool.members.any(0))
+        pool = anchors.mix(flow, own, k, watch) if anchors else replace(own)
+        pool.lift = lift
         record = peers.share(_judge(pool, own, energies))
         margin = max(-math.log(config.tolerance), 3 * record.divergence_error)
         undone = record.divergence > state.best_divergence + margin
@@ -318,12 +318,12 @@ def refine(
 
 def _judge(pool: Pool, own: Pool, energies: int) -> Round:
     """The record of a pool with its anchors; ESS and populations are those of the flow's own samples."""
-    w = reweighting.normalised_weights(own.log_w)
+    w = reweighting.normalised_weights(own.log_p_over_r)
     divergence, error = pool.divergence()
     return Round(
         energies=energies,
-        ess=reweighting.effective_sample_size(own.log_w),
-        ess_truncated=reweighting.truncated_effective_sample_size(own.log_w),
+        ess=reweighting.effective_sample_size(own.log_p_over_r),
+        ess_truncated=reweighting.truncated_effective_sample_size(own.log_p_over_r),
         divergence=divergence,
         divergence_error=error,
         occupied=tuple(float(w[member].sum()) for member in own.members),

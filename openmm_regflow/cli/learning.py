@@ -1,5 +1,6 @@
 """Training: ``train`` and ``refine``."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,10 +15,9 @@ from openmm_regflow.cli.shell import (
     System,
     bars,
     command,
-    finish_output,
     given_frames,
     open_proposal,
-    prepare_output,
+    output_of,
     resumable,
 )
 
@@ -71,10 +71,8 @@ def _train(
     from openmm_regflow.constraints import fixed_bonds
     from openmm_regflow.device import resolve_device
     from openmm_regflow.ensemble import frame_mover, phi_positive, training_potential
-    from openmm_regflow.files import write_json
     from openmm_regflow.flows import FlowMetadata
     from openmm_regflow.systems import load_system
-    from openmm_regflow.training import write_history
 
     where = resolve_device(device)
     mol = load_system(system)
@@ -83,36 +81,45 @@ def _train(
     provenance = {"config": settings.model_dump(), "data": str(data or f"{mol.name}: train"), "frames": len(frames)}
     metadata = FlowMetadata(mol.name, mol.fingerprint, mol.temperature, provenance)
     described = {"system": system, "config": settings.model_dump(), "data": str(data), "validation": str(validation)}
-    if writes:
-        prepare_output(output, "train", described | {"target": metadata.target}, overwrite)
-    with bars() as bar:
-        result = recipes.fit(
-            mol.topology,
-            torch.as_tensor(frames),
-            torch.as_tensor(held_out),
-            settings,
-            metadata=metadata,
-            folder=output / "work",
-            stage=bar,
-            device=where,
-            reduced_potential=training_potential(mol, where, settings.compile) if settings.refinement.enabled else None,
-            mover=frame_mover(mol, torch.as_tensor(frames), where, settings.compile)
-            if recipes.needs_mover(settings)
-            else None,
-            watch=phi_positive(mol),
-            fixed=fixed_bonds(mol.system),
-        )
-    if not writes:
-        return
+    described |= {"target": metadata.target}
+    with output_of(output, "train", described, overwrite) if writes else nullcontext():
+        with bars() as bar:
+            result = recipes.fit(
+                mol.topology,
+                torch.as_tensor(frames),
+                torch.as_tensor(held_out),
+                settings,
+                metadata=metadata,
+                folder=output / "work",
+                stage=bar,
+                device=where,
+                reduced_potential=training_potential(mol, where, settings.compile)
+                if settings.refinement.enabled
+                else None,
+                mover=frame_mover(mol, torch.as_tensor(frames), where, settings.compile)
+                if recipes.needs_mover(settings)
+                else None,
+                watch=phi_positive(mol),
+                fixed=fixed_bonds(mol.system),
+            )
+        if writes:
+            _write_training(output, result)
+
+
+def _write_training(output: Path, result: Any) -> None:
+    """The flow and what else came out of `train`."""
+    from openmm_regflow.files import write_json
+    from openmm_regflow.recipes import save_teacher
+    from openmm_regflow.training import write_history
+
     result.flow.save(output / "flow.safetensors")
     result.save_phases(output / "phases")
     if result.field is not None:
-        recipes.save_teacher(output / "teacher.safetensors", result.field)
+        save_teacher(output / "teacher.safetensors", result.field)
     write_history(output / "history.json", result.histories)
     write_json(output / "refinement.json", [record.to_dict() for record in result.rounds])
     for record in result.rounds:
         print(f"refinement: {record.energies:,} energies  ESS {record.ess:.2%}  truncated {record.ess_truncated:.2%}")
-    finish_output(output)
     print("  ".join(f"{k} {v:.0f} s" for k, v in result.seconds.items()))
     print(f"wrote {output / 'flow.safetensors'}")
 
@@ -166,12 +173,9 @@ def _refine(
     writes: bool,
 ) -> None:
     """`refine` on one rank; one of them writes and prints."""
-    import dataclasses
-
     import torch
 
     from openmm_regflow.ensemble import frame_mover, phi_positive, training_potential
-    from openmm_regflow.files import write_json
     from openmm_regflow.flows import FlowMetadata
     from openmm_regflow.refinement import refine as run
 
@@ -181,30 +185,36 @@ def _refine(
     described = {"flow": str(flow), "system": system, "data": str(data), "compile": compile}
     described |= {"config": settings.model_dump()}
     described |= {"target": FlowMetadata(mol.name, mol.fingerprint, mol.temperature).target}
-    if writes:
-        prepare_output(output, "refine", described, overwrite)
-    with bars() as bar:
-        records = run(
-            opened.fuse(compile),
-            training_potential(mol, opened.device, compile),
-            settings,
-            data=frames.to(opened.device),
-            mover=frame_mover(mol, frames, opened.device, compile) if settings.anchor_moves else None,
-            watch=phi_positive(mol),
-            checkpoint=output / "refinement-checkpoint.safetensors",
-            progress=bar("refinement", settings.rounds) if writes else None,
-        )
-    if not writes:
-        return
-    before = opened.metadata.training
+    with output_of(output, "refine", described, overwrite) if writes else nullcontext():
+        with bars() as bar:
+            records = run(
+                opened.fuse(compile),
+                training_potential(mol, opened.device, compile),
+                settings,
+                data=frames.to(opened.device),
+                mover=frame_mover(mol, frames, opened.device, compile) if settings.anchor_moves else None,
+                watch=phi_positive(mol),
+                checkpoint=output / "refinement-checkpoint.safetensors",
+                progress=bar("refinement", settings.rounds) if writes else None,
+            )
+        if writes:
+            _write_refined(output, opened, {"refinement of": str(flow), "refinement": settings.model_dump()}, records)
+
+
+def _write_refined(output: Path, flow: Any, refined: dict[str, Any], records: list[Any]) -> None:
+    """The flow and what else came out of `refine`."""
+    import dataclasses
+
+    from openmm_regflow.files import write_json
+
+    before = flow.metadata.training
     energies = before.get("energies", 0) + records[-1].energies
-    refined = {"refinement of": str(flow), "refinement": settings.model_dump(), "energies": energies}
+    refined = refined | {"energies": energies}
     if "refinement" in before:
         refined["refined before"] = [*before.get("refined before", []), before["refinement"]]
-    opened.metadata = dataclasses.replace(opened.metadata, training=before | refined)
-    opened.save(output / "flow.safetensors")
+    flow.metadata = dataclasses.replace(flow.metadata, training=before | refined)
+    flow.save(output / "flow.safetensors")
     write_json(output / "refinement.json", [record.to_dict() for record in records])
-    finish_output(output)
     best = min(record.divergence for record in records)
     print(f"KL {records[0].divergence:.3f} -> {best:.3f} nat, {energies:,} energies in all")
     print(f"wrote {output / 'flow.safetensors'}")

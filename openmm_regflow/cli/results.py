@@ -14,10 +14,9 @@ from openmm_regflow.cli.shell import (
     System,
     bars,
     command,
-    finish_output,
     given_frames,
     open_proposal,
-    prepare_output,
+    output_of,
     resumable,
     show_table,
     use_platform,
@@ -53,10 +52,9 @@ def sample(
 
     system, mol, proposal = open_proposal(flow, system, device)
     described = {"flow": str(flow), "system": system, "n": n, "seed": seed, "refine_samples": refine_samples}
-    prepare_output(output, "sample", described, overwrite)
-    batch, annealed = drawn(proposal, n, seed, refine_samples)
-    kept = write_batch(output, batch, mol, density=annealed is None)
-    finish_output(output)
+    with output_of(output, "sample", described, overwrite):
+        batch, annealed = drawn(proposal, n, seed, refine_samples)
+        kept = write_batch(output, batch, mol, density=annealed is None)
     for name, value in annealed.rows() if annealed else []:
         print(f"{name}: {value}")
     print(f"ESS {100 * reweighting.effective_sample_size(batch.log_weights.cpu()):.3g} % of {n:,} samples")
@@ -85,9 +83,8 @@ def evaluate(
     system, mol, proposal = open_proposal(flow, system, device)
     reference = given_frames(mol, data, "test")
     described = {"flow": str(flow), "system": system, "n": n, "seed": seed, "refine_samples": refine_samples}
-    prepare_output(output, "evaluate", described | {"data": str(data)}, overwrite)
-    rows = write_evaluation(proposal, mol, reference, output, n, seed, refine_samples)
-    finish_output(output)
+    with output_of(output, "evaluate", described | {"data": str(data)}, overwrite):
+        rows = write_evaluation(proposal, mol, reference, output, n, seed, refine_samples)
     show_table(f"{mol.name}: {n:,} samples", [("figure", "value"), *rows])
 
 
@@ -167,21 +164,20 @@ def mcmc(
     system, mol, proposal = open_proposal(flow, system, device)
     platform = use_platform(device) or "Reference"
     settings = {"flow": str(flow), "system": system, "iterations": iterations, "md_steps": md_steps, "seed": seed}
-    prepare_output(output, "mcmc", settings | {"n_proposals": n_proposals}, overwrite)
-    with bars() as bar:
-        trace = run_chain(
-            mol,
-            FlowMove(proposal, n_proposals=n_proposals, seed=seed),
-            n_iterations=iterations,
-            n_md_steps=md_steps,
-            platform=platform,
-            seed=seed,
-            progress=bar("chain", iterations),
-        )
-    write_trajectory(output / "chain.dcd", trace.positions, mol.topology)
-    record = trace.statistics | {"longest_stretch": reweighting.longest_stretch(trace.accepted)}
-    write_json(output / "statistics.json", record)
-    finish_output(output)
+    with output_of(output, "mcmc", settings | {"n_proposals": n_proposals}, overwrite):
+        with bars() as bar:
+            trace = run_chain(
+                mol,
+                FlowMove(proposal, n_proposals=n_proposals, seed=seed),
+                n_iterations=iterations,
+                n_md_steps=md_steps,
+                platform=platform,
+                seed=seed,
+                progress=bar("chain", iterations),
+            )
+        write_trajectory(output / "chain.dcd", trace.positions, mol.topology)
+        record = trace.statistics | {"longest_stretch": reweighting.longest_stretch(trace.accepted)}
+        write_json(output / "statistics.json", record)
     print("  ".join(f"{k} {v:.4g}" for k, v in trace.statistics.items()))
     print(reweighting.chain_verdict(trace.accepted))
     print(f"wrote {output / 'chain.dcd'}")
@@ -214,8 +210,8 @@ def tfep(
         where = resolve_device(device)
         config = load_states(source)
         config = config if seed is None else config.model_copy(update={"seed": seed})
-        prepare_output(output, "tfep", config.model_dump(mode="json"), overwrite)
-        with resumable(any(state.simulate is not None for state in (config.a, config.b))):
+        kept = any(state.simulate is not None for state in (config.a, config.b))
+        with output_of(output, "tfep", config.model_dump(mode="json"), overwrite), resumable(kept):
             result = run_states(config, source.parent, output, device=where)
     else:
         import torch
@@ -227,11 +223,10 @@ def tfep(
         system, mol, proposal = open_proposal(source, system, device)
         reference = given_frames(mol, data, "test")
         described = {"flow": str(source), "system": system, "n": n, "seed": seed, "data": str(data)}
-        prepare_output(output, "tfep", described, overwrite)
-        batch = proposal.sample(n, torch.Generator(device=proposal.device).manual_seed(seed))
-        result = basin_tfep(batch, proposal, mol, reference, seed)
-        write_json(output / "tfep.json", result.to_dict())
-    finish_output(output)
+        with output_of(output, "tfep", described, overwrite):
+            batch = proposal.sample(n, torch.Generator(device=proposal.device).manual_seed(seed))
+            result = basin_tfep(batch, proposal, mol, reference, seed)
+            write_json(output / "tfep.json", result.to_dict())
     print(result)
     if source.suffix == ".toml" and config.map != "identity":  # else there is nothing to compare with
         print(f"without a map: {'no overlap' if result.plain is None else result.plain}")

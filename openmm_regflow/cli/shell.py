@@ -1,6 +1,7 @@
 """What every command shares: errors as one line, progress bars, output folders, tables."""
 
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -129,21 +130,59 @@ def bars() -> Iterator[Callable[[str, int], Callable[[int, int, dict[str, float]
         yield open_bar
 
 
-def prepare_output(folder: Path, command: str, settings: dict[str, Any], overwrite: bool) -> None:
-    """Make the output folder, or continue the interrupted run of the same settings in it.
+@contextmanager
+def output_of(folder: Path, command: str, settings: dict[str, Any], overwrite: bool) -> Iterator[None]:
+    """The folder of one run: made, or that of an interrupted run of the same settings; finished when the block ends.
 
-    A run that was refused before it computed anything leaves a folder that any other may have.
+    A run that was refused before it computed anything leaves a folder that any other may have. Two processes never
+    write one folder.
 
     Raises:
-        InputError: not writable, or holding something else.
+        InputError: not writable, holding something else, or written by another process.
         CorruptFileError: what a run left there is damaged.
     """
     from openmm_regflow.files import read_json, write_json
 
     marker = folder / RUN_FILE
-    wanted = {"command": command, "settings": settings}
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not marker.is_file())):
         raise InputError(f"{folder} exists and holds other things; choose an empty or new folder with --output")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error}; choose a writable --output") from error
+    with _locked(folder):
+        _prepare(folder, {"command": command, "settings": settings}, overwrite)
+        yield
+        write_json(marker, read_json(marker, "give the command again") | {"finished": True})
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Refuse a folder that another process holds; the system lets go of it when a process ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise InputError(f"another process is at work in {folder}; wait for it, or choose another --output") from error
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _prepare(folder: Path, wanted: dict[str, Any], overwrite: bool) -> None:
+    """Begin a run in its folder, or go on with it."""
+    from openmm_regflow.files import read_json, write_json
+
+    marker = folder / RUN_FILE
     if marker.is_file():
         found = read_json(marker, "remove the folder or choose another --output")
         if found.get("finished") and not overwrite:
@@ -153,10 +192,6 @@ def prepare_output(folder: Path, command: str, settings: dict[str, Any], overwri
             raise InputError(f"{folder} holds a run of other settings; choose another --output or give --overwrite")
         if found.get("finished") or not same:
             _clear(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error}; choose a writable --output") from error
     write_json(marker, wanted | {"finished": False})
 
 
@@ -170,14 +205,6 @@ def _clear(folder: Path) -> None:
 
     for entry in folder.iterdir():
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-
-
-def finish_output(folder: Path) -> None:
-    """Mark the run in the folder as finished."""
-    from openmm_regflow.files import read_json, write_json
-
-    marker = folder / RUN_FILE
-    write_json(marker, read_json(marker, "give the command again") | {"finished": True})
 
 
 def use_platform(device: str) -> str | None:

@@ -14,8 +14,7 @@ from openmm_regflow.cli.shell import (
     bars,
     command,
     fail,
-    finish_output,
-    prepare_output,
+    output_of,
     resumable,
     show_table,
 )
@@ -143,12 +142,11 @@ def demo(
     from openmm_regflow.device import resolve_device
 
     resolve_device(device)
-    prepare_output(output, "demo", {"pretrained": pretrained, "seed": seed}, overwrite)
     began = time.monotonic()
-    with resumable(not pretrained), bars() as bar:
+    settings = {"pretrained": pretrained, "seed": seed}
+    with output_of(output, "demo", settings, overwrite), resumable(not pretrained), bars() as bar:
         monitor = Monitor(say=lambda text: print(text, flush=True), bar=bar)
         result = run_demo(output, pretrained=pretrained, seed=seed, device=device, monitor=monitor)
-    finish_output(output)
     for title, rows in result.tables:
         show_table(title, rows)
     for name, verdict in result.verdicts.items():
