@@ -20,6 +20,7 @@ from jacobian_gap import log_evidence
 import openmm_regflow as rf
 from openmm_regflow import flows, recipes
 from openmm_regflow.ensemble import frame_mover, training_potential
+from openmm_regflow.files import write_json
 from openmm_regflow.flows import FlowMetadata
 from openmm_regflow.frames import FramesConfig, more_frames
 from openmm_regflow.objectives import LikelihoodLoss
@@ -128,5 +129,5 @@ if __name__ == "__main__":
             flow.save(path)
         found = bench.judge(flow.fuse())
         first = first or found
-        judged.write_text(json.dumps({"row": row, "steps": steps, **figures(found, first)}, indent=1))
+        write_json(judged, {"row": row, "steps": steps, **figures(found, first)})
     print(table(options.folder))

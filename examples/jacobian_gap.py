@@ -21,6 +21,7 @@ import torch
 import openmm_regflow as rf
 from openmm_regflow import flows, recipes, reweighting
 from openmm_regflow.ensemble import frame_mover, phi_positive, training_potential
+from openmm_regflow.files import write_json
 from openmm_regflow.frames import FramesConfig, more_frames
 from openmm_regflow.objectives import FlowMatchingLoss, LikelihoodLoss, RegFlowLoss, wrapped_difference
 from openmm_regflow.pools import log_normalisation
@@ -315,7 +316,7 @@ def run_row(bench: Bench, name: str) -> None:
     flow = make(bench, before)
     figures = {"row": name, "minutes": (time.process_time() - began) / 60, **bench.judge(flow)}
     flow.save(path.with_suffix(".safetensors"))
-    path.write_text(json.dumps(figures, indent=1))
+    write_json(path, figures)
     print({k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}, flush=True)
 
 
@@ -335,7 +336,7 @@ def annealing(bench: Bench) -> list[dict[str, float]]:
             error = reweighting.bootstrap_error(reweighting.effective_sample_size, log_w, generator=0)
             entry = {"row": row, "steps": steps, "ess": ess, "ess_error": error, "k_hat": reweighting.pareto_k(log_w)}
             found.append(entry | {"energies_per_effective_sample": made.energies / (ess * 10_000)})
-    path.write_text(json.dumps(found, indent=1))
+    write_json(path, found)
     return found
 
 

@@ -22,6 +22,7 @@ import torch
 
 import openmm_regflow as rf
 from openmm_regflow import metrics, tfep
+from openmm_regflow.files import write_json
 from openmm_regflow.flows import coordinates_for
 from openmm_regflow.recipes import load_teacher
 from openmm_regflow.simulate import (
@@ -152,7 +153,7 @@ def main(options):
             result, seconds = run()
             plain = None if result.plain is None else str(result.plain)
             record[name] = {**result.to_dict(), "line": str(result), "plain FEP": plain, "seconds": seconds}
-            path.write_text(json.dumps(record, indent=1))
+            write_json(path, record)
         print(f"{name}: {record[name]['line']}\n    seconds: {record[name]['seconds']}", flush=True)
         if name == "map":
             print(f"    without a map: {record[name]['plain FEP'] or 'no overlap'}")

@@ -28,6 +28,7 @@ from openmmtools.states import GlobalParameterState
 
 import openmm_regflow as rf
 from openmm_regflow import metrics, tfep
+from openmm_regflow.files import write_json
 from openmm_regflow.flows import coordinates_for
 from openmm_regflow.simulate import (
     BatchedSettings,
@@ -264,7 +265,7 @@ def main(change, root):
     for name, r in (("learned maps", result), ("through the flow", flow)):
         record[name]["z"] = (r.delta_f - value) / np.hypot(r.uncertainty, error)
     record["training_and_evaluation_seconds"] = time.perf_counter() - start
-    (root / f"{change}.json").write_text(json.dumps(record, indent=1))
+    write_json(root / f"{change}.json", record)
     print(json.dumps(record, indent=1))
 
 

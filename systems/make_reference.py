@@ -28,6 +28,7 @@ import numpy as np
 import openmm
 
 from openmm_regflow import metrics
+from openmm_regflow.files import write_json
 from openmm_regflow.reweighting import Estimate
 from openmm_regflow.simulate import (
     BatchedSettings,
@@ -162,7 +163,7 @@ def step_bias(name: str, output: Path) -> None:
     path = molecule.folder / "reference.json"
     definition = "mean energy [kT] with 3 fs and hydrogens of 4 dalton less that with 1 fs and physical masses"
     record = json.loads(path.read_text()) | {"step_bias": {**found, "definition": definition}}
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(path, record)
     print(name, found)
 
 
@@ -191,7 +192,7 @@ def free_energy(output: Path, only: str | None = None) -> None:
         plain = record["unbiased"][f"delta_f_phi{suffix}_mbar"]
         parts = [getattr(analysis, f"delta_f{suffix}_mbar"), Estimate(plain["value"], plain["error"], 0)]
         record[f"delta_f_phi{suffix}"] = combined(parts, f"F({basins} [kT], MBAR; unbiased and biased runs combined")
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(path, record)
     print(json.dumps({key: record[key] for key in ("delta_f_phi", "delta_f_phi_core")}, indent=1))
 
 

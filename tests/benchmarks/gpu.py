@@ -28,6 +28,7 @@ from speed.likelihoods import features
 from openmm_regflow import Flow, FlowProposal, TorchPotential, flows, load_system
 from openmm_regflow.device import choose_way, openmm_properties, read_positions, why_no_gpu, write_positions
 from openmm_regflow.doctor import driver_version, platform_rows, plugin_failures, torch_rows, transfer_rows
+from openmm_regflow.files import write_json
 from openmm_regflow.graphs import Gradients
 from openmm_regflow.objectives import LikelihoodLoss, RegFlowLoss
 from openmm_regflow.potentials import platform_names
@@ -79,7 +80,7 @@ class Record:
         self._write()
 
     def _write(self) -> None:
-        self.path.write_text(json.dumps(self.found, indent=1) + "\n")
+        write_json(self.path, self.found)
 
 
 def header() -> dict[str, Any]:

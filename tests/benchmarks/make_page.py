@@ -18,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 
 from openmm_regflow.allocation import keep_freed_memory
+from openmm_regflow.files import write_json
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -87,7 +88,7 @@ def main() -> None:
             continue
         found[name] = result | {"conditions": where}
         options.results.parent.mkdir(parents=True, exist_ok=True)
-        options.results.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(options.results, found)
     page.write(found, PAGE, CHART)
     print(f"wrote {PAGE.relative_to(ROOT)} and {options.results}")
     if failed:

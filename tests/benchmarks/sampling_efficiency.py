@@ -12,7 +12,6 @@ its own correlation time: its rate is an upper bound ("at most"), and ratios to 
 import argparse
 import contextlib
 import dataclasses
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 import openmm_regflow as rf
 from openmm_regflow import metrics
 from openmm_regflow.chains import run_chain
+from openmm_regflow.files import write_json
 from openmm_regflow.simulate import TemperingSettings, load_run, parallel_tempering
 from openmm_regflow.simulate.tempering import with_hydrogen_mass
 
@@ -197,7 +197,7 @@ def main():
         "break_even": break_even(flow, results), "milliseconds": rejected_move_overhead(mol, proposal),
         "versions": {"openmm_regflow": rf.__version__, "torch": torch.__version__}, "threads": options.threads,
     }  # fmt: skip
-    options.output.write_text(json.dumps(summary, indent=1))
+    write_json(options.output, summary)
     print("\n".join(table(results)))
     print(f"a rejected move costs {summary['milliseconds']['overhead']:.2f} ms beyond its flow and energies")
     if summary["break_even"]:
