@@ -455,7 +455,8 @@ def test_an_interrupted_command_says_what_a_second_run_does(command, words, requ
     assert code == 130 and f"interrupted; the same command {words}" in err
 
 
-def test_ctrl_c_in_training_and_a_second_run_that_continues(capsys, tmp_path):
+@pytest.mark.parametrize("word", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_in_training_and_a_second_run_that_continues(word, capsys, tmp_path):
     config = tmp_path / "run.toml"
     config.write_text(print_config(small_config(steps=400)))
     command = ["train", "alanine-dipeptide", "--config", str(config), "-o", str(tmp_path / "run")]
@@ -470,7 +471,7 @@ def test_ctrl_c_in_training_and_a_second_run_that_continues(capsys, tmp_path):
     deadline = time.monotonic() + 120
     while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(word)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert b"continues" in err and b"Traceback" not in err
