@@ -24,6 +24,8 @@ Mover = Callable[[Tensor, torch.Generator], tuple[Tensor, int]]
 #: Indicator function of a set of conformations: positions `(n, n_atoms, 3)` [nm] -> `(n,)`.
 Indicator = Callable[[Tensor], Tensor]
 KIND = "openmm_regflow.frames"
+#: What the random numbers are for, in their seed.
+COPIES = 1004
 
 
 class FramesConfig(BaseModel):
@@ -115,14 +117,14 @@ def more_frames(
     made_of = {"frames": digest({"x": x}), "config": config.model_dump(exclude={"rare_share"})}
     made_of |= {"target": dict(target)} if target else {}
     peers = ranks.current()
-    kept = peers.share(_kept(path, made_of) if path is not None and peers.main else None)
+    kept = peers.first(lambda: _kept(path, made_of) if path is not None else None)
     if kept is not None:
         return kept
     spent, n_own, total = 0, len(peers.mine(len(x))), config.copies - 1
 
     def chains(j: int, rows: slice) -> tuple[Tensor, ...]:
         nonlocal spent
-        generator, now, copies = ranks.stream(config.seed, j), x[rows], [x[rows]]
+        generator, now, copies = ranks.stream(config.seed, 0, COPIES, j), x[rows], [x[rows]]
         for k in range(1, config.copies):
             for _ in range(config.moves):
                 now, energies = mover(now, generator)

@@ -15,8 +15,8 @@ from openmm_regflow.errors import InputError
 from openmm_regflow.flows import Flow
 from openmm_regflow.frames import Indicator, Mover, memberships
 
-#: What random numbers are for; part of their seed.
-SAMPLES, MOVES, LABELS = 0, 1, 2
+#: What random numbers are for, after a seed and the number of a pool; smaller numbers are purposes of training.
+SAMPLES, MOVES, LABELS = 1001, 1002, 1003
 
 
 @dataclass
@@ -66,16 +66,20 @@ class Pool:
 
             d KL = sum over samples of t (g - c), less its mean over the samples of the same source,
             c = (1 + sum g t (1 - m t)) / sum t (1 - m t).
+
+        Frames that remember each other make it larger than it says.
         """
         w = reweighting.normalised_weights(self.log_w)
         log_ratio = np.where(w > 0, self.log_ratio(), 0.0)
         value = float(np.sum(w * log_ratio))
         t = reweighting.normalised_weights(self.log_p_over_r)
-        slope = t * (1.0 - self.n_frames * t)
+        n_own = len(t) - self.n_frames
+        # 1 - m t = n q / ((n + m) r), without a difference of what is nearly equal
+        slope = t * np.exp(math.log(n_own / len(t)) + (self.log_q - self.log_r).cpu().numpy())
+        slope[t == 0] = 0.0
         lift = np.exp(self.lift * self.members.any(0))
         g = lift / np.sum(t * lift) * (log_ratio - value - 1.0)
         influence = t * (g - (1.0 + np.sum(g * slope)) / np.sum(slope))
-        n_own = len(t) - self.n_frames
         parts = influence[:n_own], influence[n_own:]
         return value, math.sqrt(sum(len(part) * float(part.var()) for part in parts if len(part)))
 
@@ -132,6 +136,9 @@ def log_normalisation(log_p: np.ndarray, log_q: np.ndarray, n: int, m: int) -> f
         log_q: `(n + m,)`.
         n: samples of q.
         m: samples of p.
+
+    Raises:
+        InputError: nothing but the samples of p is possible.
     """
     possible = np.isfinite(log_p) & np.isfinite(log_q)
     log_p, log_q = log_p[possible], log_q[possible]
@@ -140,8 +147,11 @@ def log_normalisation(log_p: np.ndarray, log_q: np.ndarray, n: int, m: int) -> f
         share = log_p - log_z - np.logaddexp(math.log(n) + log_q, math.log(m) + log_p - log_z)
         return float(logsumexp(share))
 
-    middle = float(np.median(log_p - log_q))
-    return float(brentq(excess, middle - 700.0, middle + 700.0, xtol=1e-9))
+    if len(log_p) <= m:
+        raise InputError("no sample of the flow is possible, so that nothing says how the target is normalised")
+    difference = log_p - log_q
+    lowest = float(difference.min()) + math.log((len(log_p) - m) / n) - 1.0  # there the sum is above one
+    return float(brentq(excess, lowest, float(difference.max()) + 1.0, xtol=1e-9))
 
 
 class Anchors:

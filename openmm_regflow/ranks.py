@@ -1,7 +1,7 @@
 """The processes of one ``torchrun`` job: who am I, sums over all, one word for all; alone, everything is the identity.
 
-Every rank runs the same program. What is random is drawn alike on every rank and then sliced, so that a job of any
-number of ranks gives the result of one process, up to the rounding of sums.
+Every rank runs the same program. What is random is drawn alike on every rank and then sliced, or by parts that do not
+depend on the number of ranks, so that any number of them gives the result of one process, up to the rounding of sums.
 """
 
 import datetime
@@ -16,17 +16,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from openmm_regflow.errors import InputError
+from openmm_regflow.errors import InputError, RegflowError
 
 #: A rank may wait for another's transport plan or validation; only a dead one stays away for a day.
 TIMEOUT = datetime.timedelta(days=1)
 Rows = slice
 #: Parts of many rows that ranks share: few rows in a part are slow on a GPU, few parts leave ranks without one.
-MOST_PARTS, LEAST_ROWS = 32, 512
+MOST_PARTS, LEAST_ROWS = 32, 2048
 
 
 def stream(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator that depends on these numbers (>= 0) alone: a seed, a step, a purpose, a part."""
+    """A generator that depends on these numbers (>= 0) alone: a seed, a step, a purpose, a part.
+
+    Zeros at the end say nothing: let no purpose be zero where others have more numbers.
+    """
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state >> 1))
 
@@ -81,12 +84,31 @@ class Ranks:
             tensor.copy_(part.view_as(tensor))
 
     def share(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
+        """Rank 0's value, on every rank; tensors that the others get, in dicts and lists, too, are on the CPU."""
         if self.size == 1:
             return value
-        box = [value if self.main else None]
+        box = [_on_cpu(value) if self.main else None]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def first(self, function: Callable[[], Any]) -> Any:
+        """What rank 0 gets from a function, on every rank; if it is refused there, all are.
+
+        Raises:
+            RegflowError, OSError: as the function on rank 0.
+        """
+        if self.size == 1:
+            return function()
+        value, refusal = None, None
+        if self.main:
+            try:
+                value = function()
+            except (RegflowError, OSError) as error:
+                refusal = error
+        value, refusal = self.share((value, refusal))
+        if refusal is not None:
+            raise refusal
+        return value
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks in order, on every rank."""
@@ -100,7 +122,8 @@ class Ranks:
     def mine(self, n: int) -> list[tuple[int, Rows]]:
         """The parts of n rows that this rank makes: their numbers and rows; none if there are more ranks than parts."""
         cut = parts(n)
-        begin, end = (r * len(cut) // self.size for r in (self.rank, self.rank + 1))
+        # Rounded up: rank 0, which reports, has some.
+        begin, end = (-(-r * len(cut) // self.size) for r in (self.rank, self.rank + 1))
         return list(enumerate(cut))[begin:end]
 
     def by_parts(self, n: int, make: Callable[[int, Rows], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -127,6 +150,15 @@ class Ranks:
                     dist.broadcast(rows.view(-1).view(torch.uint8), src=source)
                 columns[k].append(rows)
         return tuple(torch.cat(column) for column in columns)
+
+
+def _on_cpu(value: Any) -> Any:
+    """Tensors within dicts, lists and tuples on the CPU: unpickled, all would go to the GPU that they came from."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {k: _on_cpu(v) for k, v in value.items()}
+    return type(value)(map(_on_cpu, value)) if type(value) in (list, tuple) else value
 
 
 def current() -> Ranks:

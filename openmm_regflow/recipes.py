@@ -348,8 +348,12 @@ class _Workspace:
     def __init__(self, folder: Path | None, config: RunConfig, stage: Stage | None, made_of: dict[str, Any]) -> None:
         self.main = ranks.current().main
         self.folder, self.stage = folder, stage if self.main else None
-        if folder is None or not self.main:
-            return
+        if folder is not None:
+            ranks.current().first(lambda: self._claim(folder, config, made_of))
+
+    @staticmethod
+    def _claim(folder: Path, config: RunConfig, made_of: dict[str, Any]) -> None:
+        """Begin a run in its folder, or make sure that the folder's own is this one."""
         path = folder / "config.json"
         if not path.exists():
             write_json(path, {"config": config.model_dump(mode="json")} | made_of)

@@ -131,7 +131,7 @@ class _Learner:
     def learn(self, pool: Pool, k: int, factor: float) -> None:
         """One pass over pool k, each sample seen once, at ``factor`` times its learning rate."""
         c, flow = self.config, self.flow
-        fine = torch.isfinite(pool.y).all(1) & torch.isfinite(pool.log_r)
+        fine = torch.isfinite(pool.y).all(1) & torch.isfinite(pool.log_r) & torch.isfinite(pool.log_volume)
         power = c.tail if k >= c.tail_after * c.rounds else 0.0
         tilt = power * pool.log_ratio() if power else 0.0  # 0 times the -inf of an impossible sample is no number
         weights = truncate(pool.log_w + tilt, c.clip_top)
@@ -139,7 +139,10 @@ class _Learner:
         # Density of the features, as the loss compares it.
         log_r_y = (pool.log_r - pool.log_volume)[fine].to(flow.dtype)
         size = min(c.batch_size, len(w))
-        batches = Batches((pool.y[fine], log_r_y, w), size - size % self.peers.size, c.seed + k)
+        size -= size % self.peers.size
+        if not size:
+            return
+        batches = Batches((pool.y[fine], log_r_y, w), size, c.seed + k)
         self.live.train()
         for step in range(batches.per_epoch):
             turn = (k + step / batches.per_epoch) / c.rounds
@@ -217,11 +220,11 @@ def _shared(state: _Progress, learner: _Learner) -> _Progress:
     if peers.size == 1:
         return state
     modules: tuple[Any, ...] = learner.flow.bijection, learner.live, learner.optimizer
-    state, learner.steps, *weights = peers.share((state, learner.steps, *(m.state_dict() for m in modules)))
+    known, learner.steps, *weights = peers.share((vars(state), learner.steps, *(m.state_dict() for m in modules)))
     for module, values in zip(modules, weights, strict=True):
         module.load_state_dict(values)
-    state.best = {k: v.to(learner.flow.device) for k, v in state.best.items()}
-    return state
+    known["best"] = {k: v.to(learner.flow.device) for k, v in known["best"].items()}
+    return _Progress(**known)
 
 
 def _made_of(flow: Flow, data: Tensor | None) -> dict[str, Any]:
@@ -252,7 +255,8 @@ def refine(
     """Refine a flow in place; it ends with the weights of the best pool.
 
     Under ``torchrun`` all ranks call it alike: they share the samples and energies of every pool, the moves of frames
-    and every batch, with the result of one process, up to the rounding of sums. Rank 0 alone writes and reports.
+    and every batch, with the result of one process, up to the rounding of sums (and to the energies that each one's
+    ``mover`` takes for its tuning). Rank 0 alone writes and reports.
 
     Args:
         flow: trained; its ESS should be a per cent or more, since every round lives on reweighted samples.
@@ -280,7 +284,14 @@ def refine(
     path = Path(checkpoint) if checkpoint is not None and peers.main else None
     made_of = _made_of(flow, data) if path else {}
     lift = _lift(watch, data, config.rare_share)
-    state = _Progress.load(path, learner, made_of) if path and path.exists() else _Progress(made_of)
+    state = _Progress(made_of)
+
+    def take_up() -> None:
+        nonlocal state
+        if path and path.exists():
+            state = _Progress.load(path, learner, made_of)
+
+    peers.first(take_up)
     state = _shared(state, learner)
     anchors = None
     if data is not None and config.anchors:

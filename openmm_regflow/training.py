@@ -387,8 +387,7 @@ class _Run:
         Raises:
             IncompatibleFlowError: it was written by a run of other settings or another network.
         """
-        if self.ranks.main:
-            self._read()
+        self.ranks.first(self._read)
         if self.ranks.size > 1:
             self.snapshot = self.ranks.share(self._state())
             self._restore(self.snapshot)

@@ -99,8 +99,9 @@ def test_two_processes_give_what_one_gives(tmp_path):
     assert again["heard"] == 0 and all(torch.equal(a, b) for a, b in zip(again["pairs"], results[0]["pairs"]))
 
 
-def refining(folder):
+def refining(folder, stop=None, astray=0.0):
     """Frames and a refinement, with a target that is another flow and a kernel that draws from it."""
+    ranks.LEAST_ROWS = 512
     mol = load_system("alanine-dipeptide")
     g = torch.Generator().manual_seed(0)
     x = torch.as_tensor(mol.positions) + 0.003 * torch.randn(500, 22, 3, generator=g, dtype=torch.float64)
@@ -111,12 +112,19 @@ def refining(folder):
             f.bijection.double()
             for p in f.bijection.parameters():
                 p.add_(0.05 * torch.randn(p.shape, generator=g, dtype=p.dtype))
+        for p in flow.bijection.parameters():
+            p.add_(astray)
 
     def mover(x, generator):
         return target.sample(len(x), generator)[0], 7 * len(x)
 
     starts, _ = target.sample(1100, torch.Generator().manual_seed(2))
     data, spent = more_frames(starts, mover, FramesConfig(copies=3), folder / "frames.safetensors")
+    def report(k, total, figures):
+        heard.append(k)
+        if k == stop:
+            raise KeyboardInterrupt
+
     settings = {"rounds": 2, "pool": 2100, "batch_size": 192, "learning_rate": 3e-3, "anchors": 1050, "anchor_moves": 1}
     records = refine(
         flow,
@@ -126,7 +134,7 @@ def refining(folder):
         mover=mover,
         watch=[lambda x: (x[:, 4] - x[:, 14]).norm(dim=-1) > 0.4],
         checkpoint=folder / "refinement.safetensors",
-        progress=lambda *_: heard.append(_),
+        progress=report,
     )
     figures = [[r.energies, r.ess, r.divergence, *r.occupied] for r in records]
     return {
@@ -134,35 +142,39 @@ def refining(folder):
         "figures": torch.tensor(figures, dtype=torch.float64),
         "frames": data,
         "spent": spent,
-        "heard": len(heard),
+        "heard": heard,
     }
 
 
 def refine_in(rank, size, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
-    torch.save(refining(folder), folder / f"{rank}.pt")
+    torch.save(refining(folder, astray=0.1 * rank), folder / f"{rank}.pt")
     with pytest.raises(InputError, match="multiple of 3"):
         refine(None, None, RefineConfig(batch_size=100))
     dist.destroy_process_group()
 
 
-def test_three_processes_refine_as_one_does(tmp_path):
-    """Frames and anchors are two parts of rows, so that one of the three ranks has none of them."""
+def test_three_processes_refine_as_one_does(tmp_path, monkeypatch):
+    """They take up what one has left; rank 0 alone has its weights, and one of the three has no part of the frames."""
+    monkeypatch.setattr(ranks, "LEAST_ROWS", ranks.LEAST_ROWS)
     for name in ("one", "three"):
         (tmp_path / name).mkdir()
     alone = refining(tmp_path / "one")
     assert len(ranks.parts(1100)) == len(ranks.parts(1050)) == 2 and len(ranks.parts(2100)) == 4
+    with pytest.raises(KeyboardInterrupt):
+        refining(tmp_path / "three", stop=1)
+    (tmp_path / "three" / "frames.safetensors").unlink()  # they make these anew
     multiprocessing.spawn(refine_in, (3, tmp_path / "three"), nprocs=3)
     results = [torch.load(tmp_path / "three" / f"{rank}.pt") for rank in range(3)]
     for result in results:
         assert torch.equal(result["frames"], alone["frames"]) and result["spent"] == alone["spent"] == 2 * 2 * 7 * 1100
         assert (result["figures"] / alone["figures"] - 1).abs().max() < 1e-9
         assert all((a - b).abs().max() < 1e-9 for a, b in zip(alone["weights"], result["weights"], strict=True))
-    assert [r["heard"] for r in results] == [3, 0, 0]
+    assert alone["heard"] == [0, 1, 2] and [r["heard"] for r in results] == [[1, 2], [], []]
     # One process takes up what three have left.
     again = refining(tmp_path / "three")
-    assert again["heard"] == 0 and torch.equal(again["figures"], results[0]["figures"])
+    assert again["heard"] == [] and torch.equal(again["figures"], results[0]["figures"])
     assert all(torch.equal(a, b) for a, b in zip(again["weights"], results[0]["weights"], strict=True))
 
 

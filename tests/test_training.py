@@ -10,7 +10,9 @@ from openmm_regflow import ranks
 from openmm_regflow.bijections import Composition
 from openmm_regflow.errors import CorruptFileError, DivergenceError, IncompatibleFlowError, InputError
 from openmm_regflow.flows import Prior
+from openmm_regflow.frames import COPIES
 from openmm_regflow.objectives import LikelihoodLoss, RegFlowLoss
+from openmm_regflow.pools import LABELS, MOVES, SAMPLES
 from openmm_regflow.training import Batches, TrainConfig, _Run, train
 
 
@@ -320,8 +322,10 @@ def test_batches_cover_every_epoch_once():
 
 
 def test_streams_differ():
-    draws = {float(torch.rand(1, generator=ranks.stream(s, k, p))) for s in (0, 1) for k in (0, 1) for p in (0, 1)}
-    assert len(draws) == 8
+    of_training = [(s, k, p) for s in (0, 1) for k in (0, 1) for p in (0, 1)]
+    of_pools = [(s, k, p, j) for s in (0, 1) for k in (0, 1) for p in (SAMPLES, MOVES, LABELS, COPIES) for j in (0, 1)]
+    draws = {float(torch.rand(1, generator=ranks.stream(*numbers))) for numbers in of_training + of_pools}
+    assert len(draws) == 8 + 32
 
 
 def test_bad_data():

@@ -1,8 +1,10 @@
 """The command line: a thin shell over the package. Bad input gives one line and exit code 2, Ctrl-C gives 130."""
 
 import logging
+import os
 import signal
 import threading
+from typing import Any, NoReturn
 
 from openmm_regflow.cli import data, learning, results, workbench  # noqa: F401 (each registers its commands)
 from openmm_regflow.cli.shell import app
@@ -19,10 +21,21 @@ def main(arguments: list[str] | None = None) -> None:
     Raises:
         SystemExit: always; 0 for success, 2 for bad input, 130 for Ctrl-C and for SIGTERM.
     """
-    if threading.current_thread() is threading.main_thread():
-        # What a queue sends when the time is up, and `kill` to a job in the background, which does not hear Ctrl-C.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Dependencies announce themselves through logging when they are imported; errors still show.
     for name in ("pymbar", "openmmtools.multistate"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    app(args=arguments, prog_name="openmm-regflow")
+    # What a queue sends when the time is up, and `kill` to a job in the background, which does not hear Ctrl-C. One of
+    # several ranks may be waiting for another, where Python hears nothing: they end as they would.
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    listening = alone and threading.current_thread() is threading.main_thread()
+    former = signal.signal(signal.SIGTERM, _interrupt) if listening else None
+    try:
+        app(args=arguments, prog_name="openmm-regflow")
+    finally:
+        if listening:
+            signal.signal(signal.SIGTERM, former)
+
+
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    signal.signal(number, signal.SIG_IGN)  # a second one must not disturb what ends the first
+    raise KeyboardInterrupt

@@ -1,8 +1,8 @@
 """Training: ``train`` and ``refine``."""
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +20,9 @@ from openmm_regflow.cli.shell import (
     output_of,
     resumable,
 )
+
+if TYPE_CHECKING:
+    from openmm_regflow.ranks import Ranks
 
 
 @command
@@ -51,7 +54,7 @@ def train(
     from openmm_regflow import ranks
 
     with ranks.job() as peers:
-        _train(system, output, settings, data, validation, device, overwrite, peers.main)
+        _train(system, output, settings, data, validation, device, overwrite, peers)
 
 
 def _train(
@@ -62,7 +65,7 @@ def _train(
     validation: Path | None,
     device: str,
     overwrite: bool,
-    writes: bool,
+    peers: "Ranks",
 ) -> None:
     """`train` on one rank; one of them writes and prints."""
     import torch
@@ -82,7 +85,8 @@ def _train(
     metadata = FlowMetadata(mol.name, mol.fingerprint, mol.temperature, provenance)
     described = {"system": system, "config": settings.model_dump(), "data": str(data), "validation": str(validation)}
     described |= {"target": metadata.target}
-    with output_of(output, "train", described, overwrite) if writes else nullcontext():
+    with ExitStack() as stack:
+        peers.first(lambda: stack.enter_context(output_of(output, "train", described, overwrite)))
         with bars() as bar:
             result = recipes.fit(
                 mol.topology,
@@ -102,7 +106,7 @@ def _train(
                 watch=phi_positive(mol),
                 fixed=fixed_bonds(mol.system),
             )
-        if writes:
+        if peers.main:
             _write_training(output, result)
 
 
@@ -158,7 +162,7 @@ def refine(
         rare_share=rare_share, tail=tail, ema=ema, seed=seed,
     )  # fmt: skip
     with ranks.job() as peers:
-        _refine(flow, system, output, settings, compile, data, device, overwrite, peers.main)
+        _refine(flow, system, output, settings, compile, data, device, overwrite, peers)
 
 
 def _refine(
@@ -170,7 +174,7 @@ def _refine(
     data: Path | None,
     device: str,
     overwrite: bool,
-    writes: bool,
+    peers: "Ranks",
 ) -> None:
     """`refine` on one rank; one of them writes and prints."""
     import torch
@@ -185,7 +189,8 @@ def _refine(
     described = {"flow": str(flow), "system": system, "data": str(data), "compile": compile}
     described |= {"config": settings.model_dump()}
     described |= {"target": FlowMetadata(mol.name, mol.fingerprint, mol.temperature).target}
-    with output_of(output, "refine", described, overwrite) if writes else nullcontext():
+    with ExitStack() as stack:
+        peers.first(lambda: stack.enter_context(output_of(output, "refine", described, overwrite)))
         with bars() as bar:
             records = run(
                 opened.fuse(compile),
@@ -195,9 +200,9 @@ def _refine(
                 mover=frame_mover(mol, frames, opened.device, compile) if settings.anchor_moves else None,
                 watch=phi_positive(mol),
                 checkpoint=output / "refinement-checkpoint.safetensors",
-                progress=bar("refinement", settings.rounds) if writes else None,
+                progress=bar("refinement", settings.rounds) if peers.main else None,
             )
-        if writes:
+        if peers.main:
             _write_refined(output, opened, {"refinement of": str(flow), "refinement": settings.model_dump()}, records)
 
 

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,7 +66,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             line = memory_line(error)
             if line is None:
                 raise
-            if options.get("device") != "auto":
+            others_wait = int(os.environ.get("WORLD_SIZE", "1")) > 1
+            if options.get("device") != "auto" or others_wait:
                 fail(f"error: {line}", 2)
             print(f"{line.split(';')[0]}: going on on the CPU", file=sys.stderr)
             guarded(*arguments, **options | {"device": "cpu"})
@@ -175,6 +176,8 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # a child process may hold the handle, too
         os.close(handle)
 
 

@@ -33,13 +33,15 @@ def main() -> None:
         loss = RegFlowLoss(flow.prior.circular, log_det=1e-3, forward_backward=1e-6)
         batches = Batches((flow.prior.sample(len(y), torch.Generator().manual_seed(1)), y), 1024)
         train(flow.bijection, loss, batches, config, progress=lambda *_: stamps.append(time.perf_counter()))
-        refine(
+        records = refine(
             flow,
             training_potential(molecule),
             RefineConfig(rounds=3, pool=16_384, anchors=len(frames)),
             data=frames,
             progress=lambda *_: pools.append(time.perf_counter()),
         )
+        if any(record.undone for record in records):
+            raise RuntimeError("a round that is undone is not trained on")
         if peers.main:
             rates = {"training": steps / (stamps[-1] - stamps[skip - 1]), "refinement": 2 / (pools[-1] - pools[-3])}
             print(json.dumps(rates), flush=True)
