@@ -25,13 +25,17 @@ Rows = slice
 MOST_PARTS, LEAST_ROWS = 32, 2048
 
 
+def seed_of(*numbers: int) -> int:
+    """A seed that depends on these numbers (>= 0) alone; zeros at the end say nothing."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
 def stream(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator that depends on these numbers (>= 0) alone: a seed, a step, a purpose, a part.
 
     Zeros at the end say nothing: let no purpose be zero where others have more numbers.
     """
-    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state >> 1))
+    return torch.Generator(device).manual_seed(seed_of(*numbers))
 
 
 def parts(n: int) -> list[Rows]:

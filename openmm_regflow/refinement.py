@@ -302,8 +302,7 @@ def refine(
     for k in range(len(state.records), config.rounds + 1):
         energies += config.pool + (anchors.renew(k) if anchors else 0)
         own = draw(flow, config.pool, reduced_potential, watch, (config.seed, k))
-        pool = anchors.mix(flow, own, k, watch) if anchors else replace(own)
-        pool.lift = lift
+        pool = replace(anchors.mix(flow, own, k, watch) if anchors else own, lift=lift)
         record = peers.share(_judge(pool, own, energies))
         margin = max(-math.log(config.tolerance), 3 * record.divergence_error)
         undone = record.divergence > state.best_divergence + margin

@@ -321,7 +321,7 @@ def shard_sizes(n: int, shard_size: int) -> list[int]:
 
 def shard_seed(seed: int, shard: int) -> int:
     """A seed for shard `shard` of the set `seed`, independent of every other."""
-    return int(np.random.SeedSequence([seed, shard]).generate_state(1, np.uint64)[0] >> 1)
+    return ranks.seed_of(seed, shard)
 
 
 def concatenate(parts: list[Pairs]) -> Pairs:

@@ -120,6 +120,7 @@ def refining(folder, stop=None, astray=0.0):
 
     starts, _ = target.sample(1100, torch.Generator().manual_seed(2))
     data, spent = more_frames(starts, mover, FramesConfig(copies=3), folder / "frames.safetensors")
+
     def report(k, total, figures):
         heard.append(k)
         if k == stop:

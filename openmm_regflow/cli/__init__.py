@@ -1,13 +1,12 @@
 """The command line: a thin shell over the package. Bad input gives one line and exit code 2, Ctrl-C gives 130."""
 
 import logging
-import os
 import signal
 import threading
 from typing import Any, NoReturn
 
 from openmm_regflow.cli import data, learning, results, workbench  # noqa: F401 (each registers its commands)
-from openmm_regflow.cli.shell import app
+from openmm_regflow.cli.shell import app, one_of_several
 
 __all__ = ["app", "main"]
 
@@ -26,8 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     # What a queue sends when the time is up, and `kill` to a job in the background, which does not hear Ctrl-C. One of
     # several ranks may be waiting for another, where Python hears nothing: they end as they would.
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    listening = alone and threading.current_thread() is threading.main_thread()
+    listening = not one_of_several() and threading.current_thread() is threading.main_thread()
     former = signal.signal(signal.SIGTERM, _interrupt) if listening else None
     try:
         app(args=arguments, prog_name="openmm-regflow")

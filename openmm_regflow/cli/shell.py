@@ -41,6 +41,11 @@ FlowFile = Annotated[Path, typer.Argument(help="A flow file (.safetensors).")]
 RUN_FILE = "run.json"
 
 
+def one_of_several() -> bool:
+    """Whether this process is one of a ``torchrun`` job (as `ranks.job` sees it, without the import of torch)."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Register a command whose errors become one line and an exit code."""
 
@@ -66,8 +71,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             line = memory_line(error)
             if line is None:
                 raise
-            others_wait = int(os.environ.get("WORLD_SIZE", "1")) > 1
-            if options.get("device") != "auto" or others_wait:
+            if options.get("device") != "auto" or one_of_several():  # the others wait for this one
                 fail(f"error: {line}", 2)
             print(f"{line.split(';')[0]}: going on on the CPU", file=sys.stderr)
             guarded(*arguments, **options | {"device": "cpu"})
