@@ -19,7 +19,7 @@ from jacobian_gap import log_evidence
 
 import openmm_regflow as rf
 from openmm_regflow import flows, recipes
-from openmm_regflow.ensemble import frame_mover, training_potential
+from openmm_regflow.ensemble import ReducedPotential, frame_mover
 from openmm_regflow.files import write_json
 from openmm_regflow.flows import FlowMetadata
 from openmm_regflow.frames import FramesConfig, more_frames
@@ -55,7 +55,7 @@ class Bench:
         many, _ = more_frames(few, mover, config, folder / "frames.safetensors", target=target)
         self.y = recipes.features(self.coordinates, many, torch.Generator())
         shipped = rf.Flow.load(self.molecule.folder / "flow.safetensors").fuse()
-        potential = training_potential(self.molecule, compile=True)
+        potential = ReducedPotential(self.molecule, compile=True)
         self.log_p = -potential(self.others) - log_evidence(shipped, potential, self.others)
 
     def train(self, architecture: dict[str, Any], seconds: float) -> tuple[flows.Flow, int]:

@@ -20,7 +20,7 @@ import torch
 
 import openmm_regflow as rf
 from openmm_regflow import flows, recipes, reweighting
-from openmm_regflow.ensemble import frame_mover, phi_positive, training_potential
+from openmm_regflow.ensemble import ReducedPotential, frame_mover, phi_positive
 from openmm_regflow.files import write_json
 from openmm_regflow.frames import FramesConfig, more_frames
 from openmm_regflow.objectives import FlowMatchingLoss, LikelihoodLoss, RegFlowLoss, wrapped_difference
@@ -82,7 +82,7 @@ class Bench:
         self.few, self.held_out, self.test = (
             torch.as_tensor(self.molecule.reference(split)) for split in ("train", "validation", "test")
         )
-        self.potential = training_potential(self.molecule, compile=True)
+        self.potential = ReducedPotential(self.molecule, compile=True)
         self.molecule_kt = thermal_energy(self.molecule.temperature)
         self.many, _ = more_frames(
             self.few,

@@ -20,9 +20,7 @@ from openmm_regflow.units import thermal_energy
 TUNED_ON = 200
 
 
-def training_potential(
-    molecule: MolecularSystem, device: torch.device | str = "cpu", compile: bool = False
-) -> Callable[[Tensor], Tensor]:
+class ReducedPotential:
     """Batched reduced potential [kT] of a molecule at its own temperature, for refinement.
 
     With constraints it holds the metric term of their ensemble, so that ``-u - flow.log_prob`` is the log-weight.
@@ -32,9 +30,27 @@ def training_potential(
         device: of the energies.
         compile: through ``torch.compile`` in float32 (energies to about 1e-4 kT), else eager in float64.
     """
-    potential = _potential(molecule, device, compile)
-    kt, constraints = thermal_energy(molecule.temperature), Constraints.of(molecule.system)
-    return lambda x: potential(x.to(potential.dtype)).double() / kt - constraints.log_metric(x.double())
+
+    def __init__(self, molecule: MolecularSystem, device: torch.device | str = "cpu", compile: bool = False) -> None:
+        self._potential = _potential(molecule, device, compile)
+        self._kt, self._constraints = thermal_energy(molecule.temperature), Constraints.of(molecule.system)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Positions `(n, n_atoms, 3)` [nm] -> `(n,)` [kT], +inf where impossible."""
+        energy = self._potential(x.to(self._potential.dtype))
+        return energy.double() / self._kt - self._constraints.log_metric(x.double())
+
+    def with_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions `(n, n_atoms, 3)` [nm] -> `(n,)` [kT], and its gradient `(n, n_atoms, 3)` [kT/nm]."""
+        energy, force = self._potential.energy_and_forces(x.to(self._potential.dtype))
+        u, gradient = energy.double() / self._kt, -force.double() / self._kt
+        if len(self._constraints):
+            with torch.enable_grad():
+                x = x.detach().double().requires_grad_()
+                metric = self._constraints.log_metric(x)
+                (slope,) = torch.autograd.grad(metric.sum(), x)
+            u, gradient = u - metric.detach(), gradient - slope
+        return u, gradient
 
 
 def frame_mover(

@@ -41,7 +41,7 @@ def _replacing(path: Path) -> Iterator[Path]:
     Raises:
         InputError: the folder cannot be written or the disk is full.
     """
-    temporary = path.with_name(path.name + ".part")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")  # processes may write the same file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -14,6 +14,7 @@ from openmm_regflow import ranks, reweighting
 from openmm_regflow.errors import InputError
 from openmm_regflow.flows import Flow
 from openmm_regflow.frames import Indicator, Mover, memberships
+from openmm_regflow.slopes import differentiable, slopes
 
 #: What random numbers are for, after a seed and the number of a pool; smaller numbers are purposes of training.
 SAMPLES, MOVES, LABELS = 1001, 1002, 1003
@@ -34,6 +35,7 @@ class Pool:
         members: whether each sample is in each of k watched sets `(k, n)`, bool.
         n_frames: how many of the samples, the last ones, are of the target.
         lift: logarithm of what the target is multiplied by in a watched set.
+        slope: gradient of log p by the features `(n, dim)`, in the flow's precision; None where nobody asked.
     """
 
     y: Tensor
@@ -44,6 +46,7 @@ class Pool:
     members: np.ndarray
     n_frames: int = 0
     lift: float = 0.0
+    slope: Tensor | None = None
 
     @property
     def log_w(self) -> np.ndarray:
@@ -90,6 +93,7 @@ def draw(
     reduced_potential: Callable[[Tensor], Tensor],
     watch: Sequence[Indicator] = (),
     seed: Sequence[int] = (0,),
+    sloped: bool = False,
 ) -> Pool:
     """Samples of the flow with their weights.
 
@@ -99,6 +103,7 @@ def draw(
         reduced_potential: positions `(n, n_atoms, 3)` [nm] -> `(n,)` [kT], +inf where impossible.
         watch: indicator functions of sets of conformations.
         seed: numbers that the random ones depend on, and on nothing else.
+        sloped: with the slopes of log p, for which the potential has to be ``slopes.Differentiable``.
 
     Raises:
         InputError: no sample has a finite weight.
@@ -107,21 +112,34 @@ def draw(
     def part(j: int, rows: slice) -> tuple[Tensor, ...]:
         generator = ranks.stream(*seed, SAMPLES, j, device=flow.device)
         x, log_q = flow.sample(rows.stop - rows.start, generator)
-        log_w = -reduced_potential(x).to(log_q) + flow.frame_log_density(x) - log_q
-        return *_described(flow, x, watch), log_q, log_w.double()
+        u, *described = _described(flow, x, reduced_potential, watch, sloped)
+        log_w = -u.to(log_q) + flow.frame_log_density(x) - log_q
+        return *described, log_q, log_w.double()
 
-    y, log_volume, members, log_q, weights = ranks.current().by_parts(n, part)
+    y, log_volume, members, slope, log_q, weights = ranks.current().by_parts(n, part)
     log_w = weights.cpu().numpy()
     log_w[~np.isfinite(log_w)] = -np.inf
     if not np.isfinite(log_w).any():
         raise InputError("no sample of the pool has a finite weight; train the flow longer before refining it")
-    return Pool(y, log_volume, log_q, log_q, log_w, members.T.numpy())
+    return Pool(y, log_volume, log_q, log_q, log_w, members.T.numpy(), slope=slope if sloped else None)
 
 
-def _described(flow: Flow, x: Tensor, watch: Sequence[Indicator]) -> tuple[Tensor, Tensor, Tensor]:
-    """Features `(n, dim)`, their log|det dy/dx| `(n,)`, and membership in each set `(n, k)`, of positions."""
+def _described(
+    flow: Flow, x: Tensor, reduced_potential: Callable[[Tensor], Tensor], watch: Sequence[Indicator], sloped: bool
+) -> tuple[Tensor, ...]:
+    """What pools hold of positions.
+
+    Returns:
+        reduced potential `(n,)`, features `(n, dim)`, their log|det dy/dx| `(n,)`, membership in each set `(n, k)`,
+        and the gradient of log p by the features `(n, dim)`, or `(n, 0)`.
+    """
     y, log_volume = flow.coordinates.features_of(x)
-    return y.to(flow.dtype), log_volume, torch.as_tensor(memberships(x, watch).T.copy())
+    members = torch.as_tensor(memberships(x, watch).T.copy())
+    if sloped:
+        _, u, slope = slopes(flow.coordinates, x, differentiable(reduced_potential))
+    else:
+        u, slope = reduced_potential(x), y.new_zeros(len(x), 0)
+    return u, y.to(flow.dtype), log_volume, members, slope.to(flow.dtype)
 
 
 def log_normalisation(log_p: np.ndarray, log_q: np.ndarray, n: int, m: int) -> float:
@@ -169,10 +187,11 @@ class Anchors:
         mover: a Markov kernel of the target.
         n_moves: calls of it before each pool.
         seed: of the order in which frames are taken, and of moves and labels.
+        sloped: pools get the slopes of log p, too; every pool then takes an energy, and forces, of every anchor.
 
     Attributes:
         x: positions `(m, n_atoms, 3)` [nm].
-        u: their reduced potential `(m,)` [kT].
+        n_energies: that it took to place them in the beginning.
     """
 
     def __init__(
@@ -183,16 +202,20 @@ class Anchors:
         mover: Mover | None = None,
         n_moves: int = 0,
         seed: int = 0,
+        sloped: bool = False,
     ) -> None:
         self._rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).to(data.device)
         self._potential, self._mover, self._n_moves, self._seed = reduced_potential, mover, n_moves, seed
         self._data, self._n = data, n if mover and n_moves else min(n, len(data))
+        self._sloped = sloped
         self._take(0)
+        self.n_energies = 0 if sloped else len(self.x)
 
     def place(self, x: Tensor) -> None:
         """Put the anchors at `x` `(m, n_atoms, 3)` [nm]."""
         self.x = x
-        (self.u,) = ranks.current().by_parts(len(x), lambda j, rows: (self._potential(x[rows]),))
+        if not self._sloped:  # they come with slopes, which depend on how a molecule lies in the pool
+            (self._u,) = ranks.current().by_parts(len(x), lambda j, rows: (self._potential(x[rows]),))
 
     def _take(self, turn: int) -> None:
         """Place frames in the order of `_rows`, round and round: copies that will move may be more than the frames."""
@@ -200,11 +223,11 @@ class Anchors:
         self.place(self._data[self._rows[places]].double())
 
     def renew(self, k: int) -> int:
-        """Other anchors for pool ``k``: moved within the target, or the next of the frames; the energies it took."""
+        """Other anchors for pool ``k``: moved within the target, or the next of the frames; the energies it takes."""
         if self._mover is not None and self._n_moves:
             return self._move(k, self._mover)
         if k == 0 or len(self._data) <= self._n:
-            return 0
+            return len(self.x) if self._sloped else 0
         self._take(k)
         return len(self.x)
 
@@ -229,12 +252,13 @@ class Anchors:
 
         def part(j: int, rows: slice) -> tuple[Tensor, ...]:
             x = frames[rows]
-            return *_described(flow, x, watch), flow.log_prob(x).to(pool.log_q)
+            known = (lambda _: self._u[rows]) if not self._sloped else self._potential
+            return *_described(flow, x, known, watch, self._sloped), flow.log_prob(x).to(pool.log_q)
 
-        y, log_volume, members, log_q = ranks.current().by_parts(len(frames), part)
+        u, y, log_volume, members, slope, log_q = ranks.current().by_parts(len(frames), part)
         n, m, both = len(pool.log_q), len(frames), torch.cat([pool.log_q, log_q])
         log_p_own = pool.log_p_over_r + pool.log_q.cpu().numpy()
-        log_p_frames = (-self.u.to(log_q) + flow.frame_log_density(frames).to(log_q)).cpu().numpy()
+        log_p_frames = (-u.to(log_q) + flow.frame_log_density(frames).to(log_q)).cpu().numpy()
         log_p = np.concatenate([log_p_own, log_p_frames])
         log_p = log_p - log_normalisation(log_p, both.cpu().numpy(), n, m)
         log_r = np.logaddexp(math.log(n) + both.cpu().numpy(), math.log(m) + log_p) - math.log(n + m)
@@ -248,4 +272,5 @@ class Anchors:
             log_w,
             np.concatenate([pool.members, members.T.numpy()], axis=1),
             m,
+            slope=torch.cat([pool.slope, slope]) if pool.slope is not None else None,
         )

@@ -5,6 +5,7 @@ The configuration is one TOML file; unknown keys are refused and every default c
 
 import dataclasses
 import json
+import math
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,9 @@ from openmm_regflow.flows import Flow, FlowMetadata
 from openmm_regflow.frames import FramesConfig, Indicator, Mover, lifted, more_frames, rare_frames
 from openmm_regflow.objectives import FlowMatchingLoss, LikelihoodLoss, RegFlowLoss, SplitLoss
 from openmm_regflow.refinement import RefineConfig, Round, refine
+from openmm_regflow.slopes import Differentiable, differentiable, slopes
 from openmm_regflow.targets import (
+    MAX_EXACT,
     Pairs,
     StreamedPairs,
     aligned_coupling,
@@ -42,6 +45,8 @@ from openmm_regflow.training import Batch, Batches, History, Progress, TrainConf
 
 #: (name of the stage, steps in total) -> progress callback of that stage
 Stage = Callable[[str, int], Progress]
+#: Validation frames below which nothing can be told; fewer are taken where the user has no more.
+LEAST_VALIDATION = 50
 TEACHER_KIND = "openmm_regflow.teacher"
 TORSION_KEYS = ("torsion_layers", "torsion_hidden", "torsion_depth", "torsions_alone")
 SPLINE_KEYS = ("n_bins", "line_bins", "bound", "harmonics", *TORSION_KEYS)
@@ -144,6 +149,7 @@ class LikelihoodConfig(_Section):
 
     enabled: bool = True
     noise: float = Field(0.0, ge=0, description="noise on the features, in their standard deviations")
+    path: float = Field(0.0, ge=0, le=1, description="share of the path gradient; needs an energy with forces a frame")
     train: TrainConfig = TrainConfig(steps=500, learning_rate=2e-4, ema=0.99, validate_every=25, patience=6, warmup=20)
 
 
@@ -188,9 +194,12 @@ def load_config(path: str | Path) -> RunConfig:
 def print_config(config: RunConfig) -> str:
     """The configuration as TOML that `load_config` reads back; settings without a value as comments."""
 
+    def toml(value: Any) -> str:
+        return str(value) if value in (math.inf, -math.inf) else json.dumps(value)
+
     def lines(table: dict[str, Any], prefix: str) -> list[str]:
         plain = {k: v for k, v in table.items() if not isinstance(v, dict)}
-        out = [f"# {k} =   (not set)" if v is None else f"{k} = {json.dumps(v)}" for k, v in plain.items()]
+        out = [f"# {k} =   (not set)" if v is None else f"{k} = {toml(v)}" for k, v in plain.items()]
         for key, value in table.items():
             if isinstance(value, dict):
                 name = f"{prefix}{key}"
@@ -285,17 +294,18 @@ def fit(
         IncompatibleFlowError: `folder` holds a run of another configuration, on other frames, or for another target.
         CorruptFileError: a file in `folder` is damaged.
     """
-    if config.refinement.enabled and reduced_potential is None:
-        raise InputError("refinement is enabled but no potential was given; pass reduced_potential or disable it")
+    if needs_energies(config) and reduced_potential is None:
+        raise InputError(
+            "refinement is enabled, or likelihood.path above 0, but no potential was given; pass reduced_potential"
+        )
+    if needs_energies(config) and max(config.refinement.path, config.likelihood.path):
+        differentiable(reduced_potential)  # type: ignore[arg-type]
     if needs_mover(config) and mover is None:
         raise InputError(
             "frames.copies is above 1 or refinement.anchor_moves above 0, but no kernel was given; pass mover"
         )
     check_config(config)
-    check_data(x_train, x_validation, config)
-    if config.frames.rare_share:
-        for frames in (x_train, x_validation):
-            rare_frames(frames, watch)
+    check_data(x_train, x_validation, config, watch)
     coordinates = flows.coordinates_for(topology, x_train, config.coordinates, fixed)
     flow = _student(coordinates, x_train, config.flow, metadata).to(device).fuse(config.compile)
     result = FitResult(flow, None)
@@ -309,7 +319,7 @@ def fit(
         batches, held = _pair_batches(flow, topology, x, held_out, config, work, result)
         _regression(flow, batches, held, config.regression, work, result)
     if config.likelihood.enabled or config.objective == "mle":
-        _likelihood(flow, x, held_out, config.likelihood, work, result)
+        _likelihood(flow, x, held_out, config.likelihood, work, result, reduced_potential)
     if config.refinement.enabled and reduced_potential is not None:
         progress = work.stage("refinement", config.refinement.rounds) if work.stage else None
         checkpoint = work.folder / "refinement-checkpoint.safetensors" if work.folder else None
@@ -402,6 +412,12 @@ class _Workspace:
         result.seconds[name] = history.seconds
 
 
+def needs_energies(config: RunConfig) -> bool:
+    """Whether a run asks for energies of its own, beside those that move frames."""
+    judged = config.likelihood.enabled or config.objective == "mle"
+    return config.refinement.enabled or bool(judged and config.likelihood.path)
+
+
 def needs_mover(config: RunConfig) -> bool:
     """Whether a run moves frames within the target, which takes energies with forces."""
     return config.frames.copies > 1 or bool(config.refinement.enabled and config.refinement.anchor_moves)
@@ -453,16 +469,20 @@ def check_config(config: RunConfig) -> None:
             )
 
 
-def check_data(x_train: Tensor, x_validation: Tensor, config: RunConfig) -> None:
+def check_data(
+    x_train: Tensor, x_validation: Tensor, config: RunConfig, watch: Sequence[Indicator] | None = None
+) -> None:
     """Refuse data that would stop a later stage, before the first one begins.
 
     Args:
         x_train: `(n, n_atoms, 3)` [nm].
         x_validation: `(m, n_atoms, 3)` [nm].
         config: all settings.
+        watch: indicator functions of the sets that ``rare_share`` speaks of.
 
     Raises:
-        InputError: shapes, NaN, or fewer samples than a batch of one of the stages.
+        InputError: shapes, NaN, nothing to say how rare the watched sets are, fewer samples than a batch of one of the
+            stages, or more frames than exact transport takes.
     """
     for name, x in (("training", x_train), ("validation", x_validation)):
         n_atoms = x_train.shape[1] if x_train.ndim > 1 else "n_atoms"
@@ -472,7 +492,22 @@ def check_data(x_train: Tensor, x_validation: Tensor, config: RunConfig) -> None
             bad = int((~torch.isfinite(x).flatten(1).all(1)).nonzero()[0])
             raise InputError(f"{name} frame {bad} holds a NaN or infinite position; remove it before training")
     source, regression = config.pairs.source, config.objective == "regflow"
-    n_frames = len(x_train) * config.frames.copies
+    share, seed = config.frames.rare_share, config.frames.seed
+    left = len(lifted(x_train, watch, share, seed))
+    few = len(lifted(x_validation, watch, share, seed))
+    if few < LEAST_VALIDATION <= len(x_validation):
+        raise InputError(
+            f"frames.rare_share = {share} leaves {few} of {len(x_validation)} validation frames, too few to judge by; "
+            "lower it"
+        )
+    if config.refinement.enabled and config.refinement.rare_share:
+        rare_frames(x_train, watch)
+    n_frames = left * config.frames.copies
+    if regression and source == "ot" and min(config.pairs.n, n_frames) > MAX_EXACT:
+        raise InputError(
+            f"exact transport of {min(config.pairs.n, n_frames):,} frames holds a matrix of that many squared; set "
+            f'pairs.n to {MAX_EXACT:,} or fewer, or pairs.source = "hierarchical"'
+        )
     pairs = config.pairs.n if source == "reflow" else min(config.pairs.n, n_frames)
     pairs -= int(config.regression.held_out * pairs)
     stages = {
@@ -608,14 +643,31 @@ def _regression(
 
 
 def _likelihood(
-    flow: Flow, x: Tensor, held_out: Tensor, config: LikelihoodConfig, work: _Workspace, result: FitResult
+    flow: Flow,
+    x: Tensor,
+    held_out: Tensor,
+    config: LikelihoodConfig,
+    work: _Workspace,
+    result: FitResult,
+    reduced_potential: Callable[[Tensor], Tensor] | None,
 ) -> None:
     y = features(flow.coordinates, held_out, torch.Generator().manual_seed(config.train.seed))
     validate = partial(_held_out_loss, LikelihoodLoss(flow.prior), held=(y,))
-    loss = LikelihoodLoss(flow.prior, config.noise)
-    batches = data_batches(flow.coordinates, x, config.train)
+    loss = LikelihoodLoss(flow.prior, config.noise, config.path)
+    if config.path and reduced_potential is not None:
+        batches = _sloped_batches(flow.coordinates, x, config.train, differentiable(reduced_potential))
+        result.frame_energies += len(x)
+    else:
+        batches = data_batches(flow.coordinates, x, config.train)
     work.run("likelihood", flow.bijection, loss, batches, config.train, result, validate)
     result.note_phase("likelihood")
+
+
+def _sloped_batches(coordinates: CoordinateMap, x: Tensor, config: TrainConfig, potential: Differentiable) -> Batches:
+    """Batches of features and of the slopes of log p, in float32; in one frame, where that matters."""
+    x = coordinates.augment(x.to(coordinates.circular.device, torch.float64), ranks.stream(config.seed, 1005))
+    y, _, slope = ranks.current().by_parts(len(x), lambda j, rows: slopes(coordinates, x[rows], potential))
+    return Batches((y.float(), slope.float()), config.batch_size, config.seed)
 
 
 def with_seed(config: RunConfig, seed: int) -> RunConfig:

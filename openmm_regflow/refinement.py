@@ -27,13 +27,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from openmm_regflow import ranks, reweighting
-from openmm_regflow.errors import IncompatibleFlowError, InputError
+from openmm_regflow.errors import IncompatibleFlowError, InputError, InsufficientDataError
 from openmm_regflow.files import digest, read_safetensors, write_safetensors
 from openmm_regflow.flows import Flow, origin
 from openmm_regflow.frames import Indicator, Mover, rare_frames
 from openmm_regflow.graphs import Gradients
 from openmm_regflow.objectives import GeneralisedKLLoss
 from openmm_regflow.pools import Anchors, Pool, draw
+from openmm_regflow.slopes import differentiable
 from openmm_regflow.training import Batch, Batches, adamw, average_into, cosine, pack_optimizer, unpack_optimizer
 
 CHECKPOINT_KIND = "openmm_regflow.refinement"
@@ -65,6 +66,9 @@ class RefineConfig(BaseModel):
         0.0, ge=0, lt=1, description="power of p/q in the weights: 0 lowers KL(p || q), near 1 the weights' variance"
     )
     tail_after: float = Field(0.0, ge=0, lt=1, description="share of the rounds after which tail begins")
+    path: float = Field(
+        0.0, ge=0, le=1, description="share of the path gradient, by forces: fewer rounds, each half as long again"
+    )
     precision: Literal["float32", "mixed"] = Field(
         "float32", description="mixed: gradients by products in bfloat16, on CPUs that gain by it"
     )
@@ -120,7 +124,7 @@ class _Learner:
         self.flow, self.config, self.peers = flow, config, ranks.current()
         self.live = copy.deepcopy(flow.bijection)
         self.optimizer = adamw(self.live, config.learning_rate, weight_decay=0.0)
-        self.gradients = Gradients(GeneralisedKLLoss(flow.prior).of, self.live, config.precision)
+        self.gradients = Gradients(GeneralisedKLLoss(flow.prior, config.path).of, self.live, config.precision)
         self.steps = 0
 
     def go_back(self, weights: dict[str, Tensor]) -> None:
@@ -132,17 +136,20 @@ class _Learner:
         """One pass over pool k, each sample seen once, at ``factor`` times its learning rate."""
         c, flow = self.config, self.flow
         fine = torch.isfinite(pool.y).all(1) & torch.isfinite(pool.log_r) & torch.isfinite(pool.log_volume)
+        if pool.slope is not None:
+            fine &= torch.isfinite(pool.slope).all(1)
         power = c.tail if k >= c.tail_after * c.rounds else 0.0
         tilt = power * pool.log_ratio() if power else 0.0  # 0 times the -inf of an impossible sample is no number
         weights = truncate(pool.log_w + tilt, c.clip_top)
         w = torch.as_tensor(weights, dtype=flow.dtype, device=pool.y.device)[fine]
         # Density of the features, as the loss compares it.
         log_r_y = (pool.log_r - pool.log_volume)[fine].to(flow.dtype)
+        data = (pool.y[fine], log_r_y, w) + (() if pool.slope is None else (pool.slope[fine],))
         size = min(c.batch_size, len(w))
         size -= size % self.peers.size
         if not size:
             return
-        batches = Batches((pool.y[fine], log_r_y, w), size, c.seed + k)
+        batches = Batches(data, size, c.seed + k)
         self.live.train()
         for step in range(batches.per_epoch):
             turn = (k + step / batches.per_epoch) / c.rounds
@@ -280,9 +287,13 @@ def refine(
     peers = ranks.current()
     if config.batch_size % peers.size:
         raise InputError(f"batch_size is {config.batch_size}; make it a multiple of {peers.size} processes")
+    if config.path:
+        differentiable(reduced_potential)
     learner, watch = _Learner(flow, config), watch or []
     path = Path(checkpoint) if checkpoint is not None and peers.main else None
     made_of = _made_of(flow, data) if path else {}
+    # A second refinement with the same seed sees other samples: this flow has learned those of the first.
+    seed = ranks.seed_of(config.seed, peers.share(int(digest(flow.bijection.state_dict())[:15], 16)))
     lift = _lift(watch, data, config.rare_share)
     state = _Progress(made_of)
 
@@ -293,15 +304,15 @@ def refine(
 
     peers.first(take_up)
     state = _shared(state, learner)
-    anchors = None
+    anchors, sloped = None, config.path > 0
     if data is not None and config.anchors:
-        anchors = Anchors(data, reduced_potential, config.anchors, mover, config.anchor_moves, config.seed)
+        anchors = Anchors(data, reduced_potential, config.anchors, mover, config.anchor_moves, seed, sloped)
     if anchors and state.anchors is not None:
         anchors.place(state.anchors.to(anchors.x))
-    energies = state.records[-1].energies if state.records else len(anchors.x) if anchors else 0
+    energies = state.records[-1].energies if state.records else anchors.n_energies if anchors else 0
     for k in range(len(state.records), config.rounds + 1):
         energies += config.pool + (anchors.renew(k) if anchors else 0)
-        own = draw(flow, config.pool, reduced_potential, watch, (config.seed, k))
+        own = draw(flow, config.pool, reduced_potential, watch, (seed, k), sloped)
         pool = replace(anchors.mix(flow, own, k, watch) if anchors else own, lift=lift)
         record = peers.share(_judge(pool, own, energies))
         margin = max(-math.log(config.tolerance), 3 * record.divergence_error)
@@ -330,10 +341,14 @@ def _judge(pool: Pool, own: Pool, energies: int) -> Round:
     """The record of a pool with its anchors; ESS and populations are those of the flow's own samples."""
     w = reweighting.normalised_weights(own.log_p_over_r)
     divergence, error = pool.divergence()
+    try:
+        truncated = reweighting.truncated_effective_sample_size(own.log_p_over_r)
+    except InsufficientDataError:  # no more than those few have a weight
+        truncated = 0.0
     return Round(
         energies=energies,
         ess=reweighting.effective_sample_size(own.log_p_over_r),
-        ess_truncated=reweighting.truncated_effective_sample_size(own.log_p_over_r),
+        ess_truncated=truncated,
         divergence=divergence,
         divergence_error=error,
         occupied=tuple(float(w[member].sum()) for member in own.members),

@@ -182,7 +182,7 @@ def train(
         run.finish()
         return run.history
     if validation and run.step == 0:
-        run.validate()  # so that a phase which only makes things worse is undone
+        run.begin()
     began = clock() - run.history.seconds
     while run.step < config.steps:
         figures = run.advance()
@@ -225,6 +225,11 @@ class _Run:
         self.recent: list[float] = []
         self.since, self.drawn = time.monotonic(), 0
         self.best: dict[str, Tensor] | None = None
+        self.snapshot = self._state()
+
+    def begin(self) -> None:
+        """Judge the module as it is, so that a phase which only makes things worse is undone, rolled back or not."""
+        self.validate()
         self.snapshot = self._state()
 
     def rate(self) -> float:

@@ -27,7 +27,7 @@ from openmm_regflow.check import HybridMonteCarlo, jacobian_log_determinant, ker
 from openmm_regflow.cli import main
 from openmm_regflow.constraints import Constraints, fixed_bonds
 from openmm_regflow.coordinates.cartesian import random_rotations
-from openmm_regflow.ensemble import training_potential
+from openmm_regflow.ensemble import ReducedPotential
 from openmm_regflow.errors import IncompatibleFlowError, InputError, UnsupportedForceError
 from openmm_regflow.metrics import integrated_autocorrelation_time
 from openmm_regflow.moves import FlowMove, NCMCFlowMove
@@ -572,5 +572,5 @@ def test_refinement_potential_holds_the_metric():
     x = torch.as_tensor(mol.reference("test")[:20]).double()
     metric = Constraints.of(mol.system).log_metric(x)
     expected = TorchPotential(mol.system)(x) / (GAS_CONSTANT * mol.temperature) - metric
-    torch.testing.assert_close(training_potential(mol, torch.device("cpu"))(x), expected)
+    torch.testing.assert_close(ReducedPotential(mol, torch.device("cpu"))(x), expected)
     assert metric.std() > 0.01

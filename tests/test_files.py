@@ -1,6 +1,8 @@
 """Files that are whole at any moment, and damaged ones that are named."""
 
 import json
+import multiprocessing
+import os
 
 import pytest
 import torch
@@ -20,10 +22,32 @@ def test_json_there_and_back(tmp_path):
 def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {"a": 1})
-    (tmp_path / "a.json.part").mkdir()
+    (tmp_path / f"a.json.{os.getpid()}.part").mkdir()
     with pytest.raises(InputError, match="cannot write"):
         write_json(path, {"a": 2})
     assert read_json(path, "") == {"a": 1}
+
+
+def _write_often(path, barrier, failures):
+    for k in range(20):
+        barrier.wait()
+        try:
+            write_json(path, {"k": k})
+        except InputError as error:
+            failures.put(str(error))
+
+
+def test_processes_may_write_the_same_file(tmp_path):
+    """The ranks of a node that has no disk in common with rank 0 all begin the same folder."""
+    context = multiprocessing.get_context("fork")
+    barrier, failures = context.Barrier(2), context.Queue()
+    writers = [context.Process(target=_write_often, args=(tmp_path / "a.json", barrier, failures)) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert failures.empty() and read_json(tmp_path / "a.json", "") == {"k": 19}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_a_header_that_was_changed_is_noticed(tmp_path):

@@ -5,7 +5,7 @@ import torch
 from analytic_molecules import KT, MASSES, TEMPERATURE, Chain, z_scores
 
 import openmm_regflow as rf
-from openmm_regflow.ensemble import frame_mover, training_potential
+from openmm_regflow.ensemble import ReducedPotential, frame_mover
 from openmm_regflow.errors import InputError
 from openmm_regflow.potentials import TorchPotential
 from openmm_regflow.sampling import HamiltonianMonteCarlo
@@ -105,7 +105,7 @@ def test_frames_of_a_peptide_keep_their_energy():
     """The kernel that training uses: mean energy of the reference before and after, with the error of the change."""
     mol = rf.load_system("alanine-dipeptide")
     x = torch.as_tensor(mol.reference("test")[::20]).double()
-    potential, mover = training_potential(mol), frame_mover(mol, x)
+    potential, mover = ReducedPotential(mol), frame_mover(mol, x)
     moved, n_energies = mover(x, generator(6))
     change = (potential(moved) - potential(x)).numpy()
     assert n_energies > len(x)

@@ -205,6 +205,32 @@ def test_bad_input_is_refused_before_any_training(data, coordinates, name, tmp_p
     assert not heard and not (tmp_path / "work").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"refinement": {"enabled": True, "rare_share": 0.2}}, "watched sets"),
+        ({"frames": {"rare_share": 0.09}, "teacher": {"train": {"batch_size": 300}}}, "fewer than one batch"),
+        ({"frames": {"rare_share": 0.3}}, "validation frames"),
+        ({"pairs": {"source": "ot", "n": 30_000}, "frames": {"copies": 100}}, "hierarchical"),
+    ],
+)
+def test_what_a_late_stage_would_refuse_is_refused_first(data, changes, words, tmp_path):
+    """Nothing is computed, and the folder is free for the mended configuration."""
+    topology, x, held_out = data
+    watch = [lambda x: torch.arange(len(x)) % 20 == 0] if "frames" in changes else None
+    settings = config(**changes)
+    potential = {"reduced_potential": lambda x: x.sum((1, 2)), "mover": lambda x, generator: (x, 0)}
+    with pytest.raises(InputError, match=words):
+        recipes.fit(topology, x, held_out, settings, folder=tmp_path, watch=watch, **potential)
+    assert not list(tmp_path.iterdir())
+
+
+def test_infinite_settings_are_printed_as_toml(tmp_path):
+    settings = config(likelihood={"train": {"clip": float("inf")}})
+    (tmp_path / "a.toml").write_text(recipes.print_config(settings))
+    assert recipes.load_config(tmp_path / "a.toml") == settings
+
+
 def test_bad_validation_frames(data):
     with pytest.raises(InputError, match="validation frames"):
         recipes.fit(*data[:2], data[2][:, :21], config())

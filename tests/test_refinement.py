@@ -1,5 +1,7 @@
 """Refinement on a target whose density is known: another flow."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -87,6 +89,40 @@ def test_a_refinement_that_was_stopped_goes_on_as_if_it_had_not(coordinates, tmp
         refine(other, potential, config(3e-3), checkpoint=path)
     with pytest.raises(IncompatibleFlowError, match="other frames"):
         refine(pair(coordinates)[0], potential, config(3e-3), data=flow.sample(10)[0], checkpoint=path)
+
+
+def test_a_second_refinement_sees_other_samples(coordinates, monkeypatch):
+    """With the same seed: those of the first are learned, and would judge the flow too kindly."""
+    seen, drawn = [], pools.draw
+
+    def noted(*arguments, **keywords):
+        pool = drawn(*arguments, **keywords)
+        seen.append(pool)
+        return pool
+
+    monkeypatch.setattr("openmm_regflow.refinement.draw", noted)
+    flow, potential = pair(coordinates)
+    refine(flow, potential, config(1e-9, rounds=1))
+    with torch.no_grad():
+        next(flow.bijection.parameters()).add_(1e-7)
+    refine(flow, potential, config(1e-9, rounds=1))
+    refine(pair(coordinates)[0], potential, config(1e-9, rounds=1))
+    first, _, second, _, again, _ = (pool.y for pool in seen)
+    assert torch.equal(first, again)
+    assert (first - second).abs().min(1).values.median() > 1e-3
+
+
+def test_a_pool_with_hardly_a_possible_sample_goes_on(coordinates):
+    flow, potential = pair(coordinates)
+    data, _ = flow.sample(500, torch.Generator().manual_seed(0))
+
+    def walled(x):
+        impossible = torch.arange(len(x)) >= 4
+        return torch.where(impossible, math.inf, potential(x)) if len(x) == 2000 else potential(x)
+
+    settings = config(1e-9, rounds=1).model_copy(update={"pool": 2000, "anchors": 500})
+    records = refine(flow, walled, settings, data=data)
+    assert [r.ess_truncated for r in records] == [0.0, 0.0] and all(r.ess > 0 for r in records)
 
 
 def test_anchors_give_the_divergence_and_bounded_weights(coordinates):

@@ -172,6 +172,26 @@ def test_divergence_rolls_back_and_then_gives_up():
         train(network(), always, Batches(problem(), 32), CONFIG)
 
 
+@pytest.mark.filterwarnings("ignore:the loss became")
+def test_a_phase_that_only_harms_is_undone_even_if_it_was_rolled_back():
+    """To the first step, before any checkpoint: what was judged there is still known."""
+    calls = iter(range(10_000))
+
+    def harms(module, batch, generator):
+        value = -sum(p.square().sum() for p in module.parameters())
+        return (value * math.nan if next(calls) == 15 else value), {}
+
+    def judge(module):
+        return sum(float(p.square().sum()) for p in module.parameters())
+
+    module = network()
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    settings = CONFIG.model_copy(update={"steps": 60, "validate_every": 10, "checkpoint_every": 1000})
+    history = train(module, harms, Batches(problem(), 32), settings, validation=judge)
+    assert history.rollbacks == 1 and history.validation_step[0] == 0
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+
+
 def test_seconds_bound_the_run():
     _, history = run(CONFIG.model_copy(update={"steps": 10_000_000, "seconds": 0.3}))
     assert history.stopped == "seconds"

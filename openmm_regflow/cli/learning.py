@@ -73,7 +73,7 @@ def _train(
     from openmm_regflow import recipes
     from openmm_regflow.constraints import fixed_bonds
     from openmm_regflow.device import resolve_device
-    from openmm_regflow.ensemble import frame_mover, phi_positive, training_potential
+    from openmm_regflow.ensemble import ReducedPotential, frame_mover, phi_positive
     from openmm_regflow.flows import FlowMetadata
     from openmm_regflow.systems import load_system
 
@@ -97,8 +97,8 @@ def _train(
                 folder=output / "work",
                 stage=bar,
                 device=where,
-                reduced_potential=training_potential(mol, where, settings.compile)
-                if settings.refinement.enabled
+                reduced_potential=ReducedPotential(mol, where, settings.compile)
+                if recipes.needs_energies(settings)
                 else None,
                 mover=frame_mover(mol, torch.as_tensor(frames), where, settings.compile)
                 if recipes.needs_mover(settings)
@@ -140,6 +140,7 @@ def refine(
     anchors: Annotated[int, typer.Option(help="Training frames mixed into every pool.")] = 10_000,
     anchor_moves: Annotated[int, typer.Option(help="Monte Carlo trajectories of every frame before each pool.")] = 0,
     rare_share: Annotated[float, typer.Option(help="Least share of the trained target with a phi > 0.")] = 0.0,
+    path: Annotated[float, typer.Option(help="Share of the path gradient, which takes forces.")] = 0.0,
     tail: Annotated[float, typer.Option(help="Power of p/q in the weights: below 1, for fewer large ones.")] = 0.0,
     ema: Annotated[float, typer.Option(help="Of the weights.")] = 0.98,
     compile: Annotated[bool, typer.Option("--compile", help="Fused splines, compiled float32 energies.")] = False,
@@ -159,7 +160,7 @@ def refine(
 
     settings = RefineConfig(
         enabled=True, rounds=rounds, pool=pool, learning_rate=learning_rate, anchors=anchors, anchor_moves=anchor_moves,
-        rare_share=rare_share, tail=tail, ema=ema, seed=seed,
+        rare_share=rare_share, path=path, tail=tail, ema=ema, seed=seed,
     )  # fmt: skip
     with ranks.job() as peers:
         _refine(flow, system, output, settings, compile, data, device, overwrite, peers)
@@ -179,8 +180,9 @@ def _refine(
     """`refine` on one rank; one of them writes and prints."""
     import torch
 
-    from openmm_regflow.ensemble import frame_mover, phi_positive, training_potential
+    from openmm_regflow.ensemble import ReducedPotential, frame_mover, phi_positive
     from openmm_regflow.flows import FlowMetadata
+    from openmm_regflow.recipes import features
     from openmm_regflow.refinement import refine as run
 
     system, mol, proposal = open_proposal(flow, system, device)
@@ -194,7 +196,7 @@ def _refine(
         with bars() as bar:
             records = run(
                 opened.fuse(compile),
-                training_potential(mol, opened.device, compile),
+                ReducedPotential(mol, opened.device, compile),
                 settings,
                 data=frames.to(opened.device),
                 mover=frame_mover(mol, frames, opened.device, compile) if settings.anchor_moves else None,
@@ -203,7 +205,10 @@ def _refine(
                 progress=bar("refinement", settings.rounds) if peers.main else None,
             )
         if peers.main:
-            _write_refined(output, opened, {"refinement of": str(flow), "refinement": settings.model_dump()}, records)
+            y = features(opened.coordinates, frames[:1000], torch.Generator().manual_seed(settings.seed))
+            refined = {"refinement of": str(flow), "refinement": settings.model_dump()}
+            refined["inverse_error"] = opened.secure(y, settings.seed)
+            _write_refined(output, opened, refined, records)
 
 
 def _write_refined(output: Path, flow: Any, refined: dict[str, Any], records: list[Any]) -> None:

@@ -11,7 +11,7 @@ import torch
 from speed.likelihoods import features
 
 from openmm_regflow import flows, load_system, ranks
-from openmm_regflow.ensemble import training_potential
+from openmm_regflow.ensemble import ReducedPotential
 from openmm_regflow.objectives import RegFlowLoss
 from openmm_regflow.refinement import RefineConfig, refine
 from openmm_regflow.training import Batches, TrainConfig, train
@@ -35,7 +35,7 @@ def main() -> None:
         train(flow.bijection, loss, batches, config, progress=lambda *_: stamps.append(time.perf_counter()))
         records = refine(
             flow,
-            training_potential(molecule),
+            ReducedPotential(molecule),
             RefineConfig(rounds=3, pool=16_384, anchors=len(frames)),
             data=frames,
             progress=lambda *_: pools.append(time.perf_counter()),
