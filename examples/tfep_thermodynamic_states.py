@@ -232,7 +232,8 @@ def through_flow(a, b):
     potential_a = rf.TorchPotential(a.system)
     potential_b = potential_a if b.system is a.system else rf.TorchPotential(b.system)
     u_a, u_b = (u(x) / rf.units.thermal_energy(m.temperature) for u, m in ((potential_a, a), (potential_b, b)))
-    result = tfep.states_through_flow(log_q, u_a, u_b, temperature=a.temperature, generator=0)
+    kelvin = a.temperature if a.temperature == b.temperature else None
+    result = tfep.states_through_flow(log_q, u_a, u_b, temperature=kelvin, generator=0)
     return result, (1 if potential_b is potential_a else 2) * N_FLOW, flow.metadata.training["energies"]
 
 

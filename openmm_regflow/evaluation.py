@@ -319,8 +319,8 @@ def _torsion_figures(
         **_with_error(
             "t_w2_reweighted", metrics.torus_distance(angles, reference, log_weights=log_w_n[there], **keywords)
         ),
-        # Two interleaved halves, each covering the whole reference trajectory.
-        "t_w2_floor": metrics.torus_wasserstein(reference[::2], reference[1::2], **keywords),
+        # Two halves that follow each other: neighbours in time, shared out, would look alike whatever the trajectory.
+        "t_w2_floor": metrics.torus_wasserstein(*np.array_split(reference, 2), **keywords),
         "t_w2_points": points,
     }
 
@@ -336,9 +336,12 @@ def _chirality_figures(x: np.ndarray, log_w_n: np.ndarray, centres: Any) -> dict
         return dict.fromkeys((*names, "wrong_chirality_reweighted_error"))
     wrong = metrics.wrong_chirality(x, rows)
     fraction, weighted = float(wrong.mean()), reweighting.expectation(wrong, log_w_n)
+    # That none of a hundred is wrong does not make it certain, however they are weighted.
+    effective = max(1, int(reweighting.effective_sample_size(log_w_n) * len(wrong)))
+    weighted_error = max(float(weighted.error), metrics.fraction_error(float(weighted.value), effective))
     return {
         **dict(zip(names, (fraction, metrics.fraction_error(fraction, len(wrong)), float(weighted.value)))),
-        "wrong_chirality_reweighted_error": float(weighted.error),
+        "wrong_chirality_reweighted_error": weighted_error,
     }
 
 

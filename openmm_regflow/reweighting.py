@@ -31,6 +31,8 @@ PARETO_K_LIMIT = 0.7
 LARGEST_SHARE = 0.25
 #: Below this number of steps a chain that never stuck has shown little.
 FEWEST_STEPS = 100
+#: Part of the bootstrap replicas that must have enough data for their spread to be an error.
+USABLE = 0.95
 
 Seed = np.random.Generator | int | None
 
@@ -233,18 +235,20 @@ def bootstrap_error(
 ) -> Any:
     """Standard error of ``statistic(*arrays)``: the spread of its bootstrap replicas (Efron 1979).
 
-    Arguments as in :func:`bootstrap_samples`. Replicas with too few data are left out.
+    Arguments as in :func:`bootstrap_samples`. Replicas with too few data are left out, if they are few: those without
+    the rare event are the ones that say how uncertain it is.
 
     Raises:
-        InsufficientDataError: fewer than two usable replicas.
+        InsufficientDataError: more than a twentieth of the replicas have too few data, or fewer than two are usable.
     """
     replicas = bootstrap_samples(
         statistic, *arrays, n_resamples=n_resamples, block=block, generator=generator
     )
     usable = np.isfinite(replicas.reshape(len(replicas), -1)).all(axis=1)
-    if usable.sum() < 2:
+    if usable.sum() < max(2, USABLE * n_resamples):
         raise InsufficientDataError(
-            f"only {int(usable.sum())} of {n_resamples} bootstrap replicas are finite; add samples"
+            f"only {int(usable.sum())} of {n_resamples} bootstrap replicas have enough data, so that their spread is "
+            "no error; add samples"
         )
     error = replicas[usable].std(axis=0, ddof=1)
     return float(error) if error.ndim == 0 else error

@@ -48,6 +48,20 @@ def potential(x):
     return KT * 0.5 * (((torch.as_tensor(x) - FRAME) / WIDTH) ** 2).flatten(1).sum(1)
 
 
+def torsion_frames(angles):
+    """Frames `(n, 6, 3)` whose two torsions are the given angles `(n, 2)`."""
+    x = np.repeat(FRAME.numpy()[None], len(angles), axis=0)
+    for end, (a, b, c), angle in zip((4, 5), ((2, 1, 0), (0, 1, 2)), angles.T):
+        along = FRAME[c] - FRAME[b]
+        along = (along / along.norm()).numpy()
+        normal = np.cross((FRAME[b] - FRAME[a]).numpy(), along)
+        normal /= np.linalg.norm(normal)
+        across = np.cross(normal, along)
+        turned = np.cos(angle)[:, None] * across + np.sin(angle)[:, None] * normal
+        x[:, end] = FRAME[c].numpy() + 0.3 * along + 0.9 * turned
+    return x
+
+
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -69,6 +83,22 @@ def test_a_perfect_flow():
     assert result.t_w2 < 1.5 * result.t_w2_floor
     assert result.k_hat < 0.5 and result.verdict.startswith("reliable")
     assert result.n == result.n_finite == 4000
+
+
+def test_the_floor_of_the_torsions_is_that_of_a_reference_that_remembers():
+    """What an exact sampler scores against frames of an AR(1) process with a memory of twenty."""
+    rng, scores = np.random.default_rng(0), []
+    for _ in range(12):
+        angles = np.zeros((800, 2))
+        for i in range(1, 800):
+            angles[i] = 0.95 * angles[i - 1] + math.sqrt(1 - 0.95**2) * rng.standard_normal(2)
+        exact = rng.standard_normal((400, 2))
+        x_ref, x = torsion_frames(angles), torsion_frames(exact)
+        figures = evaluation._torsion_figures(x, x_ref, np.zeros(400), PHI, PSI, 400, rng)
+        interleaved = metrics.torus_wasserstein(angles[::2], angles[1::2], generator=rng)
+        scores.append((figures["t_w2"], figures["t_w2_floor"], interleaved))
+    exact, floor, planted = np.mean(scores, axis=0)
+    assert floor > 0.8 * exact and planted < 0.7 * exact
 
 
 def test_a_flow_that_is_too_wide_has_the_exact_effective_sample_size():
@@ -102,6 +132,8 @@ def test_basins_chirality_and_failures_are_counted():
     assert result.wrong_chirality >= 0.11
     assert result.wrong_chirality_error == pytest.approx(math.sqrt(0.11 * 0.89 / 1000), rel=0.1)
     assert result.wrong_chirality_reweighted_error >= 0
+    right = evaluate(WIDTH, n=1000, centres=[[1, 2, 0, 3]])  # none is wrong: one in a thousand might have been
+    assert right.wrong_chirality_reweighted < 2e-3 and right.wrong_chirality_reweighted_error > 5e-4
     fine = np.isfinite(u)
     exact = metrics.energy_wasserstein(u[fine], potential(reference) / KT)
     assert result.n_finite == 990 and result.e_w1 == pytest.approx(exact) and math.isfinite(result.e_w1_reweighted)

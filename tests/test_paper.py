@@ -174,6 +174,10 @@ def test_time_to_equal_energies():
     assert ("a", "spline", "4", "4", "regflow-reflow", "≤ 1", "≤ 25 %") in paper.equal_times(records)
     assert paper.equal_times([r for r in records if r["cell"]["method"] != "mle"]) == []
     assert paper.equal_times([r for r in records if r["cell"]["seconds"] == 1.0]) == []
+    for record in records:  # all runs of a method failed
+        if record["cell"]["method"] == "regflow-ot":
+            record["e_w1"] = None
+    assert {row[4] for row in paper.equal_times(records)[1:]} == {"regflow-reflow"}
 
 
 def test_budgets_count_processor_time_on_a_cpu():

@@ -110,6 +110,22 @@ def test_a_dropped_constant_shows_in_the_free_energy():
     )
 
 
+def test_replicas_without_the_rare_event_are_not_left_out_in_silence():
+    """Four excursions among two thousand frames: their number is uncertain by a half, its logarithm more."""
+
+    def log_share(rare):
+        if not rare.any():
+            raise InsufficientDataError("none")
+        return math.log(rare.mean())
+
+    series = np.zeros(2000, dtype=bool)
+    series[100:140] = True
+    with pytest.raises(InsufficientDataError, match="bootstrap replicas have enough data"):
+        rw.bootstrap_error(log_share, series, block=100, generator=0)
+    series[[300, 500, 700, 900, 1100, 1300]] = True
+    assert rw.bootstrap_error(log_share, series, block=100, generator=0) > 0.3
+
+
 def test_delta_and_bootstrap_errors_agree():
     x_n, log_w_n = gaussian_weights(4000, np.random.default_rng(3))
     delta = rw.expectation(x_n, log_w_n).error

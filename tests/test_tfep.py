@@ -13,12 +13,13 @@ from analytic_molecules import TEMPERATURE, MethylChain, dihedral
 from analytic_molecules import Chain as FreeChain
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.signal import lfilter
 
 from openmm_regflow import tfep
 from openmm_regflow.errors import InputError, InsufficientDataError
 from openmm_regflow.flows import coordinates_for
 from openmm_regflow.potentials import TorchPotential
-from openmm_regflow.tfep import bennett
+from openmm_regflow.tfep import bennett, multistate, sides
 from openmm_regflow.units import thermal_energy
 
 KT = thermal_energy(300.0)
@@ -126,6 +127,48 @@ def test_perfect_map_has_no_error_and_says_so():
         tfep.estimate(np.full(7, 1.25), np.full(5, 1.25))
 
 
+def test_equal_works_of_one_direction_do_not_say_what_they_reach():
+    """A is the part x > 0.5 of B: all forward works are zero, the reverse ones zero or infinite."""
+    reverse = np.where(np.random.default_rng(0).standard_normal(2000) > 0.5, 0.0, np.inf)
+    assert tfep.estimate(np.zeros(2000), method="exp").verdict.startswith("use with care")
+    both = tfep.estimate(np.zeros(2000), reverse, generator=0)
+    exact = math.log(0.5 * math.erfc(0.5 / math.sqrt(2)))
+    assert abs(both.delta_f + exact) < 4 * both.uncertainty or abs(both.delta_f - exact) < 4 * both.uncertainty
+    assert both.verdict.startswith("reliable")
+
+
+def test_states_of_two_temperatures_have_no_difference_in_kilojoules():
+    """f = F / kT of each at its own kT: f_B - f_A is no energy. A harmonic state and one 50 kJ/mol higher, hotter."""
+    hot = 330.0
+    a = tfep.State(lambda x: x.flatten(1).square().sum(1), 300.0)
+    b = tfep.State(lambda x: x.flatten(1).square().sum(1) + 50.0, hot)
+    kt_a, kt_b = (thermal_energy(t) for t in (300.0, hot))
+    rng = np.random.default_rng(1)
+    x, y = (math.sqrt(kt / 2) * rng.standard_normal((500, 1, 3)) for kt in (kt_a, kt_b))
+    result = tfep.free_energy_difference(tfep.IdentityMap(), a, b, x, y, trained_on=None, generator=0)
+    exact = 50 / kt_b - 1.5 * math.log(kt_b / kt_a)
+    assert abs(result.delta_f - exact) < 4 * result.uncertainty
+    assert "kJ/mol" not in str(result) and "two temperatures" in str(result) and "kJ/mol" not in result.to_dict()
+    with pytest.raises(InputError, match="differ in temperature"):
+        result.in_units("kJ/mol")
+    assert result.in_units("kT") == (result.delta_f, result.uncertainty)
+
+
+def test_a_slow_mode_under_fast_noise_is_in_the_error():
+    """A twenty-fifth of the variance remembers 300 samples; pymbar's own sum stops before it."""
+    rng, scores, n, memory = np.random.default_rng(2), [], 10_000, 1 - 1 / 300
+    for _ in range(100):
+        slow = lfilter([math.sqrt(1 - memory**2)], [1, -memory], rng.standard_normal(n + 3000))[3000:]
+        series = 0.2 * slow + math.sqrt(0.96) * rng.standard_normal(n)
+        own = pymbar.timeseries.statistical_inefficiency(series)
+        both = sides.statistical_inefficiency(series), own
+        scores.append([series.mean() / math.sqrt(series.var() * g / n) for g in both])
+    mended, planted = np.std(scores, axis=0)
+    assert mended < 1.6 < planted, (mended, planted)  # not all of it: ten stretches know the slow mode roughly
+    free = [sides.statistical_inefficiency(rng.standard_normal(n)) for _ in range(100)]
+    assert np.mean(free) < 1.15
+
+
 def test_reverse_work_is_minus_the_forward_work_of_the_same_path():
     a, b, perfect, _, x, _ = wells(3)
     map_ab = tfep.AffineMap(perfect.mean_a, perfect.mean_b + 0.4, 1.3 * perfect.matrix)
@@ -158,6 +201,22 @@ def test_huge_finite_works_do_not_break_pymbar():
     result = tfep.estimate(w_f, w_r)
     assert abs(result.delta_f - 2) < 4 * result.uncertainty
     assert math.isfinite(result.uncertainty)
+
+
+@pytest.mark.parametrize("n_states", [2, 24])
+def test_a_long_ladder_is_judged_by_its_weakest_link(n_states):
+    """Unit Gaussians one apart: neighbours overlap by 0.4, whatever the length of the ladder."""
+    rng = np.random.default_rng(3)
+    shifts, n = np.arange(n_states, dtype=float), 200
+    x = np.concatenate([rng.standard_normal(n) + shift for shift in shifts])
+    good = tfep.estimate_states(0.5 * (x - shifts[:, None]) ** 2, [n] * n_states, generator=0)
+    assert good.verdict.startswith("reliable"), good.verdict
+    if n_states == 2:
+        assert multistate.weakest_link(good.overlap) == pytest.approx(1 - np.sort(np.linalg.eigvals(good.overlap))[-2])
+    shifts[n_states // 2 :] += 6.0  # one gap
+    x = np.concatenate([rng.standard_normal(n) + shift for shift in shifts])
+    bad = tfep.estimate_states(0.5 * (x - shifts[:, None]) ** 2, [n] * n_states, generator=0)
+    assert bad.verdict.startswith("do not trust"), bad.verdict
 
 
 def test_no_overlap_is_never_a_confident_number():

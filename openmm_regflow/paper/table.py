@@ -254,6 +254,8 @@ def equal_times(records: list[dict[str, Any]], key: str = "e_w1") -> Rows:
             continue
         best, value, _ = min(likelihood, key=lambda point: point[1])
         for method, points in found.items():
+            if not points:  # all its runs failed
+                continue
             bound, seconds = _reached(points, value)
             words = (f"{bound}{seconds:.3g}", f"{bound}{100 * seconds / best:.3g} %")
             rows.append((system, architecture, f"{value:.4g}", f"{best:g}", method, *words))

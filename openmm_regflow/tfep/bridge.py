@@ -25,9 +25,8 @@ from openmm_regflow.reweighting import Seed, as_generator, effective_sample_size
 from openmm_regflow.tfep.bennett import bar_overlap, bar_root, crooks_slope, exponential_average, one_sided
 from openmm_regflow.tfep.estimators import estimate
 from openmm_regflow.tfep.multistate import mbar_solution
-from openmm_regflow.tfep.results import TargetedFreeEnergy, verdict_one_sided, verdict_two_sided
+from openmm_regflow.tfep.results import TargetedFreeEnergy, kelvin, verdict_one_sided, verdict_two_sided
 from openmm_regflow.tfep.sides import CLIP, Side, bootstrap, make_side, most_inconsistent, second_law, spread
-from openmm_regflow.units import temperature_kelvin
 
 
 def _energies(log_q: Any, u: Any, name: str, may_be_infinite: bool) -> np.ndarray:
@@ -98,7 +97,7 @@ def through_prior(
     Args:
         a: works between state A and its flow, from :func:`flow_works`.
         b: works between state B and its flow.
-        temperature: [K or Quantity] for printing.
+        temperature: [K or Quantity] for printing; None if the states differ in theirs.
         correlated: held-out samples are in order of time.
         n_resamples: bootstrap replicas.
         generator: NumPy generator or seed.
@@ -154,7 +153,7 @@ def states_through_flow(
         log_q: `(n,)` log-density of independent flow samples.
         u_a: `(n,)` their reduced energy in A, in the flow's measure [kT]; +inf is legal.
         u_b: `(n,)` their reduced energy in B.
-        temperature: [K or Quantity] for printing.
+        temperature: [K or Quantity] for printing; None if the states differ in theirs.
         n_resamples: bootstrap replicas.
         generator: NumPy generator or seed.
 
@@ -179,7 +178,7 @@ def states_through_flow(
     result = TargetedFreeEnergy(
         delta_f=f_b - f_a, uncertainty=max(pymbar_error, error), method="exp through the flow", overlap=None, ess=1.0,
         n_forward=w_a.size, n_reverse=0, n_independent=(float(w_a.size), 0.0), pymbar_error=pymbar_error,
-        bootstrap_error=error, forward=f_b - f_a, temperature=temperature_kelvin(temperature), verdict="",
+        bootstrap_error=error, forward=f_b - f_a, temperature=kelvin(temperature), verdict="",
     )  # fmt: skip
     judged = [replace(result, ess=effective_sample_size(-w)) for w in (w_a, w_b)]
     judged = [replace(r, verdict=verdict_one_sided(r, w)) for r, w in zip(judged, (w_a, w_b))]
@@ -230,7 +229,7 @@ def basin_free_energy(
         u_a: `(n_A,)` their reduced energy [kT].
         log_q_b: `(n_B,)` log-density of held-out samples of B, likewise.
         u_b: `(n_B,)` their reduced energy [kT].
-        temperature: [K or Quantity] for printing.
+        temperature: [K or Quantity] for printing; None if the states differ in theirs.
         correlated: held-out samples are in order of time and may be correlated.
         n_resamples: joint bootstrap replicas (flow samples shared, held-out samples in blocks).
         generator: NumPy generator or seed.
@@ -254,7 +253,7 @@ def basin_free_energy(
                 "need at least two: sample more, or train the flow on this basin"
             )
     return replace(
-        _joint(states, in_a, in_b, correlated, n_resamples, generator), temperature=temperature_kelvin(temperature)
+        _joint(states, in_a, in_b, correlated, n_resamples, generator), temperature=kelvin(temperature)
     )
 
 

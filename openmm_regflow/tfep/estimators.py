@@ -22,7 +22,7 @@ from scipy.special import expit, logsumexp
 from openmm_regflow.errors import InputError, InsufficientDataError
 from openmm_regflow.reweighting import Seed, as_generator, effective_sample_size, to_numpy
 from openmm_regflow.tfep.bennett import bar_overlap, bar_root, crooks_slope, one_sided
-from openmm_regflow.tfep.results import TargetedFreeEnergy, verdict_one_sided, verdict_two_sided
+from openmm_regflow.tfep.results import TargetedFreeEnergy, kelvin, verdict_one_sided, verdict_two_sided
 from openmm_regflow.tfep.sides import (
     CLIP,
     PERFECT_SPREAD,
@@ -35,7 +35,6 @@ from openmm_regflow.tfep.sides import (
     second_law,
     spread,
 )
-from openmm_regflow.units import temperature_kelvin
 
 METHODS = ("bar", "mbar", "exp", "exp_reverse", "cumulant")
 
@@ -127,7 +126,8 @@ def _two_sided(
         forward=one_sided(f_kn[best], r_kn[best]), reverse=-one_sided(r_kn[best], f_kn[best]),
         crooks_slope=crooks_slope(f_kn[best], r_kn[best], delta_f, max(side_f.inefficiency, side_r.inefficiency)),
     )  # fmt: skip
-    frozen = [name for name, w in (("A", f_kn), ("B", r_kn)) if _is_constant(w[best])]
+    sides = ("A", f_kn[best], r_kn[best]), ("B", r_kn[best], f_kn[best])
+    frozen = [name for name, own, other in sides if _is_constant(own) and not _is_constant(other[np.isfinite(other)])]
     if frozen:  # beside works that vary: the same configuration again and again
         words = f"do not trust: all works of the samples of {frozen[0]} are equal; is it one frame, repeated?"
         return replace(result, verdict=words)
@@ -259,7 +259,7 @@ def estimate(
         method: ``bar`` or ``mbar`` (both directions; the same estimator for two states, two implementations),
             ``exp`` (forward), ``exp_reverse``, or ``cumulant`` (a labelled diagnostic). Where the opposite
             works are given too, exponential averages are corrected for unreached parts of the other state.
-        temperature: [K or Quantity], for printing in kJ/mol and kcal/mol.
+        temperature: [K or Quantity], for printing in kJ/mol and kcal/mol; None if the states differ in theirs.
         correlated: the samples are in order of time and may be correlated: statistical inefficiencies are
         measured
             (pymbar.timeseries) and bootstrap blocks sized by them. False for independent samples.
@@ -274,7 +274,7 @@ def estimate(
         InputError: unknown method, a missing direction, NaN or -inf works, contradictory constant works.
         InsufficientDataError: one sample, or no finite work on a side that is needed.
     """
-    kelvin = temperature_kelvin(temperature)
+    where = kelvin(temperature)
     if method not in METHODS:
         raise InputError(f"method is {method!r}; choose one of {', '.join(METHODS)}")
     needed = {"exp": (forward,), "cumulant": (forward,), "exp_reverse": (reverse,)}.get(method, (forward, reverse))
@@ -286,7 +286,7 @@ def estimate(
         raise InputError(f"{len(f_kn)} maps forward and {len(r_kn)} in reverse; every map needs both directions")
     constant = _perfect(f_kn, r_kn)
     if constant is not None:
-        return _perfect_result(constant, f_kn, r_kn, method, kelvin)
+        return _perfect_result(constant, f_kn, r_kn, method, where)
     if method in ("bar", "mbar"):
         result = _two_sided(f_kn, r_kn, method, correlated, n_resamples, generator)  # type: ignore[arg-type]
     elif method == "cumulant":
@@ -294,18 +294,21 @@ def estimate(
     else:
         own, other, sign = (f_kn, r_kn, 1) if method == "exp" else (r_kn, f_kn, -1)
         result = _one_sided(own, other, sign, correlated, n_resamples, generator)  # type: ignore[arg-type]
-    return replace(result, temperature=kelvin)
+    return replace(result, temperature=where)
 
 
 def _perfect_result(
-    value: float, f_kn: np.ndarray | None, r_kn: np.ndarray | None, method: str, kelvin: float
+    value: float, f_kn: np.ndarray | None, r_kn: np.ndarray | None, method: str, temperature: float | None
 ) -> TargetedFreeEnergy:
     n_f, n_r = (0 if w is None else w.shape[1] for w in (f_kn, r_kn))
+    words = "reliable: all works are equal, the map is perfect and the error zero"
+    if not (n_f and n_r):  # as it is where A is a part of B, or for one frame, repeated
+        words = "use with care: all works are equal; one direction cannot tell if all of the other state is reached"
     return TargetedFreeEnergy(
         delta_f=value, uncertainty=0.0, method=method, overlap=1.0 if n_f and n_r else None, ess=1.0, n_forward=n_f,
         n_reverse=n_r, n_independent=(float(n_f), float(n_r)), pymbar_error=0.0, bootstrap_error=0.0,
-        forward=value if n_f else None, reverse=value if n_r else None, temperature=kelvin,
-        verdict="reliable: all works are equal, the map is perfect and the error zero",
+        forward=value if n_f else None, reverse=value if n_r else None, temperature=temperature,
+        verdict=words,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from scipy.sparse.csgraph import minimum_spanning_tree
 
 from openmm_regflow.errors import InputError, InsufficientDataError
 from openmm_regflow.reweighting import Seed, as_generator, to_numpy
@@ -71,12 +72,27 @@ def estimate_states(u_kn: Any, n_k: Any, *, n_resamples: int = 50, generator: Se
         index = np.concatenate([rng.choice(np.flatnonzero(owners == k), counts[k]) for k in range(counts.size)])
         replicas.append(_mbar_values(clipped[:, index], counts, rest))
     error = np.maximum(errors[0], np.std(replicas, axis=0, ddof=1))
-    eigenvalue = np.sort(np.linalg.eigvals(matrix).real)[-2] if counts.size > 1 else 0.0
-    gap = float(1 - eigenvalue)
+    gap = weakest_link(matrix)
     few = counts.min()
     words = "use with care" if gap < OVERLAP_CARE or few < INDEPENDENT_CARE else "reliable"
     words = "do not trust" if gap < OVERLAP_LIMIT or few < INDEPENDENT_LIMIT else words
     return MultistateFreeEnergy(value, error, matrix, f"{words}: overlap {gap:.2g}, {counts.tolist()} samples")
+
+
+def weakest_link(overlap: np.ndarray) -> float:
+    """Overlap of the two parts of a set of states that overlap least, over the best chain of links between states.
+
+    A link is ``O_ij + O_ji``, which for two states is one less the second eigenvalue. That eigenvalue says how quickly
+    samples would spread over a whole ladder, and falls with the square of its length however good each step is.
+
+    Args:
+        overlap: `(n_states, n_states)`, rows adding up to one.
+    """
+    if len(overlap) < 2:
+        return 1.0
+    links = overlap + overlap.T
+    tree = minimum_spanning_tree(np.triu(3.0 - links, 1))  # lengths of one and more: 0 would be no link
+    return float(3.0 - tree.data.max())
 
 
 def _neighbour_free_energies(u_kn: np.ndarray, owners: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ n_atoms, 3)` [nm] and returns energies `(n,)` [kJ/mol]. A basin is a callable fr
 `(n,)`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -20,7 +21,7 @@ from openmm_regflow.errors import InputError, InsufficientDataError
 from openmm_regflow.reweighting import Seed
 from openmm_regflow.tfep.estimators import estimate
 from openmm_regflow.tfep.results import TargetedFreeEnergy
-from openmm_regflow.units import thermal_energy
+from openmm_regflow.units import temperature_kelvin, thermal_energy
 
 Energy = Callable[[Any], Any]
 Basin = Callable[[Any], Any]
@@ -424,7 +425,8 @@ def free_energy_difference(
             check_disjoint(positions_b, known[1], "B")
     mapped = works(maps, state_a, state_b, positions_a, positions_b, batch_size=batch_size)
     keywords: dict[str, Any] = {
-        "method": method, "temperature": state_a.temperature, "n_resamples": n_resamples, "generator": generator
+        "method": method, "temperature": common_temperature(state_a, state_b), "n_resamples": n_resamples,
+        "generator": generator,
     }  # fmt: skip
     result = estimate(mapped.forward, mapped.reverse, **keywords)
     if not compare_plain:
@@ -552,6 +554,12 @@ def cross_fit_works(
     return Works(*(np.concatenate([getattr(p, side) for p in parts], axis=-1) for side in ("forward", "reverse")))
 
 
+def common_temperature(state_a: State, state_b: State) -> float | None:
+    """Temperature [K] of two states; None if they differ in it: their f then differ by no free energy in kJ/mol."""
+    own, other = temperature_kelvin(state_a.temperature), temperature_kelvin(state_b.temperature)
+    return own if math.isclose(own, other, rel_tol=1e-9) else None
+
+
 def result_of(
     mapped: Works,
     state_a: State,
@@ -566,7 +574,8 @@ def result_of(
 ) -> TargetedFreeEnergy:
     """The estimate from works, with plain perturbation on the same samples attached as ``.plain``."""
     keywords: dict[str, Any] = {
-        "method": method, "temperature": state_a.temperature, "n_resamples": n_resamples, "generator": generator
+        "method": method, "temperature": common_temperature(state_a, state_b), "n_resamples": n_resamples,
+        "generator": generator,
     }  # fmt: skip
     result = estimate(mapped.forward, mapped.reverse, **keywords)
     return replace(result, plain=_plain(state_a, state_b, positions_a, positions_b, batch_size, keywords))

@@ -12,7 +12,7 @@ from openmm_regflow.reweighting import (
     largest_share,
     pareto_k,
 )
-from openmm_regflow.units import KJ_PER_KCAL, thermal_energy
+from openmm_regflow.units import KJ_PER_KCAL, temperature_kelvin, thermal_energy
 
 #: Overlap below which BAR and MBAR are not to be trusted (Klimovich, Shirts & Mobley 2015), and with care.
 OVERLAP_LIMIT, OVERLAP_CARE = 0.03, 0.1
@@ -40,7 +40,8 @@ class TargetedFreeEnergy:
         reverse: delta_f by reverse exponential averaging [kT], or None.
         crooks_slope: slope of log p_F(w)/p_R(-w) against w with its error; exactly 1 for consistent works.
         verdict: in words; starts with ``reliable``, ``use with care``, ``do not trust`` or ``diagnostic only``.
-        temperature: [K], for kJ/mol and kcal/mol.
+        temperature: [K] of both states, for kJ/mol and kcal/mol; None where they differ, and where `delta_f` is that of
+            ``F / kT`` alone.
         plain: the same estimate with the identity map; None where it has no overlap, or was not computed.
     """
 
@@ -58,32 +59,47 @@ class TargetedFreeEnergy:
     reverse: float | None = None
     crooks_slope: tuple[float, float] | None = None
     verdict: str = ""
-    temperature: float = 300.0
+    temperature: float | None = 300.0
     plain: "TargetedFreeEnergy | None" = field(default=None, repr=False)
 
     def in_units(self, unit: str) -> tuple[float, float]:
         """Value and standard error in ``kT``, ``kJ/mol`` or ``kcal/mol``.
 
         Raises:
-            InputError: any other unit.
+            InputError: any other unit, or any but kT between states of two temperatures.
         """
-        kt = thermal_energy(self.temperature)
+        if self.temperature is None and unit != "kT":
+            raise InputError(
+                f"the states differ in temperature, so their f = F / kT do not differ by a free energy in {unit}; "
+                'take "kT"'
+            )
+        kt = 1.0 if self.temperature is None else thermal_energy(self.temperature)
         factors = {"kT": 1.0, "kJ/mol": kt, "kcal/mol": kt / KJ_PER_KCAL}
         if unit not in factors:
             raise InputError(f"unit is {unit!r}; choose one of {', '.join(factors)}")
         return self.delta_f * factors[unit], self.uncertainty * factors[unit]
 
     def __str__(self) -> str:
-        pairs = [(*self.in_units(u), u) for u in ("kT", "kJ/mol", "kcal/mol")]
+        pairs = [(*self.in_units(u), u) for u in self._units]
         values = " = ".join(f"{value:.3f} ± {error:.3f} {u}" for value, error, u in pairs)
-        return f"delta_f = {values} at {self.temperature:g} K ({self.method}; {self.verdict})"
+        where = "between two temperatures" if self.temperature is None else f"at {self.temperature:g} K"
+        return f"delta_f = {values} {where} ({self.method}; {self.verdict})"
+
+    @property
+    def _units(self) -> tuple[str, ...]:
+        return ("kT",) if self.temperature is None else ("kT", "kJ/mol", "kcal/mol")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings for JSON (infinite values become None)."""
         out = {k: _plain_value(getattr(self, k)) for k in self.__dataclass_fields__ if k != "plain"}
-        out |= {name: [_plain_value(v) for v in self.in_units(name)] for name in ("kJ/mol", "kcal/mol")}
+        out |= {name: [_plain_value(v) for v in self.in_units(name)] for name in self._units[1:]}
         out["plain"] = self.plain.to_dict() if self.plain is not None else None
         return out
+
+
+def kelvin(temperature: Any) -> float | None:
+    """A temperature [K] from a number or a Quantity; None, for states that differ in theirs, stays None."""
+    return None if temperature is None else temperature_kelvin(temperature)
 
 
 def _plain_value(value: Any) -> Any:

@@ -17,6 +17,9 @@ from openmm_regflow.reweighting import Seed, as_generator, block_indices, to_num
 CLIP = 200.0
 #: Works that spread by less than this [kT] come from a perfect map: they all equal delta_f.
 PERFECT_SPREAD = 1e-6
+#: Stretches of a series whose means are compared, and by how much their variance exceeds that of independent ones in
+#: one of twenty series of independent samples (95 % quantile of chi-squared with nine degrees of freedom, by nine).
+STRETCHES, SCATTER = 10, 1.88
 
 
 def load_pymbar() -> Any:
@@ -99,10 +102,14 @@ class Side:
 
     @property
     def block(self) -> int:
-        """Block length of the bootstrap: three inefficiencies, at least ten blocks; 1 for independent samples."""
+        """Block length of the bootstrap; 1 for independent samples.
+
+        Three inefficiencies, or a twentieth of the series, since a slow mode under fast noise is longer than the
+        inefficiency; at least ten blocks.
+        """
         if self.inefficiency < 1.2:
             return 1
-        return max(1, min(math.ceil(3 * self.inefficiency), self.n // 10))
+        return max(1, min(max(math.ceil(3 * self.inefficiency), self.n // 20), self.n // 10))
 
     def counts(self, rng: np.random.Generator) -> np.ndarray:
         """Bootstrap multiplicities `(n,)` of the samples."""
@@ -115,7 +122,12 @@ class Side:
 
 
 def statistical_inefficiency(series_n: np.ndarray) -> float:
-    """Samples per independent sample of a series, by pymbar; 1 for a constant series."""
+    """Samples per independent sample of a series; 1 for a constant series.
+
+    pymbar's, which adds up autocorrelations until the first that drowns in noise, and so misses a slow mode under fast
+    noise (a rare basin that shifts a work a little). Means of ten stretches do not; theirs is taken where it is larger
+    and those of independent samples would hardly scatter so much (`SCATTER`).
+    """
     largest = np.abs(series_n).max()
     if np.ptp(series_n) <= 1e-12 * largest:
         return 1.0
@@ -123,9 +135,21 @@ def statistical_inefficiency(series_n: np.ndarray) -> float:
     with quiet():
         try:
             # The quadratic cost is cut for long series by pymbar's widening lags, which errs on the safe side.
-            return float(pymbar.timeseries.statistical_inefficiency(series_n / largest, fast=series_n.size > 50_000))
+            fast = series_n.size > 50_000
+            inefficiency = float(pymbar.timeseries.statistical_inefficiency(series_n / largest, fast=fast))
         except pymbar.utils.ParameterError:  # a variance that underflows: one sample is all that counts
             return 1.0
+    by_stretches = _stretches(series_n / largest)
+    return max(inefficiency, by_stretches) if by_stretches > SCATTER else inefficiency
+
+
+def _stretches(series_n: np.ndarray) -> float:
+    """Samples per independent sample by the scatter of the means of `STRETCHES` stretches of a series (batch means)."""
+    size = series_n.size // STRETCHES
+    if size < 2:
+        return 1.0
+    means = series_n[: size * STRETCHES].reshape(STRETCHES, size).mean(1)
+    return float(size * means.var(ddof=1) / series_n.var())
 
 
 def make_side(w_kn: np.ndarray, influence_kn: np.ndarray, correlated: bool) -> Side:

@@ -57,6 +57,7 @@ from openmm_regflow.tfep.pipeline import (
     IdentityMap,
     State,
     Works,
+    common_temperature,
     cross_fit_works,
     result_of,
     torsion_basin,
@@ -313,7 +314,7 @@ def _solve(
     options: dict[str, Any] = {"method": config.method, "n_resamples": config.n_resamples, "generator": config.seed}
     if config.map == "identity":
         same = works(IdentityMap(), state_a, state_b, x_a, x_b)
-        return estimate(same.forward, same.reverse, temperature=state_a.temperature, **options), same
+        return estimate(same.forward, same.reverse, temperature=common_temperature(state_a, state_b), **options), same
 
     def fit(a: torch.Tensor, b: torch.Tensor) -> CoordinatesMap:
         coordinates = coordinates_for(molecule.topology, torch.cat([a, b]).cpu(), config.coordinates, fixed)
