@@ -99,9 +99,8 @@ def compare_fingerprints(
     if a["n_atoms"] != b["n_atoms"]:
         lines.append(f"{a['n_atoms']} atoms expected, {b['n_atoms']} found")
     if extra_forces:
-        known = {(force["type"], force["sha256"]) for force in a["forces"]}
-        missing = known - {(force["type"], force["sha256"]) for force in b["forces"]}
-        if not missing:
+        known, there = (Counter((force["type"], force["sha256"]) for force in f["forces"]) for f in (a, b))
+        if known <= there:
             b = {**b, "forces": a["forces"]}
     types_a, types_b = (Counter(force["type"] for force in f["forces"]) for f in (a, b))
     lines += [f"{kind} is missing" for kind in sorted((types_a - types_b).elements())]
@@ -116,11 +115,10 @@ def compare_fingerprints(
 
 def _compare_forces(kind: str, a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """Differences between equally many forces of one type."""
-    hashes_a, hashes_b = ({f["sha256"]: f["terms"] for f in side["forces"] if f["type"] == kind} for side in (a, b))
-    if set(hashes_a) == set(hashes_b):
+    own, other = (Counter((f["sha256"], f["terms"]) for f in side["forces"] if f["type"] == kind) for side in (a, b))
+    if own == other:
         return []
-    terms_a, terms_b = (sorted(n for h, n in x.items() if h not in y) for x, y in
-                        ((hashes_a, hashes_b), (hashes_b, hashes_a)))
+    terms_a, terms_b = (sorted(n for _, n in rest.elements()) for rest in (own - other, other - own))
     if terms_a != terms_b:
         return [f"{kind}: {terms_a} terms expected, {terms_b} found"]
     return [f"{kind}: parameters or atom order differ"]

@@ -604,7 +604,9 @@ def _find_frame(proposal: FlowProposal) -> Frame:
     generator = torch.Generator(device=proposal.device).manual_seed(0)
     with torch.no_grad():
         x = proposal.flow.sample(16, generator=generator)[0].double()
-    changes = rigid_motion_changes(judge._energies, x, generator, getattr(potential, "dtype", torch.float64))
+    # A callable of the user's may compute in single precision, whatever it returns.
+    dtype = getattr(potential, "dtype", torch.float64 if isinstance(potential, OpenMMPotential) else torch.float32)
+    changes = rigid_motion_changes(judge._energies, x, generator, dtype)
     return "fixed" if changes else "free"
 
 

@@ -307,6 +307,11 @@ def fit(
     check_config(config)
     check_data(x_train, x_validation, config, watch)
     coordinates = flows.coordinates_for(topology, x_train, config.coordinates, fixed)
+    if not bool(coordinates.covers(x_validation).double().mean() > 0.5):
+        raise InputError(
+            "the validation frames have hydrogens of a methyl numbered the other way round than the training frames; "
+            "exchange two labels in one of them"
+        )
     flow = _student(coordinates, x_train, config.flow, metadata).to(device).fuse(config.compile)
     result = FitResult(flow, None)
     made_of = {"frames": digest({"train": x_train, "validation": x_validation}), **flow.metadata.target}

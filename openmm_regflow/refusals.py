@@ -215,7 +215,15 @@ def external_forces(system: openmm.System) -> list[openmm.CustomExternalForce]:
 
 def has_global_parameters(system: openmm.System) -> bool:
     """Whether a Context can change this System's energies through parameters."""
-    return any(getattr(force, "getNumGlobalParameters", int)() for force in system.getForces())
+    return any(map(_has_parameters, system.getForces()))
+
+
+def _has_parameters(force: openmm.Force) -> bool:
+    if isinstance(force, openmm.AmoebaVdwForce):
+        return bool(force.getAlchemicalMethod() != force.NoAlchemical)
+    if hasattr(force, "getNumGlobalParameters"):
+        return bool(force.getNumGlobalParameters())
+    return hasattr(force, "getGlobalParameters") and bool(dict(force.getGlobalParameters()))  # PythonForce
 
 
 def check_flow(

@@ -16,12 +16,15 @@ import openmm
 from openmm import app, unit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from openmm_regflow.elements import symbol
 from openmm_regflow.errors import CorruptFileError, InputError
 from openmm_regflow.fingerprints import fingerprint
 from openmm_regflow.units import temperature_kelvin, to_float
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+#: Keys of a system that say how its force field is applied.
+OF_FORCE_FIELD = ("constraints", "nonbonded_method", "nonbonded_cutoff")
 
 
 class SystemConfig(BaseModel):
@@ -55,6 +58,9 @@ class SystemConfig(BaseModel):
     def _one_source(self) -> "SystemConfig":
         if bool(self.force_field) == (self.system_xml is not None):
             raise ValueError("give either force_field (a list of files) or system_xml (one file)")
+        idle = [key for key in OF_FORCE_FIELD if key in self.model_fields_set]
+        if self.system_xml is not None and idle:
+            raise ValueError(f"{' and '.join(idle)}: only with force_field; a serialised System has its own")
         return self
 
 
@@ -154,7 +160,7 @@ def load_trajectory(path: Path | str, topology: app.Topology) -> np.ndarray:
         raise InputError(f"no trajectory at {path}; check the path")
     try:
         with HDF5TrajectoryFile(str(path), "r") as file:
-            elements = [atom.element.symbol for atom in file.topology.atoms]
+            elements = [symbol(atom) for atom in file.topology.atoms]
             frames = file.read(atom_indices=None).coordinates
     except ImportError as error:
         raise InputError(f"{path} cannot be read: mdtraj needs PyTables, which cannot be imported") from error
@@ -162,8 +168,7 @@ def load_trajectory(path: Path | str, topology: app.Topology) -> np.ndarray:
         raise CorruptFileError(
             f"{path} is not a readable HDF5 trajectory ({type(error).__name__}); copy or simulate it again"
         ) from error
-    expected = [atom.element.symbol for atom in topology.atoms()]
-    check_molecule(elements, expected, str(path))
+    check_molecule(elements, [symbol(atom) for atom in topology.atoms()], str(path))
     if frames is None or len(frames) < 2:
         raise InputError(f"{path} holds {0 if frames is None else len(frames)} frame(s); at least two are needed")
     if not np.isfinite(frames).all():
@@ -347,6 +352,9 @@ def _read_config(folder: Path, overrides: dict[str, Any]) -> SystemConfig:
     for key, other in (("force_field", "system_xml"), ("system_xml", "force_field")):
         if key in overrides:
             values.pop(other, None)
+    if "system_xml" in overrides:
+        for key in OF_FORCE_FIELD:
+            values.pop(key, None)
     return _validate({"name": folder.resolve().name, **values, **overrides}, str(file))
 
 

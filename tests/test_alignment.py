@@ -1,6 +1,7 @@
 """Alignment against a brute-force oracle and the symmetries it must have."""
 
 import torch
+from openmm import app
 
 from openmm_regflow.coordinates import align, identical_atoms, random_rotations, rotated_squared_distances
 from openmm_regflow.coordinates.alignment import best_rotations
@@ -58,3 +59,12 @@ def test_identical_atoms_of_alanine_dipeptide():
     groups = identical_atoms(mol.topology)
     names = [a.name for a in mol.topology.atoms()]
     assert [len(g) for g in groups] == [3, 3, 3] and all(names[i].startswith("H") for g in groups for i in g)
+
+
+def test_beads_without_an_element_may_be_alike():
+    topology = app.Topology()
+    residue = topology.addResidue("BEA", topology.addChain())
+    centre, *ends = (topology.addAtom(name, None, residue) for name in "ABC")
+    for end in ends:
+        topology.addBond(centre, end)
+    assert identical_atoms(topology) == [[1, 2]]

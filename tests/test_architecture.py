@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "openmm_regflow"
 
-ARRAYS = ["errors", "_version", "allocation", "files", "device", "ranks", "compiling", "products", "graphs"]
+ARRAYS = ["errors", "_version", "elements", "allocation", "files", "device", "ranks", "compiling", "products", "graphs"]
 ARRAYS += ["reweighting", "metrics", "plots"]
 LEARNING = [
     "networks",
@@ -15,6 +15,7 @@ LEARNING = [
     "coordinates",
     "flows",
     "frames",
+    "slopes",
     "teachers",
     "targets",
     "objectives",

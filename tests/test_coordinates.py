@@ -291,3 +291,20 @@ def test_the_way_between_two_conformations(backbone, angle, shorter):
     assert (distances(way) - distances(coordinates.between(b, a, 1 - share))).abs().max() < 1e-10
     expected = torch.cat([turned(x[:1], topology, axis, float(s) * shorter) for s in share])
     assert (distances(way) - distances(expected)).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("share", [0.5, 0.01])
+def test_methyls_whose_labels_differ_between_frames_are_named(share):
+    """Two structures that were prepared apart: `Modeller.addHydrogens` numbers a methyl's atoms either way round."""
+    mol = load_system("alanine-dipeptide")
+    x = torch.as_tensor(mol.reference("train")[:600]).double()
+    zmatrix = build_zmatrix(*topology_tables(mol.topology))
+    whole = InternalMap.fit(zmatrix, x)
+    rotor = whole.rotors[0]
+    mixed = x.clone()
+    first, second = rotor.atoms[:2]
+    odd = slice(0, int(share * len(x)))
+    mixed[odd, first], mixed[odd, second] = x[odd, second], x[odd, first]
+    with pytest.raises(InputError, match="go round one way"):
+        InternalMap.fit(zmatrix, mixed)
+    assert whole.covers(x).all() and not whole.covers(mixed)[odd].any() and whole.covers(mixed[odd.stop :]).all()

@@ -184,3 +184,33 @@ def test_tabulated_functions(name):
         (gradient,) = torch.autograd.grad(value, x)
         np.testing.assert_allclose(value.item(), state.getPotentialEnergy()._value, rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(-gradient, state.getForces(asNumpy=True)._value[0], rtol=1e-7, atol=1e-7)
+
+
+def test_long_sums():
+    """A frozen metadynamics bias: a sum is as deep as it is long."""
+    rng = np.random.default_rng(0)
+    centres = rng.uniform(-3, 3, 2000)
+    text = " + ".join(f"0.1*exp(-4*(x-({c:.6f}))^2)" for c in centres)
+    x = torch.linspace(-3, 3, 7, dtype=torch.float64)[None]
+    program = Program(text, [], ["x"])
+    found = program.run({"x": x}, program.fold({}))
+    expected = sum(0.1 * torch.exp(-4 * (x - round(float(c), 6)) ** 2) for c in centres)
+    assert torch.allclose(found, expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("at", [-0.5, -0.4, 0.5, 1.5, 2.5, 3.4])
+def test_tables_round_halves_as_openmm_does(at):
+    values = [3.0, -1.0, 4.0, 1.5]
+    force = openmm.CustomCompoundBondForce(2, "f(t)*distance(p1,p2)^2")
+    force.addTabulatedFunction("f", openmm.Discrete1DFunction(values))
+    force.addPerBondParameter("t")
+    force.addBond([0, 1], [at])
+    system = openmm.System()
+    for _ in range(2):
+        system.addParticle(1.0)
+    system.addForce(force)
+    context = openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference"))
+    context.setPositions([[0, 0, 0], [1, 0, 0]])
+    expected = context.getState(getEnergy=True).getPotentialEnergy()._value
+    found = table(openmm.Discrete1DFunction(values))(torch.tensor([at], dtype=torch.float64))
+    assert float(found) == expected or (np.isnan(expected) and torch.isnan(found).all())

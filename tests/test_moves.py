@@ -787,3 +787,10 @@ def test_a_field_that_a_parameter_switches_on_is_refused(flow_path):
     state.heights = 7.0
     with pytest.raises(InputError, match="as a whole"):
         move.apply(state, frame)
+
+
+def test_steps_of_other_ranks_are_counted_in_what_is_stored(flow_path):
+    """Rank 0 stores the move; totals reach it from all ranks, its own steps may be none."""
+    move = make_move(flow_path)
+    move.n_proposed = 10
+    assert move.__getstate__()["n_steps"] >= 10

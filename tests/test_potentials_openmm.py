@@ -247,3 +247,35 @@ def test_contexts_are_let_go():
         last(x)
         OpenMMPotential(chain(k=3000.0 + k), "Reference")(x)
     assert used in own()  # the one in use stays
+
+
+def test_properties_without_a_platform_choose_among_those_that_have_them(expected):
+    found = OpenMMPotential(chain(), properties={"Threads": "1"})(positions())
+    torch.testing.assert_close(found, expected[0], rtol=1e-4, atol=1e-3)  # the CPU platform's, in single precision
+    with pytest.raises(InputError, match="no platform has the properties"):
+        OpenMMPotential(chain(), properties={"Nonsense": "1"})(positions())
+
+
+def test_virtual_sites_have_no_gradient_of_their_own():
+    """They are placed anew from their atoms, whose gradients hold their forces already."""
+    system = openmm.System()
+    for mass in (10.0, 10.0, 10.0, 10.0, 0.0):
+        system.addParticle(mass)
+    site = 4
+    system.setVirtualSite(site, openmm.TwoParticleAverageSite(1, 2, 0.3, 0.7))
+    bond = openmm.HarmonicBondForce()
+    for i, j in ((0, 1), (1, 2), (2, 3), (site, 3), (site, 0)):
+        bond.addBond(i, j, 0.2, 500.0)
+    system.addForce(bond)
+    potential = OpenMMPotential(system, "Reference")
+    x = torch.as_tensor(positions(1, 5)).requires_grad_()
+    (gradient,) = torch.autograd.grad(potential(x).sum(), x)
+    step, expected = 1e-6, torch.zeros_like(gradient)
+    for k in range(15):
+        ends = x.detach().clone().repeat(2, 1, 1).view(2, 15)
+        ends[0, k] += step
+        ends[1, k] -= step
+        up, down = potential(ends.view(2, 5, 3))
+        expected.view(-1)[k] = (up - down) / (2 * step)
+    assert torch.allclose(gradient, expected, atol=1e-3 * float(expected.abs().max()))
+    assert (gradient[0, site] == 0).all()

@@ -739,3 +739,106 @@ def test_a_simulation_of_another_system_than_the_flows_is_refused():
     with pytest.raises(IncompatibleFlowError, match="HarmonicBondForce"):
         FlowSimulation(make_simulation(Chain(4, bond_width=0.01)), proposal)
     FlowSimulation(make_simulation(heights()), proposal)
+
+
+def watched_chain():
+    """A chain with a strong torsion in a group that only is watched, and its Simulation with group 0 alone."""
+    molecule = Chain(4)
+    system = copy.deepcopy(molecule.system)
+    watched = openmm.CustomTorsionForce("50*cos(theta)")
+    watched.addTorsion(0, 1, 2, 3, [])
+    watched.setForceGroup(5)
+    system.addForce(watched)
+    simulation = make_simulation(molecule, system=system)
+    simulation.integrator.setIntegrationForceGroups({0})
+    return molecule, simulation
+
+
+def test_a_force_that_only_is_watched_does_not_count():
+    molecule, simulation = watched_chain()
+    mixed = FlowSimulation(simulation, internal_proposal(), seed=2)
+    x = molecule.sample(5, generator(3))
+    kt = GAS_CONSTANT * TEMPERATURE
+    found = context_potential(simulation.context, kt)(x)
+    assert not mixed._same_energy
+    assert torch.allclose(found, TorchPotential(molecule.system)(x) / kt, atol=1e-6)
+    assert (found - TorchPotential(simulation.system)(x) / kt).abs().max() > 1
+
+
+def test_every_kind_of_dynamics_has_its_temperature():
+    molecule = Chain(4)
+
+    def simulated(integrator, *forces):
+        system = copy.deepcopy(molecule.system)
+        for force in forces:
+            system.addForce(force)
+        reference = openmm.Platform.getPlatformByName("Reference")
+        simulation = app.Simulation(chain_topology(4), system, integrator, reference)
+        simulation.context.setPositions(molecule.sample(1, generator())[0].numpy())
+        mixed = FlowSimulation(simulation, internal_proposal(), seed=2)
+        mixed.run(1, 1)
+        return mixed.temperature
+
+    own = internal_proposal().temperature
+    assert simulated(openmm.VerletIntegrator(0.001)) == pytest.approx(own)
+    assert simulated(openmm.VerletIntegrator(0.001), openmm.AndersenThermostat(450.0, 1.0)) == pytest.approx(450.0)
+    assert simulated(openmm.MTSLangevinIntegrator(410.0, 1.0, 0.001, [(0, 1)])) == pytest.approx(410.0)
+    custom = openmm.CustomIntegrator(0.001)
+    custom.addGlobalVariable("temperature", 390.0)
+    assert simulated(custom) == pytest.approx(390.0)
+    both = openmm.CompoundIntegrator()
+    both.addIntegrator(openmm.LangevinMiddleIntegrator(370.0, 1.0, 0.001))
+    assert simulated(both) == pytest.approx(370.0)
+
+
+def test_forces_that_were_changed_in_the_context_are_seen():
+    molecule = Chain(4)
+    simulation = make_simulation(molecule)
+    mixed = FlowSimulation(simulation, internal_proposal(), seed=2)
+    mixed.run(1, 1)
+    assert mixed._same_energy
+    force = next(f for f in simulation.system.getForces() if isinstance(f, openmm.HarmonicBondForce))
+    for k in range(force.getNumBonds()):
+        i, j, length, strength = force.getBondParameters(k)
+        force.setBondParameters(k, i, j, 1.2 * length, strength)
+    force.updateParametersInContext(simulation.context)
+    mixed.run(1, 1)
+    assert not mixed._same_energy
+
+
+def test_a_seed_is_that_of_one_stretch_of_dynamics():
+    """A run that goes on from a checkpoint proposes anew; the same stretch proposes the same."""
+    drawn = []
+    for count in (0, 0, 700):
+        simulation = make_simulation(Chain(4))
+        simulation.context.setStepCount(count)
+        mixed = FlowSimulation(simulation, internal_proposal(), pool_size=20, seed=2)
+        mixed.begin()
+        drawn.append(mixed.step.pool.take(20).positions)
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_pool_energies_are_those_of_the_potential_as_it_is():
+    molecule = Chain(4)
+    system = copy.deepcopy(molecule.system)
+    bias = openmm.CustomTorsionForce("h*cos(theta)")
+    bias.addGlobalParameter("h", 0.0)
+    bias.addTorsion(0, 1, 2, 3, [])
+    system.addForce(bias)
+    potential = TorchPotential(system)
+    flow = CASES["internal"].arguments[0]
+    step = FlowStep(FlowProposal(flow, potential, TEMPERATURE, allow_mismatch=True), 1, 50, generator())
+    x = molecule.sample(1, generator())[0]
+    step(x)
+    potential.set_parameter("h", 6.0)
+    step(x)
+    left = step.pool.take(20)
+    assert torch.allclose(left.u, potential(left.positions) / (GAS_CONSTANT * TEMPERATURE), atol=1e-9)
+
+
+def test_a_callable_in_single_precision_has_no_field():
+    """Rounding of an energy is no force on where the molecule is."""
+    flow, potential, temperature = CASES["cartesian"].arguments
+    single = TorchPotential(potential.system, dtype=torch.float32)
+    plain = FlowProposal(flow, lambda x: single(x.float()), temperature, allow_mismatch=True)
+    assert plain.frame == "free"

@@ -537,3 +537,43 @@ def test_wheel_carries_the_systems(tmp_path):
     folder, atoms, frames = result.stdout.split()
     assert Path(folder) == tmp_path / "site/openmm_regflow/_systems"
     assert (atoms, int(frames) >= 10_000) == ("22", True)
+
+
+@pytest.mark.parametrize(
+    "idle", [{"constraints": "HBonds"}, {"nonbonded_method": "CutoffNonPeriodic"}, {"nonbonded_cutoff": 0.5}]
+)
+def test_what_a_serialised_system_cannot_heed_is_refused(dipeptide, tmp_path, idle):
+    """It has its own constraints and cutoffs: asking for others in silence would be another ensemble."""
+    path = tmp_path / "system.xml"
+    path.write_text(openmm.XmlSerializer.serialize(dipeptide.system))
+    with pytest.raises(InputError, match=f"{next(iter(idle))}: only with force_field"):
+        load_system(dipeptide.folder / "structure.pdb", system_xml=path, temperature=300, **idle)
+    whole = load_system(dipeptide.folder, system_xml=path)  # the folder's own keys were for its force field
+    assert whole.system.getNumParticles() == 22
+
+
+def test_equal_forces_are_counted(dipeptide):
+    """A restraint that is there twice pulls twice."""
+
+    def with_restraints(*strengths):
+        system = copy.deepcopy(dipeptide.system)
+        for strength in strengths:
+            force = openmm.HarmonicBondForce()
+            force.addBond(0, 10, 0.5, strength)
+            system.addForce(force)
+        return fingerprint(system)
+
+    assert compare_fingerprints(with_restraints(1.0, 1.0, 2.0), with_restraints(1.0, 2.0, 2.0))
+    assert compare_fingerprints(with_restraints(1.0, 1.0), with_restraints(1.0), extra_forces=True)
+    assert not compare_fingerprints(with_restraints(1.0, 1.0), with_restraints(1.0, 1.0, 3.0), extra_forces=True)
+
+
+def test_beads_without_elements_are_read_back(tmp_path):
+    topology = app.Topology()
+    residue = topology.addResidue("BEA", topology.addChain())
+    beads = [topology.addAtom(f"B{k}", None, residue) for k in range(6)]
+    for a, b in zip(beads, beads[1:]):
+        topology.addBond(a, b)
+    frames = np.random.default_rng(0).normal(size=(4, 6, 3)).astype(np.float32)
+    export_hdf5(frames, topology, tmp_path / "frames.h5")
+    assert np.array_equal(systems.load_trajectory(tmp_path / "frames.h5", topology), frames)

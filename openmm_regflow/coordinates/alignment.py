@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openmm_regflow.elements import symbol
+
 #: Rows of the distance matrix at a time; bounds memory at any n.
 CHUNK = 256
 
@@ -30,7 +32,7 @@ def identical_atoms(topology: Any) -> list[list[int]]:
     groups: dict[tuple[int, str], list[int]] = {}
     for atom in atoms:
         if len(neighbours[atom.index]) == 1:
-            groups.setdefault((min(neighbours[atom.index]), atom.element.symbol), []).append(atom.index)
+            groups.setdefault((min(neighbours[atom.index]), symbol(atom)), []).append(atom.index)
     return [group for group in groups.values() if len(group) > 1]
 
 

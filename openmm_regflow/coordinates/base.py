@@ -49,6 +49,10 @@ class CoordinateMap(nn.Module):
         """Features `(n, dim)` -> positions `(n, n_atoms, 3)` [nm], log|det dx/dy| `(n,)`."""
         raise TypeError(f"{type(self).__name__} does not define to_positions")
 
+    def covers(self, x: Tensor) -> Tensor:
+        """Whether positions have a place in these coordinates at all `(n,)`; default: all."""
+        return torch.ones(len(x), dtype=torch.bool, device=x.device)
+
     def frame_log_density(self, x: Tensor) -> Tensor:
         """Log-density `(n,)` of the rigid-body coordinates that the features carry; zeros if none."""
         return x.new_zeros(x.shape[0])

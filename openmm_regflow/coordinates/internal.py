@@ -222,6 +222,7 @@ class InternalMap(CoordinateMap):
         x = x.double()
         n_rows = len(zmatrix.rows)
         zmatrix = _order_rotors(zmatrix, x)
+        _refuse_mixed_labels(zmatrix, x)
         plain = cls(zmatrix, list(range(n_rows)), torch.zeros(dim), torch.eye(dim - n_rows), fixed)
         raw = plain.raw(plain.canonical(x))
         torsions = raw[:, 2 * n_rows + 3 :]
@@ -378,6 +379,16 @@ class InternalMap(CoordinateMap):
             placed = torch.cat([placed, fresh], dim=1)
         return placed[:, self.slots].permute(2, 1, 0)
 
+    def covers(self, x: Tensor) -> Tensor:
+        """Whether rotors go round as in the frames of the fit `(n,)`; others have no place in these coordinates."""
+        fine = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        raw = self.raw(x.double())
+        for k, (_, m) in enumerate(self._rotor_raw):
+            if m > 2:
+                columns = getattr(self, f"rotor_siblings_{k}")
+                fine &= (raw[:, columns] * _side(self.origin[self.unorder[columns]]) > 0).all(1)
+        return fine
+
     def between(self, x: Tensor, y: Tensor, share: Tensor) -> Tensor:
         """Conformations on the way from one to another, straight in bonds, angles and torsions.
 
@@ -452,6 +463,32 @@ def _order_rotors(zmatrix: ZMatrix, x: Tensor) -> ZMatrix:
         return Rotor((first, *sorted(others, key=lambda a: float((tau[row_of[a]] % (2 * math.pi)).median()))))
 
     return replace(zmatrix, rotors=tuple(rising(r) for r in zmatrix.rotors))
+
+
+def _refuse_mixed_labels(zmatrix: ZMatrix, x: Tensor) -> None:
+    """Atoms of a rotor go round the same way in all frames, or in nearly all: nothing but labels can turn them round.
+
+    Raises:
+        InputError: structures that were prepared apart, whose hydrogens got their numbers in another order.
+    """
+    for rotor in zmatrix.rotors:
+        if len(rotor.atoms) < 3:
+            continue
+        one_way = _one_way(zmatrix, x, rotor).double().mean()
+        if min(one_way, 1 - one_way) > FAR_SHARE:
+            names = ", ".join(map(str, rotor.atoms))
+            raise InputError(
+                f"atoms {names} go round one way in {100 * float(one_way):.3g} % of the frames and the other way in "
+                "the others, as if their labels differed between structures that were prepared apart; exchange two of "
+                "them in one set of frames"
+            )
+
+
+def _one_way(zmatrix: ZMatrix, x: Tensor, rotor: Rotor) -> Tensor:
+    """Whether the atoms of a rotor go round their centre in one sense `(n,)`, seen from the other side of its bond."""
+    centre = next(row[1] for row in zmatrix.rows if row[0] == rotor.atoms[0])
+    arms = [x[:, atom] - x[:, centre] for atom in rotor.atoms[:3]]
+    return torch.linalg.det(torch.stack(arms, dim=1).double()) > 0
 
 
 def _side(torsion: Tensor) -> Tensor:

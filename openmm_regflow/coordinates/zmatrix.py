@@ -8,6 +8,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+from openmm_regflow.elements import symbol
 from openmm_regflow.errors import InputError
 
 
@@ -50,7 +51,7 @@ class ZMatrix:
 
 def topology_tables(topology: Any) -> tuple[list[str], list[tuple[int, int]]]:
     """Element symbols and bonds of an ``openmm.app.Topology`` (or anything with its atoms() and bonds())."""
-    elements = [atom.element.symbol if atom.element is not None else "X" for atom in topology.atoms()]
+    elements = [symbol(atom) for atom in topology.atoms()]
     bonds = [(bond[0].index, bond[1].index) for bond in topology.bonds()]
     return elements, bonds
 

@@ -198,7 +198,8 @@ class FlowMove:
         return {
             "format_version": FORMAT_VERSION,
             "proposal": dict(vars(self._description)),
-            "n_steps": steps_so_far(self._description, self._n_steps),
+            # Under MPI rank 0 stores, and may not have made a step of its own; totals come from all ranks.
+            "n_steps": max(steps_so_far(self._description, self._n_steps), self.n_proposed),
             "settings": settings,
             "statistics": self.statistics,
         }

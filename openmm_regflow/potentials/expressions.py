@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -297,7 +298,7 @@ class Program:
         self._moving: dict[int, bool] = {}
         self._mark(self._root, set(self.dynamic))
         self._slots: dict[int, Node] = {}
-        self._find_slots(self._root, set())
+        self._find_slots()
 
     @property
     def uses(self) -> set[str]:
@@ -310,22 +311,24 @@ class Program:
         return len(self._slots)
 
     def _mark(self, node: Node, dynamic: set[str]) -> bool:
-        if id(node) not in self._moving:
-            below = [self._mark(arg, dynamic) for arg in node.args]
-            self._moving[id(node)] = any(below) or (node.is_variable and node.name[1:] in dynamic)
+        for known in _upwards(node, self._moving):
+            below = [self._mark(arg, dynamic) for arg in known.args]
+            self._moving[id(known)] = any(below) or (known.is_variable and known.name[1:] in dynamic)
         return self._moving[id(node)]
 
-    def _find_slots(self, node: Node, seen: set[int]) -> None:
+    def _find_slots(self) -> None:
         """The largest sub-expressions that parameters alone determine; numbers stay in the code."""
-        if id(node) in seen:
-            return
-        seen.add(id(node))
-        if not self._moving[id(node)]:
-            if node.number is None:
+        seen: set[int] = set()
+        waiting = [self._root]
+        while waiting:
+            node = waiting.pop()
+            if id(node) in seen:
+                continue
+            seen.add(id(node))
+            if self._moving[id(node)]:
+                waiting += reversed(node.args)
+            elif node.number is None:
                 self._slots[id(node)] = node
-            return
-        for arg in node.args:
-            self._find_slots(arg, seen)
 
     def fold(self, static: Mapping[str, Tensor]) -> list[Tensor]:
         """Coefficients: every maximal sub-expression of parameters.
@@ -350,6 +353,20 @@ class Program:
         return _Evaluation(dynamic, self.tables, filled)(self._root)
 
 
+def _upwards(node: Node, known: Mapping[int, Any]) -> list[Node]:
+    """What is unknown along the first arguments of a node, from below: a long sum is a chain as deep.
+
+    The condition of a select is below it, too: it is evaluated in any case.
+    """
+    chain: list[Node] = []
+    while id(node) not in known:
+        chain.append(node)
+        if not node.args:
+            break
+        node = node.args[0]
+    return chain[::-1]
+
+
 def _as_tensor(value: Value) -> Tensor:
     return value if isinstance(value, Tensor) else torch.full((1, 1), value, dtype=torch.float64)
 
@@ -367,8 +384,8 @@ class _Evaluation:
         self._memo: dict[int, Value] = dict(filled)
 
     def __call__(self, node: Node) -> Value:
-        if id(node) not in self._memo:
-            self._memo[id(node)] = self._compute(node)
+        for known in _upwards(node, self._memo):
+            self._memo[id(known)] = self._compute(known)
         return self._memo[id(node)]
 
     def _compute(self, node: Node) -> Value:

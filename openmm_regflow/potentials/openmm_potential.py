@@ -36,7 +36,7 @@ _MAX_CONTEXTS = 32
 #: threads cannot share one; and one that came along with a fork has lost its own threads, for which its end would wait.
 _CONTEXTS: dict[tuple[int, int, str], openmm.Context] = {}
 #: Fastest platform and its properties in this process, by the digest of the System.
-_FASTEST: dict[str, tuple[str, dict[str, str]]] = {}
+_FASTEST: dict[tuple[str, frozenset[str]], tuple[str, dict[str, str]]] = {}
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,10 @@ def _candidates() -> list[tuple[str, dict[str, str]]]:
     return choices + ([("CPU", {"Threads": "1"})] if "CPU" in names else [])
 
 
+def _property_names(platform: str) -> set[str]:
+    return set(openmm.Platform.getPlatformByName(platform).getPropertyNames())
+
+
 def _probe(engine: _Engine, x: np.ndarray) -> float:
     """Energies per second of an engine at one configuration; 0 where its platform does not work."""
     try:
@@ -165,6 +169,7 @@ class OpenMMPotential:
         system: the copy of the System.
         n_atoms: its number of particles.
         constraints: its number of constraints, which play no part in the energy.
+        sites: virtual sites among them.
         parameters: current values of the global parameters; see `set_parameter`.
         non_finite: number of configurations so far whose energy was not finite and came back as +inf.
 
@@ -184,6 +189,7 @@ class OpenMMPotential:
         self.system = openmm.XmlSerializer.deserialize(xml)
         self._xml, self._digest = zlib.compress(xml.encode()), hashlib.sha256(xml.encode()).hexdigest()
         self.n_atoms, self.constraints = system.getNumParticles(), system.getNumConstraints()
+        self.sites = [i for i in range(self.n_atoms) if system.isVirtualSite(i)]
         # Contexts are shared by potentials of equal Systems: every evaluation sets all parameters.
         self.parameters = context_parameters(self.system)
         self.non_finite = 0
@@ -269,15 +275,18 @@ class OpenMMPotential:
         if self._platform is not None:
             properties = openmm_properties(self._platform) | self._properties
             return _Engine(self._xml, self._digest, self._platform, properties)
-        if self._digest not in _FASTEST:
+        asked = frozenset(self._properties)
+        if (self._digest, asked) not in _FASTEST:
             finite = x[np.isfinite(x).all((1, 2))][:1]
             if not len(finite):  # nothing to time; any platform gives the same +inf, and the next batch is probed
                 return _Engine(self._xml, self._digest, "Reference")
-            choices = _candidates()
-            engines = [_Engine(self._xml, self._digest, *choice) for choice in choices]
+            choices = [choice for choice in _candidates() if asked <= _property_names(choice[0])]
+            if not choices:
+                raise InputError(f"no platform has the properties {sorted(asked)}; name the platform that they are of")
+            engines = [_Engine(self._xml, self._digest, name, own | self._properties) for name, own in choices]
             rates = [_probe(engine, finite) for engine in engines]
-            _FASTEST[self._digest] = choices[int(np.argmax(rates))]
-        platform, properties = _FASTEST[self._digest]
+            _FASTEST[self._digest, asked] = choices[int(np.argmax(rates))]
+        platform, properties = _FASTEST[self._digest, asked]
         return _Engine(self._xml, self._digest, platform, properties | self._properties)
 
     def _run(self, x: Tensor, forces: bool) -> tuple[Tensor, Tensor]:
@@ -404,6 +413,8 @@ class _Energy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, potential: OpenMMPotential) -> Tensor:
         energy, forces = potential._run(x, True)
+        if len(potential.sites):  # placed anew from their atoms, which have their forces already
+            forces[:, potential.sites] = 0.0
         ctx.save_for_backward(forces.to(x.device, x.dtype))
         return energy
 

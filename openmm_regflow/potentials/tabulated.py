@@ -110,7 +110,7 @@ class _Discrete:
         args = torch.broadcast_tensors(*args)
         number, inside = torch.zeros_like(args[0], dtype=torch.int64), torch.ones_like(args[0]) > 0
         for x, size in zip(args, self._shape):
-            index = torch.round(x.detach())
+            index = torch.floor(x.detach() + 0.5)  # halves upwards, as OpenMM rounds
             inside = inside & (index >= 0) & (index < size)
             number = number * size + torch.nan_to_num(index, nan=0.0).clamp(0, size - 1).long()
         values = self._values.to(args[0].device, args[0].dtype)[number]

@@ -187,6 +187,10 @@ class ProposalPool:
             self._next += len(parts[-1].u)
         return ProposalBatch(*(torch.cat(columns) for columns in zip(*parts)))
 
+    def forget_energies(self) -> None:
+        """Energies of what is left are those of a potential that has changed; they are computed anew when asked for."""
+        self._has_energies = self._has_energies and self.proposal is None  # a fixed reservoir has no others
+
     def _evaluate(self, batch: ProposalBatch) -> ProposalBatch:
         """Energies of the draws that are left of a batch; the others are gone."""
         left = self.proposal.with_energies(batch.rows(slice(self._next, None)))  # type: ignore[union-attr]

@@ -15,18 +15,25 @@ from openmm_regflow.device import read_positions, write_positions
 from openmm_regflow.errors import InputError
 from openmm_regflow.fingerprints import fingerprint
 from openmm_regflow.proposals import FlowProposal
+from openmm_regflow.ranks import seed_of
 from openmm_regflow.refusals import has_global_parameters
 from openmm_regflow.sampling.kernels import FlowStatistics
 from openmm_regflow.sampling.steps import (
     FlowStep,
     Orientation,
     context_potential,
+    new_pool,
     redrawn,
     seeded_generator,
     system_masses,
     travels_directly,
 )
 from openmm_regflow.units import GAS_CONSTANT, temperature_kelvin
+
+#: Masks of force groups that leave none out.
+ALL_GROUPS = (-1, 0xFFFFFFFF)
+#: By how much [kJ/mol], and by which part, one energy in single precision may be off.
+SAME_ENERGY, ROUNDING = 0.1, 1e-5
 
 
 class FlowSimulation:
@@ -69,12 +76,14 @@ class FlowSimulation:
             )
         self.simulation = simulation
         self.step = FlowStep(proposal, n_proposals, pool_size, seeded_generator(seed), orientation)
+        self._seed, self._begun = seed, False
         self._masses = system_masses(simulation.system)
         self._direct = travels_directly(proposal.device, simulation.context)
         self._same_energy = (
             proposal.covers_system
             and not simulation.system.usesPeriodicBoundaryConditions()
             and not has_global_parameters(simulation.system)
+            and simulation.integrator.getIntegrationForceGroups() in ALL_GROUPS
             and fingerprint(proposal.system)["sha256"] == fingerprint(simulation.system)["sha256"]
         )
 
@@ -85,15 +94,54 @@ class FlowSimulation:
 
     @property
     def temperature(self) -> float:
-        """Temperature of the dynamics [K]."""
-        integrator, parameters = self.simulation.integrator, self.simulation.context.getParameters()
+        """Temperature of the dynamics [K]: the integrator's, the thermostat's, else the proposal's."""
+        integrator = self.simulation.integrator
+        if isinstance(integrator, openmm.CompoundIntegrator):
+            integrator = integrator.getIntegrator(integrator.getCurrentIntegrator())
         if hasattr(integrator, "getTemperature"):
             return temperature_kelvin(integrator.getTemperature())
-        return temperature_kelvin(parameters.get("AndersenTemperature", self.step.proposal.temperature))
+        if isinstance(integrator, openmm.CustomIntegrator):
+            count = integrator.getNumGlobalVariables()
+            found = {name: k for k, name in enumerate(map(integrator.getGlobalVariableName, range(count)))}
+            if "temperature" in found:
+                return float(integrator.getGlobalVariable(found["temperature"]))
+            if "kT" in found:
+                return float(integrator.getGlobalVariable(found["kT"])) / GAS_CONSTANT
+        parameters = dict(self.simulation.context.getParameters())
+        thermostat = parameters.get(openmm.AndersenThermostat.Temperature(), self.step.proposal.temperature)
+        return temperature_kelvin(thermostat)
 
-    def flow_step(self) -> bool:
-        """One flow step on the Simulation's Context; True if it was accepted."""
-        context, temperature = self.simulation.context, self.temperature
+    def begin(self, stage: int | None = None) -> None:
+        """Make sure, before steps are taken, of what may have changed since the last ones.
+
+        The seed is that of a stretch of dynamics: one that goes on from a checkpoint proposes anew. And forces whose
+        parameters were changed in the Context have energies that are only the Context's.
+
+        Args:
+            stage: how far the run is; by default the Context's count of steps, which checkpoints bring back.
+        """
+        if not self._begun and self._seed is not None:
+            stage = self.simulation.context.getStepCount() if stage is None else stage
+            self.step.generator.manual_seed(seed_of(self._seed, stage))
+            self.step.pool = new_pool(self.step.proposal, self.step.pool.size, self.step.generator)
+        self._begun = True
+        self._same_energy = self._same_energy and self._agrees()
+
+    def _agrees(self) -> bool:
+        """Whether the Context has the energy of the proposal's potential where it is; where neither is finite, yes."""
+        context, proposal = self.simulation.context, self.step.proposal
+        if proposal.atom_subset is not None:
+            return True
+        own = float(proposal.potential(proposal.as_tensor(self._read()[None])))
+        there = context.getState(getEnergy=True).getPotentialEnergy().value_in_unit(unit.kilojoule_per_mole)
+        difference = abs(own - there)
+        return not np.isfinite(difference) or difference < SAME_ENERGY + ROUNDING * abs(there)
+
+    def flow_step(self, temperature: float | None = None) -> bool:
+        """One flow step on the Simulation's Context, at its temperature or another [K]; True if it was accepted."""
+        if not self._begun:
+            self.begin()
+        context, temperature = self.simulation.context, self.temperature if temperature is None else temperature
         positions = self._read()
         energy = None if self._same_energy else context_potential(context, GAS_CONSTANT * temperature)
         new = self.step.propose(positions, temperature, energy)
@@ -144,6 +192,7 @@ class FlowSimulation:
         Returns:
             The totals so far.
         """
+        self.begin()
         for _ in range(n_iterations):
             self.simulation.step(n_md_steps)
             self.flow_step()
@@ -259,7 +308,10 @@ class FlowReplicaExchange(getattr(app, "ReplicaExchangeSampler", object)):  # ty
         if state not in self._flow_states:
             return
         self._flow.step.statistics = self.statistics[state]
-        self._flow.flow_step()
+        if not self._flow._begun:
+            self._flow.begin(getattr(self, "currentIteration", 0))
+        own = self.states[state].get("temperature")
+        self._flow.flow_step(None if own is None else temperature_kelvin(own))
         self.replicaConformation[index] = self.simulation.context.getState(
             positions=True, velocities=True, parameters=True, integratorParameters=True
         )

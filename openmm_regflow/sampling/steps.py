@@ -139,6 +139,7 @@ class FlowStep:
         self.pool = pool if pool is not None else new_pool(proposal, pool_size, self.generator)
         self.statistics = FlowStatistics()
         self._tested: ReducedPotential | None = None
+        self._parameters = dict(getattr(proposal.potential, "parameters", {}))
 
     def __call__(
         self, positions: Any, temperature: Any = None, energy: ReducedPotential | None = None
@@ -179,6 +180,10 @@ class FlowStep:
             # Contexts compute in single precision, as other energies may.
             self._tested = energy if proposal.check_state_energy(energy, current, torch.float32) else None
         framed = proposal.redraw_frame(current, self.generator)
+        parameters = getattr(proposal.potential, "parameters", {})
+        if parameters != self._parameters:  # the pool has energies of before
+            self.pool.forget_energies()
+            self._parameters = dict(parameters)
         drawn = self.pool.take(self.n_proposals, energies=energy is None)
         batch = drawn._replace(positions=proposal.in_place(drawn.positions, current))
         if energy is not None:
@@ -333,7 +338,8 @@ def _context_energy(context: openmm.Context, positions: np.ndarray | Tensor) -> 
             write_positions(context, positions)
         else:
             context.setPositions(positions)
-        energy = context.getState(getEnergy=True).getPotentialEnergy()
+        groups = context.getIntegrator().getIntegrationForceGroups()  # a force that only is watched moves nothing
+        energy = context.getState(getEnergy=True, groups=groups).getPotentialEnergy()
     except openmm.OpenMMException:
         return math.nan
     return float(energy.value_in_unit(unit.kilojoule_per_mole))

@@ -42,6 +42,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from openmm_regflow import plots
+from openmm_regflow.elements import symbol
 from openmm_regflow.errors import CorruptFileError, InputError, InsufficientDataError
 from openmm_regflow.files import write_json
 from openmm_regflow.flows import coordinates_for
@@ -285,7 +286,7 @@ def run_states(
     (state_a, x_a, molecule), (state_b, x_b, other) = (
         open_state(c, folder, output / f"run-{name}", device) for name, c in (("a", config.a), ("b", config.b))
     )
-    names = [[atom.element.symbol for atom in m.topology.atoms()] for m in (molecule, other)]
+    names = [[symbol(atom) for atom in m.topology.atoms()] for m in (molecule, other)]
     if names[0] != names[1]:
         raise InputError(
             f"{config.a.system} and {config.b.system} differ in their atoms; both states need one molecule"
