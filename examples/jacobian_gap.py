@@ -27,6 +27,7 @@ from openmm_regflow.objectives import FlowMatchingLoss, LikelihoodLoss, RegFlowL
 from openmm_regflow.pools import log_normalisation
 from openmm_regflow.refinement import RefineConfig, refine
 from openmm_regflow.sampling import annealed_samples
+from openmm_regflow.slopes import slopes
 from openmm_regflow.targets import Pairs, StreamedPairs, optimal_transport_pairs, reflow_pairs
 from openmm_regflow.teachers import VectorField, integrate
 from openmm_regflow.training import Batches, TrainConfig, train
@@ -164,9 +165,15 @@ def regression(bench: Bench, source: Any, loss: RegFlowLoss) -> flows.Flow:
 
 
 def likelihood(
-    bench: Bench, flow: flows.Flow, x: torch.Tensor, noise: float = 0.0, rate: float = 1e-3, **settings: str
+    bench: Bench,
+    flow: flows.Flow,
+    x: torch.Tensor,
+    noise: float = 0.0,
+    rate: float = 1e-3,
+    path: float = 0.0,
+    **settings: str,
 ) -> flows.Flow:
-    """The flow after maximum likelihood on frames, stopped by held-out ones."""
+    """The flow after likelihood on frames, stopped by held-out ones; with their forces by the path gradient."""
     y, clean = bench.features(bench.held_out), LikelihoodLoss(flow.prior)
 
     def judge(module: torch.nn.Module) -> float:
@@ -174,15 +181,17 @@ def likelihood(
             return float(clean(module, (y,), torch.Generator())[0])
 
     config = LIKELIHOOD.model_copy(update={"learning_rate": rate, **settings})
-    train(
-        flow.bijection, LikelihoodLoss(flow.prior, noise), Batches((bench.features(x),), 512), config, validation=judge
-    )
+    data = (bench.features(x),)
+    if path:
+        y, _, slope = slopes(bench.coordinates, x.double(), bench.potential)
+        data = (y.float(), slope.float())
+    train(flow.bijection, LikelihoodLoss(flow.prior, noise, path), Batches(data, 512), config, validation=judge)
     return flow
 
 
-def refined(bench: Bench, flow: flows.Flow, anchors: int) -> flows.Flow:
+def refined(bench: Bench, flow: flows.Flow, anchors: int, path: float = 0.0) -> flows.Flow:
     """The flow after ten pools of 50,000 energies, with and without frames in them."""
-    refine(flow, bench.potential, RefineConfig(rounds=10, pool=50_000, anchors=anchors), data=bench.many)
+    refine(flow, bench.potential, RefineConfig(rounds=10, pool=50_000, anchors=anchors, path=path), data=bench.many)
     return flow
 
 
@@ -271,8 +280,9 @@ def teacher_of_many(bench: Bench, start: Any) -> flows.Flow:
 
 
 LOG_DET = "100,000 pairs, log-determinants"
+ALONE = "likelihood alone, 200,000 frames"
 BOTH = "regression, then likelihood, 200,000 frames"
-#: The last three judge architecture (6 + 6: couplings of torsions, then of lines) and arithmetic.
+#: The last rows judge architecture (6 + 6: couplings of torsions, then of lines), arithmetic and the path gradient.
 #: row -> (the row it starts from or None, how it is trained)
 ROWS: dict[str, tuple[str | None, Any]] = {
     "OT pairs": (None, transport),
@@ -287,7 +297,7 @@ ROWS: dict[str, tuple[str | None, Any]] = {
     "the same with noise of 0.1": (None, lambda b, s: likelihood(b, b.flow(), b.few, 0.1)),
     "regression, then likelihood, 10,000 frames": (LOG_DET, lambda b, s: likelihood(b, s, b.few, rate=2e-4)),
     "the same with noise of 0.1 ": (LOG_DET, lambda b, s: likelihood(b, s, b.few, 0.1, rate=2e-4)),
-    "likelihood alone, 200,000 frames": (None, lambda b, s: likelihood(b, b.flow(), b.many)),
+    ALONE: (None, lambda b, s: likelihood(b, b.flow(), b.many)),
     BOTH: (LOG_DET, lambda b, s: likelihood(b, s, b.many)),
     "... then likelihood and reverse KL": (BOTH, lambda b, s: with_reverse_kl(b, s)),
     "... then 10 pools of annealed samples": (BOTH, lambda b, s: with_annealed_pools(b, s)),
@@ -299,6 +309,18 @@ ROWS: dict[str, tuple[str | None, Any]] = {
     ),
     "likelihood alone, 200,000 frames, mixed precision": (
         None, lambda b, s: likelihood(b, b.flow(), b.many, precision="mixed"),
+    ),
+    "likelihood alone, 200,000 frames, half by the path": (
+        None, lambda b, s: likelihood(b, b.flow(), b.many, path=0.5),
+    ),
+    "likelihood alone, 200,000 frames, then nine tenths by the path": (
+        ALONE, lambda b, s: likelihood(b, s, b.many, path=0.9),
+    ),
+    "likelihood alone, 200,000 frames, then once more": (ALONE, lambda b, s: likelihood(b, s, b.many)),
+    "likelihood alone, 200,000 frames, then 10 pools with 10,000 frames": (ALONE, lambda b, s: refined(b, s, 10_000)),
+    "the same, nine tenths by the path": (ALONE, lambda b, s: refined(b, s, 10_000, 0.9)),
+    "likelihood alone, 10,000 frames, half by the path": (
+        None, lambda b, s: likelihood(b, b.flow(), b.few, path=0.5),
     ),
 }  # fmt: skip
 

@@ -142,6 +142,25 @@ def more_frames(
     return frames, energies
 
 
+def frames_of_run(path: str | Path, target: Mapping[str, Any]) -> Tensor:
+    """The frames `(n, n_atoms, 3)` [nm] that a training run made and kept (``work/frames.safetensors``).
+
+    Args:
+        path: of the file.
+        target: what they are wanted for, as ``FlowMetadata.target`` has it.
+
+    Raises:
+        InputError: no such file, or frames of another target.
+        CorruptFileError: ``path`` holds something else.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"no frames at {path}; check the path")
+    header, tensors = read_safetensors(Path(path), KIND, 1)
+    if header["made of"].get("target") != dict(target):
+        raise InputError(f"{path} holds frames of another System or temperature; give those of this one")
+    return tensors["x"]
+
+
 def _kept(path: str | Path, made_of: Mapping[str, Any]) -> tuple[Tensor, int] | None:
     """Frames that were made earlier, and the energies that they took."""
     if not Path(path).exists():

@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 
 import mdtraj
@@ -572,7 +573,7 @@ def test_beads_without_elements_are_read_back(tmp_path):
     topology = app.Topology()
     residue = topology.addResidue("BEA", topology.addChain())
     beads = [topology.addAtom(f"B{k}", None, residue) for k in range(6)]
-    for a, b in zip(beads, beads[1:]):
+    for a, b in pairwise(beads):
         topology.addBond(a, b)
     frames = np.random.default_rng(0).normal(size=(4, 6, 3)).astype(np.float32)
     export_hdf5(frames, topology, tmp_path / "frames.h5")

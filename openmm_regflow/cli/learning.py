@@ -144,7 +144,9 @@ def refine(
     tail: Annotated[float, typer.Option(help="Power of p/q in the weights: below 1, for fewer large ones.")] = 0.0,
     ema: Annotated[float, typer.Option(help="Of the weights.")] = 0.98,
     compile: Annotated[bool, typer.Option("--compile", help="Fused splines, compiled float32 energies.")] = False,
-    data: Annotated[Path | None, typer.Option(help="Training trajectory; default: the system's own.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Trajectory, or work/frames.safetensors of a run; default: the system's own.")
+    ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     overwrite: Overwrite = False,
@@ -182,15 +184,19 @@ def _refine(
 
     from openmm_regflow.ensemble import ReducedPotential, frame_mover, phi_positive
     from openmm_regflow.flows import FlowMetadata
+    from openmm_regflow.frames import frames_of_run
     from openmm_regflow.recipes import features
     from openmm_regflow.refinement import refine as run
 
     system, mol, proposal = open_proposal(flow, system, device)
     opened = proposal.flow
-    frames = torch.as_tensor(given_frames(mol, data, "train"))
+    target = FlowMetadata(mol.name, mol.fingerprint, mol.temperature).target
+    if data is not None and data.suffix == ".safetensors":
+        frames = frames_of_run(data, target)
+    else:
+        frames = torch.as_tensor(given_frames(mol, data, "train"))
     described = {"flow": str(flow), "system": system, "data": str(data), "compile": compile}
-    described |= {"config": settings.model_dump()}
-    described |= {"target": FlowMetadata(mol.name, mol.fingerprint, mol.temperature).target}
+    described |= {"config": settings.model_dump(), "target": target}
     with ExitStack() as stack:
         peers.first(lambda: stack.enter_context(output_of(output, "refine", described, overwrite)))
         with bars() as bar:
