@@ -21,6 +21,7 @@ from openmm_regflow import flows, outputs
 from openmm_regflow.chains import run_chain
 from openmm_regflow.cli import app, main
 from openmm_regflow.errors import InputError
+from openmm_regflow.files import write_safetensors
 from openmm_regflow.flows import FlowMetadata
 from openmm_regflow.moves import FlowMove
 from openmm_regflow.potentials import TorchPotential
@@ -187,6 +188,21 @@ def test_refine(capsys, flow_file, tmp_path):
     assert f"KL {first:.3f} -> {best:.3f} nat, 14,200 energies" in out
     refined = flows.Flow.load(tmp_path / "refined" / "flow.safetensors")
     assert refined.metadata.training["energies"] == 14_200 and refined.metadata.temperature == 300.0
+    assert refined.metadata.training["inverse_error"] < 1e-4
+
+
+def test_refine_by_the_path_on_the_frames_of_a_run(capsys, flow_file, tmp_path):
+    target, frames = flows.Flow.load(flow_file).metadata.target, tmp_path / "frames.safetensors"
+    x = torch.as_tensor(load_system("alanine-dipeptide").reference("train")[:300])
+    header = {"format": "openmm_regflow.frames", "format_version": 1, "made of": {"target": target}, "energies": 0}
+    write_safetensors(frames, {"x": x}, header)
+    command = ["refine", flow_file, "--rounds", 1, "--pool", 2100, "--anchors", 200, "--path", 0.9, "--data", frames]
+    code, _, err = run(capsys, *command, "-o", tmp_path / "refined")
+    assert code == 0, err
+    record = json.loads((tmp_path / "refined" / "refinement.json").read_text())
+    assert [r["energies"] for r in record] == [2300, 4600]  # of every anchor anew: with forces
+    write_safetensors(frames, {"x": x}, header | {"made of": {"target": target | {"temperature": 310.0}}})
+    assert "another System or temperature" in refused(capsys, *command, "-o", tmp_path / "other")
 
 
 def test_seed_decides(capsys, flow_file, tmp_path):

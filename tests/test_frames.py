@@ -5,7 +5,7 @@ import torch
 from analytic_molecules import MASSES, TEMPERATURE, Chain, z_scores
 
 from openmm_regflow.errors import CorruptFileError, InputError
-from openmm_regflow.frames import FramesConfig, lifted, more_frames
+from openmm_regflow.frames import FramesConfig, frames_of_run, lifted, more_frames
 from openmm_regflow.potentials import TorchPotential
 from openmm_regflow.sampling import HamiltonianMonteCarlo
 
@@ -64,6 +64,16 @@ def test_frames_are_kept_and_belong_to_their_trajectory(tmp_path):
     more_frames(x, mover(), FramesConfig(copies=2), path, target={"temperature": TEMPERATURE})
     with pytest.raises(CorruptFileError, match="target"):
         more_frames(x, mover(), FramesConfig(copies=2), path, target={"temperature": 2 * TEMPERATURE})
+
+
+def test_frames_of_a_run_are_those_of_its_target(tmp_path):
+    x, path, target = CHAIN.sample(20, torch.Generator().manual_seed(1)), tmp_path / "a.safetensors", {"system": "a"}
+    made, _ = more_frames(x, mover(), FramesConfig(copies=3), path, target=target)
+    assert torch.equal(frames_of_run(path, target), made)
+    with pytest.raises(InputError, match="another System"):
+        frames_of_run(path, {"system": "b"})
+    with pytest.raises(InputError, match="no frames"):
+        frames_of_run(tmp_path / "nothing.safetensors", target)
 
 
 def test_rare_conformations_get_their_share_and_the_rest_stays_as_it_was():
