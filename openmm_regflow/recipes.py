@@ -220,7 +220,7 @@ class FitResult:
         seconds: wall-clock by stage [s].
         phases: student's bijection (state dict) at the end of each phase.
         rounds: pools of the refinement.
-        frame_energies: energies that more frames of the trajectory took.
+        frame_energies: energies that frames took: more of them, and their forces for the likelihood phase.
         inverse_error: largest error of going there and back, see ``Flow.secure``.
     """
 
@@ -459,6 +459,8 @@ def check_config(config: RunConfig) -> None:
         raise InputError('regression.held_out needs pairs that are kept; leave it out with pairs.source = "stream"')
     if config.regression.train.patience is not None and not config.regression.held_out:
         raise InputError("regression.train.patience needs pairs to judge by; set regression.held_out, without a stream")
+    if config.likelihood.path and config.likelihood.noise:
+        raise InputError("likelihood.noise moves frames from where their forces are; leave it out with likelihood.path")
     size = ranks.current().size
     if config.refinement.enabled and config.refinement.batch_size % size:
         batch_size = config.refinement.batch_size

@@ -76,16 +76,18 @@ def test_copies_of_a_flow_have_recordings_of_their_own():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("path", [0.0, 0.5])
 @pytest.mark.parametrize("fused", [False, True])
-def test_recorded_steps_have_the_gradients_of_plain_ones(fused):
+def test_recorded_steps_have_the_gradients_of_plain_ones(fused, path):
     flow, y = small_flow("cuda", torsion_layers=2)
     flow.fuse(fused)
-    loss = GeneralisedKLLoss(flow.prior)
+    loss = GeneralisedKLLoss(flow.prior, path)
     recorded = Gradients(loss.of, flow.bijection)
     plain = Gradients(loss.of, flow.bijection, record=False)
     sizes = (256, 256, 200, 256)
     for k, size in enumerate(sizes):  # other values, another size, and weights that changed in between
         batch = kl_batch(flow, y[100 * k : 100 * k + size])
+        batch += (torch.randn(batch[0].shape).to(batch[0]),) if path else ()
         figures = recorded(batch).clone()
         found = gradients_of(flow)
         expected = plain(batch)

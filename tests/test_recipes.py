@@ -139,6 +139,7 @@ def test_choices_for_atoms_need_cartesian_coordinates(data, changes):
         ({"pairs": {"source": "stream"}, "regression": {"held_out": 0.3}}, "held_out"),
         ({"pairs": {"source": "ot", "log_det": "exact"}}, r"pairs\.log_det"),
         ({"pairs": {"source": "hierarchical", "log_det": "hutchinson"}}, "towards zero"),
+        ({"likelihood": {"path": 0.5, "noise": 0.1}}, "moves frames"),
     ],
 )
 def test_settings_without_effect_are_refused(changes, words):
