@@ -43,7 +43,8 @@ class Evaluation:
             share included (`metrics.energy_distance`).
         t_w2: Wasserstein-2 distance of backbone torsions [rad].
         t_w2_reweighted: the same after importance sampling.
-        t_w2_floor: the same between two halves of the reference: what a perfect sampler would score.
+        t_w2_floor: the same between the first and the second half of the reference: about what a perfect sampler would
+            score, or a little more, since either half has its share of slow modes.
         t_w2_points: points on either side of those three.
         t_w2_error, t_w2_reweighted_error: standard errors of the first two for so many points.
         wrong_chirality: fraction of samples with a D residue.
