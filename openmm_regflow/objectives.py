@@ -4,17 +4,20 @@ Every loss is a function of (module, batch, generator) that returns the scalar t
 what is random to a batch, `of` is the loss of what was drawn. Several processes draw alike and take a slice each.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from openmm_regflow.bijections import Bijection, wrap
 from openmm_regflow.flows import Prior
 from openmm_regflow.teachers import VectorField, interpolate
 
+#: What is expensive and adds little is computed for every so many samples of a batch.
+QUARTER = 4
 #: (module, batch, generator) -> loss and its parts; each loss says which kind of module it takes
 Loss = Callable[[Any, tuple[Tensor, ...], torch.Generator], tuple[Tensor, dict[str, Tensor]]]
 
@@ -81,14 +84,27 @@ class RegFlowLoss(SplitLoss):
             parts["log_det"] = self.log_det * (log_det - reference).square().mean()
         if self.forward_backward:
             # On a quarter of the batch: the expectation is the same and the inverse costs as much as all the rest.
-            back, _ = module.inverse(out[::4])
-            error = wrapped_difference(back, z[::4], self.circular).square().sum(-1).mean()
+            back, _ = module.inverse(out[::QUARTER])
+            error = wrapped_difference(back, z[::QUARTER], self.circular).square().sum(-1).mean()
             parts["forward_backward"] = self.forward_backward * error
         return torch.stack(list(parts.values())).sum(), parts
 
 
-def path_gradient(module: Bijection, y: Tensor, z: Tensor, slope: Tensor, own: Tensor, weight: Tensor) -> Tensor:
-    """Path gradient of the forward KL: a number whose value says nothing, and whose gradient is meant.
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Within, nothing is recorded for the parameters of a module: gradients by its arguments come at half the cost."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def path_gradient(module: Bijection, prior: Prior, y: Tensor, slope: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Path gradient of the forward KL.
 
     For samples y = f(z) of a target p, that of a flow's density q with parameters theta,
 
@@ -102,20 +118,27 @@ def path_gradient(module: Bijection, y: Tensor, z: Tensor, slope: Tensor, own: T
 
     Args:
         module: the flow's bijection f.
-        y: features `(n, dim)`, a leaf that requires its gradient.
-        z: their latents `(n, dim)`, computed from `y`.
+        prior: of the latent.
+        y: features `(n, dim)`.
         slope: grad_y log p `(n, dim)`.
-        own: log q of the features `(n,)`, computed from `y`.
         weight: w `(n,)`.
+
+    Returns:
+        a number whose value says nothing and whose gradient is meant, and log q of the features `(n,)`.
     """
-    (of_flow,) = torch.autograd.grad(own.sum(), y, retain_graph=True)
+    y = y.detach().requires_grad_()
+    with frozen(module):
+        z, log_det = module.inverse(y)
+        log_q = prior.log_prob(z) + log_det
+        (own,) = torch.autograd.grad(log_q.sum(), y)
     out, _ = module(z.detach())
-    return -(weight * ((slope - of_flow) * out).sum(1)).mean()
+    return -(weight * ((slope - own) * out).sum(1)).mean(), log_q.detach()
 
 
-def _mixed(plain: Tensor, share: float, pull: Tensor) -> Tensor:
-    """A loss with the value of `plain`, and a gradient of which `share` is that of `pull`."""
-    return plain.detach() + (1 - share) * (plain - plain.detach()) + share * (pull - pull.detach())
+def _mixed(value: Tensor, share: float, pull: Tensor, plain: Tensor | None) -> Tensor:
+    """A loss with this value, and a gradient of which `share` is that of `pull` and the rest that of `plain`."""
+    total = value + share * (pull - pull.detach())
+    return total if plain is None else total + (1 - share) * (plain - plain.detach())
 
 
 @dataclass(frozen=True)
@@ -125,7 +148,8 @@ class LikelihoodLoss(SplitLoss):
     Attributes:
         prior: of the latent.
         noise: standard deviation of Gaussian noise added to the features, in units of the whitened coordinate.
-        path: share of `path_gradient`, from 0 to 1; above 0, a batch brings the slopes of log p.
+        path: share of `path_gradient`, from 0 to 1; above 0, a batch brings the slopes of log p, and the rest of the
+            gradient comes from a quarter of it.
     """
 
     prior: Prior
@@ -138,14 +162,17 @@ class LikelihoodLoss(SplitLoss):
 
     def of(self, module: Bijection, drawn: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a batch as `draw` returns it."""
-        y = drawn[0].detach().requires_grad_(self.path > 0)
-        z, log_det = module.inverse(y)
-        log_q = self.prior.log_prob(z) + log_det
-        nll = -log_q.mean()
+        y = drawn[0]
         if not self.path:
+            nll = self._plain(module, y)
             return nll, {"nll": nll}
-        pull = path_gradient(module, y, z, drawn[1], log_q, torch.ones_like(log_q))
-        return _mixed(nll, self.path, pull), {"nll": nll}
+        pull, log_q = path_gradient(module, self.prior, y, drawn[1], torch.ones_like(y[:, 0]))
+        plain = self._plain(module, y[::QUARTER]) if self.path < 1 else None
+        return _mixed(-log_q.mean(), self.path, pull, plain), {"nll": -log_q.mean()}
+
+    def _plain(self, module: Bijection, y: Tensor) -> Tensor:
+        z, log_det = module.inverse(y)
+        return -(self.prior.log_prob(z) + log_det).mean()
 
 
 @dataclass(frozen=True)
@@ -162,7 +189,8 @@ class GeneralisedKLLoss(SplitLoss):
 
     Attributes:
         prior: of the latent.
-        path: share of `path_gradient`, from 0 to 1; above 0, a batch brings the slopes of log p.
+        path: share of `path_gradient`, from 0 to 1; above 0, a batch brings the slopes of log p, and the rest of the
+            gradient comes from a quarter of it.
     """
 
     prior: Prior
@@ -171,14 +199,21 @@ class GeneralisedKLLoss(SplitLoss):
     def of(self, module: Bijection, drawn: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a batch (y `(n, dim)`, log q0 of the features `(n,)`, w `(n,)`[, grad log p `(n, dim)`])."""
         y, log_q0, w = drawn[:3]
-        y = y.detach().requires_grad_(self.path > 0)
-        z, log_det = module.inverse(y)
-        log_q = self.prior.log_prob(z) + log_det
-        log_r = log_q - log_q0
-        loss = (log_r.exp() - 1.0 - w * log_r).mean()
         if not self.path:
+            loss = self._plain(module, y, log_q0, w)
             return loss, {"kl": loss}
-        return _mixed(loss, self.path, path_gradient(module, y, z, drawn[3], log_q, w)), {"kl": loss}
+        pull, log_q = path_gradient(module, self.prior, y, drawn[3], w)
+        plain = self._plain(module, *(t[::QUARTER] for t in drawn[:3])) if self.path < 1 else None
+        value = self._divergence(log_q - log_q0, w)
+        return _mixed(value, self.path, pull, plain), {"kl": value}
+
+    def _plain(self, module: Bijection, y: Tensor, log_q0: Tensor, w: Tensor) -> Tensor:
+        z, log_det = module.inverse(y)
+        return self._divergence(self.prior.log_prob(z) + log_det - log_q0, w)
+
+    @staticmethod
+    def _divergence(log_r: Tensor, w: Tensor) -> Tensor:
+        return (log_r.exp() - 1.0 - w * log_r).mean()
 
 
 @dataclass(frozen=True)
