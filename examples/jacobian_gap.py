@@ -189,9 +189,10 @@ def likelihood(
     return flow
 
 
-def refined(bench: Bench, flow: flows.Flow, anchors: int, path: float = 0.0) -> flows.Flow:
-    """The flow after ten pools of 50,000 energies, with and without frames in them."""
-    refine(flow, bench.potential, RefineConfig(rounds=10, pool=50_000, anchors=anchors, path=path), data=bench.many)
+def refined(bench: Bench, flow: flows.Flow, anchors: int, path: float = 0.0, rounds: int = 10) -> flows.Flow:
+    """The flow after pools of 50,000 energies, with and without frames in them."""
+    config = RefineConfig(rounds=rounds, pool=50_000, anchors=anchors, path=path)
+    refine(flow, bench.potential, config, data=bench.many)
     return flow
 
 
@@ -319,6 +320,9 @@ ROWS: dict[str, tuple[str | None, Any]] = {
     "likelihood alone, 200,000 frames, then once more": (ALONE, lambda b, s: likelihood(b, s, b.many)),
     "likelihood alone, 200,000 frames, then 10 pools with 10,000 frames": (ALONE, lambda b, s: refined(b, s, 10_000)),
     "the same, nine tenths by the path": (ALONE, lambda b, s: refined(b, s, 10_000, 0.9)),
+    "likelihood alone, 200,000 frames, then 20 pools with 10,000 frames": (
+        ALONE, lambda b, s: refined(b, s, 10_000, rounds=20),
+    ),
     "likelihood alone, 10,000 frames, half by the path": (
         None, lambda b, s: likelihood(b, b.flow(), b.few, path=0.5),
     ),

@@ -222,7 +222,6 @@ class InternalMap(CoordinateMap):
         x = x.double()
         n_rows = len(zmatrix.rows)
         zmatrix = _order_rotors(zmatrix, x)
-        _refuse_mixed_labels(zmatrix, x)
         plain = cls(zmatrix, list(range(n_rows)), torch.zeros(dim), torch.eye(dim - n_rows), fixed)
         raw = plain.raw(plain.canonical(x))
         torsions = raw[:, 2 * n_rows + 3 :]
@@ -233,6 +232,7 @@ class InternalMap(CoordinateMap):
         spread = (-2.0 * resultant.log()).sqrt()
         far = (wrap(torsions - torch.atan2(sine, cosine)).abs() > math.pi / 2).double().mean(0) > FAR_SHARE
         loose = (spread > stiff_below) | far
+        _refuse_mixed_labels(zmatrix, loose)
         soft = [k for k in range(n_rows) if bool(loose[k]) or (k in proper and k in rotor_rows)]
         draft = cls(zmatrix, soft, torch.zeros(dim), torch.eye(dim - len(soft)), fixed)
         raw = draft.raw(draft.canonical(x))[:, draft.order]
@@ -465,30 +465,24 @@ def _order_rotors(zmatrix: ZMatrix, x: Tensor) -> ZMatrix:
     return replace(zmatrix, rotors=tuple(rising(r) for r in zmatrix.rotors))
 
 
-def _refuse_mixed_labels(zmatrix: ZMatrix, x: Tensor) -> None:
+def _refuse_mixed_labels(zmatrix: ZMatrix, loose: Tensor) -> None:
     """Atoms of a rotor go round the same way in all frames, or in nearly all: nothing but labels can turn them round.
+
+    Args:
+        zmatrix: with its rotors.
+        loose: `(n_rows,)`, whether a torsion is none about a single place.
 
     Raises:
         InputError: structures that were prepared apart, whose hydrogens got their numbers in another order.
     """
+    row_of = {row[0]: k for k, row in enumerate(zmatrix.rows)}
     for rotor in zmatrix.rotors:
-        if len(rotor.atoms) < 3:
-            continue
-        one_way = _one_way(zmatrix, x, rotor).double().mean()
-        if min(one_way, 1 - one_way) > FAR_SHARE:
-            names = ", ".join(map(str, rotor.atoms))
+        if any(bool(loose[row_of[atom]]) for atom in rotor.atoms[1:]):
             raise InputError(
-                f"atoms {names} go round one way in {100 * float(one_way):.3g} % of the frames and the other way in "
-                "the others, as if their labels differed between structures that were prepared apart; exchange two of "
-                "them in one set of frames"
+                f"atoms {', '.join(map(str, rotor.atoms))} go round one way in some frames and the other way in others, "
+                "as if their labels differed between structures that were prepared apart; exchange two of them in one "
+                "set of frames"
             )
-
-
-def _one_way(zmatrix: ZMatrix, x: Tensor, rotor: Rotor) -> Tensor:
-    """Whether the atoms of a rotor go round their centre in one sense `(n,)`, seen from the other side of its bond."""
-    centre = next(row[1] for row in zmatrix.rows if row[0] == rotor.atoms[0])
-    arms = [x[:, atom] - x[:, centre] for atom in rotor.atoms[:3]]
-    return torch.linalg.det(torch.stack(arms, dim=1).double()) > 0
 
 
 def _side(torsion: Tensor) -> Tensor:
