@@ -479,9 +479,9 @@ def _refuse_mixed_labels(zmatrix: ZMatrix, loose: Tensor) -> None:
     for rotor in zmatrix.rotors:
         if any(bool(loose[row_of[atom]]) for atom in rotor.atoms[1:]):
             raise InputError(
-                f"atoms {', '.join(map(str, rotor.atoms))} go round one way in some frames and the other way in others, "
-                "as if their labels differed between structures that were prepared apart; exchange two of them in one "
-                "set of frames"
+                f"atoms {', '.join(map(str, rotor.atoms))} go round one way in some frames and the other way in the "
+                "others, as if their labels differed between structures that were prepared apart; exchange two of them "
+                "in one set of frames"
             )
 
 
