@@ -165,8 +165,8 @@ def test_a_slow_mode_under_fast_noise_is_in_the_error():
         scores.append([series.mean() / math.sqrt(series.var() * g / n) for g in both])
     mended, planted = np.std(scores, axis=0)
     assert mended < 1.6 < planted, (mended, planted)  # not all of it: ten stretches know the slow mode roughly
-    free = [sides.statistical_inefficiency(rng.standard_normal(n)) for _ in range(100)]
-    assert np.mean(free) < 1.15
+    free = [sides.statistical_inefficiency(rng.standard_normal(500)) for _ in range(300)]
+    assert sum(g > 2 for g in free) <= 3  # the level is one in a thousand; four of 300 have a chance of 3e-4
 
 
 def test_reverse_work_is_minus_the_forward_work_of_the_same_path():
