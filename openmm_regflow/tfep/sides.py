@@ -17,8 +17,8 @@ from openmm_regflow.reweighting import Seed, as_generator, block_indices, to_num
 CLIP = 200.0
 #: Works that spread by less than this [kT] come from a perfect map: they all equal delta_f.
 PERFECT_SPREAD = 1e-6
-#: Stretches of a series whose means are compared, and by how much their variance exceeds that of independent ones in one
-#: of a thousand series of independent samples (99.9 % quantile of chi-squared with nine degrees of freedom, by nine).
+#: Stretches of a series whose means are compared, and by how much their variance exceeds that of independent ones in
+#: one of a thousand series of independent samples (99.9 % quantile of chi-squared with nine degrees of freedom, by 9).
 STRETCHES, SCATTER = 10, 3.1
 
 
