@@ -46,6 +46,12 @@ def make_flow(seed=0, **metadata):
     return flow
 
 
+@pytest.fixture(autouse=True)
+def no_other_moves():
+    """Moves of earlier tests that wait for the garbage collector would be copies of those with the same flow."""
+    forget()
+
+
 @pytest.fixture
 def flow_path(tmp_path):
     path = tmp_path / "flow.safetensors"
