@@ -183,7 +183,7 @@ def likelihood(
     config = LIKELIHOOD.model_copy(update={"learning_rate": rate, **settings})
     data = (bench.features(x),)
     if path:
-        y, _, slope = slopes(bench.coordinates, x.double(), bench.potential)
+        y, _, _, slope = slopes(bench.coordinates, x.double(), bench.potential)
         data = (y.float(), slope.float())
     train(flow.bijection, LikelihoodLoss(flow.prior, noise, path), Batches(data, 512), config, validation=judge)
     return flow

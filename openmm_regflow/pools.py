@@ -133,11 +133,11 @@ def _described(
         reduced potential `(n,)`, features `(n, dim)`, their log|det dy/dx| `(n,)`, membership in each set `(n, k)`,
         and the gradient of log p by the features `(n, dim)`, or `(n, 0)`.
     """
-    y, log_volume = flow.coordinates.features_of(x)
     members = torch.as_tensor(memberships(x, watch).T.copy())
     if sloped:
-        _, u, slope = slopes(flow.coordinates, x, differentiable(reduced_potential))
+        y, log_volume, u, slope = slopes(flow.coordinates, x, differentiable(reduced_potential))
     else:
+        y, log_volume = flow.coordinates.features_of(x)
         u, slope = reduced_potential(x), y.new_zeros(len(x), 0)
     return u, y.to(flow.dtype), log_volume, members, slope.to(flow.dtype)
 

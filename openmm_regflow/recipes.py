@@ -45,6 +45,8 @@ from openmm_regflow.training import Batch, Batches, History, Progress, TrainConf
 
 #: (name of the stage, steps in total) -> progress callback of that stage
 Stage = Callable[[str, int], Progress]
+#: What random numbers are for, after a seed; `pools` and `frames` have the purposes before.
+ORIENTATIONS = 1005
 #: Validation frames below which nothing can be told; fewer are taken where the user has no more.
 LEAST_VALIDATION = 50
 TEACHER_KIND = "openmm_regflow.teacher"
@@ -672,8 +674,8 @@ def _likelihood(
 
 def _sloped_batches(coordinates: CoordinateMap, x: Tensor, config: TrainConfig, potential: Differentiable) -> Batches:
     """Batches of features and of the slopes of log p, in float32; in one frame, where that matters."""
-    x = coordinates.augment(x.to(coordinates.circular.device, torch.float64), ranks.stream(config.seed, 1005))
-    y, _, slope = ranks.current().by_parts(len(x), lambda j, rows: slopes(coordinates, x[rows], potential))
+    x = coordinates.augment(x.to(coordinates.circular.device, torch.float64), ranks.stream(config.seed, ORIENTATIONS))
+    y, _, _, slope = ranks.current().by_parts(len(x), lambda j, rows: slopes(coordinates, x[rows], potential))
     return Batches((y.float(), slope.float()), config.batch_size, config.seed)
 
 

@@ -67,7 +67,7 @@ class RefineConfig(BaseModel):
     )
     tail_after: float = Field(0.0, ge=0, lt=1, description="share of the rounds after which tail begins")
     path: float = Field(
-        0.0, ge=0, le=1, description="share of the path gradient, by forces: fewer rounds, each half as long again"
+        0.0, ge=0, le=1, description="share of the path gradient, by forces: fewer rounds, each twice as long"
     )
     precision: Literal["float32", "mixed"] = Field(
         "float32", description="mixed: gradients by products in bfloat16, on CPUs that gain by it"

@@ -39,7 +39,7 @@ def differentiable(reduced_potential: Callable[[Tensor], Tensor]) -> Differentia
 
 
 @torch.no_grad()
-def slopes(coordinates: CoordinateMap, x: Tensor, potential: Differentiable) -> tuple[Tensor, Tensor, Tensor]:
+def slopes(coordinates: CoordinateMap, x: Tensor, potential: Differentiable) -> tuple[Tensor, ...]:
     """Features, and how the target's log-density changes with them, ``grad_y [-u(x(y)) + log|det dx/dy|]``.
 
     Features may leave out how a molecule lies, so that the potential is asked for where they put it, with the labels of
@@ -51,16 +51,16 @@ def slopes(coordinates: CoordinateMap, x: Tensor, potential: Differentiable) -> 
         potential: of the target.
 
     Returns:
-        features `(n, dim)`, reduced potential `(n,)` [kT], slopes `(n, dim)`; not finite where positions are not.
+        features `(n, dim)`, their log|det dy/dx| `(n,)`, reduced potential `(n,)` [kT], slopes `(n, dim)`; not finite
+        where positions are not.
     """
     size = CPU_PART if x.device.type == "cpu" else DEVICE_PART
     parts = [_slopes(coordinates, part, potential) for part in x.split(size)]
-    y, u, slope = (torch.cat(column) for column in zip(*parts, strict=True))
-    return y, u, slope
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def _slopes(coordinates: CoordinateMap, x: Tensor, potential: Differentiable) -> tuple[Tensor, Tensor, Tensor]:
-    y, _ = coordinates.to_features(x)
+def _slopes(coordinates: CoordinateMap, x: Tensor, potential: Differentiable) -> tuple[Tensor, ...]:
+    y, log_volume = coordinates.to_features(x)
     with torch.enable_grad():
         y = y.detach().requires_grad_()
         placed, log_det = coordinates.to_positions(y)
@@ -68,4 +68,4 @@ def _slopes(coordinates: CoordinateMap, x: Tensor, potential: Differentiable) ->
         u, gradient = potential.with_gradient(placed.detach())
         log_p = -(gradient * placed).sum((1, 2)) + log_det + coordinates.frame_log_density(placed)
         (slope,) = torch.autograd.grad(log_p.sum(), y)
-    return y.detach(), u, slope
+    return y.detach(), log_volume, u, slope

@@ -56,7 +56,7 @@ def pair(kind="internal"):
 def test_slopes_of_a_flow_are_its_own(kind):
     target, _ = pair(kind)
     x, _ = target.sample(200, torch.Generator().manual_seed(0))
-    y, u, found = slopes(target.coordinates, x, FlowPotential(target))
+    y, _, u, found = slopes(target.coordinates, x, FlowPotential(target))
     y = y.requires_grad_()
     z, log_det = target.bijection.inverse(y)
     (expected,) = torch.autograd.grad((target.prior.log_prob(z) + log_det).sum(), y)
@@ -70,7 +70,7 @@ def test_slopes_of_a_molecule_are_differences(constraints):
     mol, x, coordinates = coordinates_of("internal", constraints)
     x, potential = coordinates.to_positions(coordinates.to_features(x[:4])[0])[0], ReducedPotential(mol)
     x = coordinates.relabel(x, torch.Generator().manual_seed(0))
-    y, u, found = slopes(coordinates, x, potential)
+    y, _, u, found = slopes(coordinates, x, potential)
     assert torch.allclose(u, potential(x), atol=1e-6)
 
     def log_p(y):
@@ -101,7 +101,7 @@ def test_the_path_gradient_is_that_of_the_likelihood_on_average(planted):
     """... within four standard errors, and not with slopes of another target."""
     target, flow = pair()
     x, _ = target.sample(12_800, torch.Generator().manual_seed(5))
-    y, _, slope = slopes(target.coordinates, x, FlowPotential(target))
+    y, _, _, slope = slopes(target.coordinates, x, FlowPotential(target))
     if planted:
         slope = 2 * slope
     g = torch.Generator().manual_seed(6)
@@ -121,7 +121,7 @@ def test_a_flow_that_is_the_target_has_no_path_gradient():
     """Sample by sample, where the plain gradient is noise."""
     target, _ = pair()
     x, _ = target.sample(300, torch.Generator().manual_seed(0))
-    y, _, slope = slopes(target.coordinates, x, FlowPotential(target))
+    y, _, _, slope = slopes(target.coordinates, x, FlowPotential(target))
     norms = []
     for path in (0.0, 1.0):
         target.zero_grad(set_to_none=True)
@@ -133,7 +133,7 @@ def test_a_flow_that_is_the_target_has_no_path_gradient():
 def test_a_share_of_the_path_is_a_share_of_its_gradient():
     target, flow = pair()
     x, log_q0 = target.sample(300, torch.Generator().manual_seed(0))
-    y, _, slope = slopes(target.coordinates, x, FlowPotential(target))
+    y, _, _, slope = slopes(target.coordinates, x, FlowPotential(target))
     w = torch.rand(300, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     batch = y, log_q0 - target.coordinates.features_of(x)[1], w, slope
 

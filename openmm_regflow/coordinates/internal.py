@@ -6,7 +6,7 @@ factor ``8 pi^2 V`` of the rigid motion is left out, so absolute free energies l
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -348,12 +348,19 @@ class InternalMap(CoordinateMap):
         n_bonds, n_lengths = len(self.zmatrix.rows) + 2, 2 * len(self.zmatrix.rows) + 3
         bonds, angles = raw[:, :n_bonds], raw[:, n_bonds:n_lengths]
         fine = (bonds > 0).all(1) & (angles > 0).all(1) & (angles < math.pi).all(1)
-        for k, (_, m) in enumerate(self._rotor_raw):
-            if m > 2:  # past its side a sibling would count as deviating the other way, and the rotor's mean would jump
-                columns = getattr(self, f"rotor_siblings_{k}")
-                siblings = raw[:, columns] * _side(self.origin[self.unorder[columns]]).to(raw.dtype)
-                fine = fine & ((siblings > 0) & (siblings < math.pi)).all(1)
+        for siblings in self._siblings(raw):
+            fine = fine & ((siblings > 0) & (siblings < math.pi)).all(1)
         return fine & (delta[:, self.n_lengths : self.n_stiff].abs() < math.pi).all(1)
+
+    def _siblings(self, raw: Tensor) -> Iterator[Tensor]:
+        """Torsions `(n, m - 1)` of the siblings in every rotor, positive where they are in the frames of the fit.
+
+        Past its side a sibling would count as deviating the other way, and the rotor's mean would jump.
+        """
+        for k, (_, m) in enumerate(self._rotor_raw):
+            if m > 2:
+                columns = getattr(self, f"rotor_siblings_{k}")
+                yield raw[:, columns] * _side(self.origin[self.unorder[columns]]).to(raw.dtype)
 
     def _log_volume(self, raw: Tensor) -> Tensor:
         n_bonds, n_lengths = len(self.zmatrix.rows) + 2, 2 * len(self.zmatrix.rows) + 3
@@ -382,11 +389,8 @@ class InternalMap(CoordinateMap):
     def covers(self, x: Tensor) -> Tensor:
         """Whether rotors go round as in the frames of the fit `(n,)`; others have no place in these coordinates."""
         fine = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        raw = self.raw(x.double())
-        for k, (_, m) in enumerate(self._rotor_raw):
-            if m > 2:
-                columns = getattr(self, f"rotor_siblings_{k}")
-                fine &= (raw[:, columns] * _side(self.origin[self.unorder[columns]]) > 0).all(1)
+        for siblings in self._siblings(self.raw(x.double())):
+            fine &= (siblings > 0).all(1)
         return fine
 
     def between(self, x: Tensor, y: Tensor, share: Tensor) -> Tensor:
