@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from openmm_regflow.errors import CorruptFileError, InputError
@@ -98,15 +98,21 @@ def read_json(path: str | Path, remedy: str) -> dict[str, Any]:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write tensors and a JSON header to a file that is whole at any moment.
+    """Write tensors and a JSON header to a file that is whole at any moment; equal contents give equal bytes.
 
     Raises:
         InputError: the folder cannot be written or the disk is full.
     """
     text = json.dumps(header)
     metadata = {"regflow": text, "sha256": digest(tensors), HEADER_DIGEST: hashlib.sha256(text.encode()).hexdigest()}
-    with _replacing(path) as temporary:
-        save_file(dict(tensors), temporary, metadata=metadata)
+    content = memoryview(save(dict(tensors), metadata=metadata))
+    # safetensors writes the entries of the metadata in another order each time; a file's hash is what moves know it by.
+    size = int.from_bytes(content[:8], "little")
+    ordered = json.dumps(json.loads(bytes(content[8 : 8 + size])), sort_keys=True, separators=(",", ":")).encode()
+    ordered += b" " * (-len(ordered) % 8)
+    with _replacing(path) as temporary, open(temporary, "wb") as handle:
+        handle.write(len(ordered).to_bytes(8, "little") + ordered)
+        handle.write(content[8 + size :])
 
 
 def read_safetensors(path: Path, kind: str, *versions: int) -> tuple[dict[str, Any], dict[str, Tensor]]:

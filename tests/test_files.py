@@ -50,6 +50,16 @@ def test_processes_may_write_the_same_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_equal_contents_give_equal_bytes(tmp_path):
+    """safetensors alone orders the entries of its metadata by chance (six orders of three)."""
+    tensors = {"b": torch.arange(5.0), "a": torch.zeros(2, 3, dtype=torch.float64), "c": torch.ones(1)}
+    for i in range(12):
+        write_safetensors(tmp_path / f"{i}.safetensors", tensors, {"format": "x", "format_version": 1, "umlaut": "ä"})
+    assert len({(tmp_path / f"{i}.safetensors").read_bytes() for i in range(12)}) == 1
+    header, back = read_safetensors(tmp_path / "0.safetensors", "x", 1)
+    assert header["umlaut"] == "ä" and all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+
+
 def test_a_header_that_was_changed_is_noticed(tmp_path):
     """Temperature, bond lengths and scales are part of a density as much as the weights are."""
     path, header = tmp_path / "a.safetensors", {"format": "x", "format_version": 1, "temperature": 300.0}

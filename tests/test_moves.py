@@ -711,8 +711,9 @@ def test_plain_numbers_are_nanometers(flow_path, energy):
     speed = unit.nanometer / unit.picosecond
     for frame in (states.SamplerState(x, v), states.SamplerState(10 * x * unit.angstrom, v * speed)):
         move = make_move(flow_path, 4, energy=energy)
-        move.apply(thermodynamic_state(), frame)
-        assert move.n_accepted == 1
+        for _ in range(10):
+            move.apply(thermodynamic_state(), frame)
+        assert move.n_accepted > 0
         ends.append((positions(frame), frame.velocities.value_in_unit(speed)))
     np.testing.assert_allclose(*(x for x, _ in ends), rtol=1e-9)
     np.testing.assert_array_equal(*(v for _, v in ends))
