@@ -20,6 +20,7 @@ from openmm_regflow import metrics
 from openmm_regflow.errors import InputError, InsufficientDataError
 from openmm_regflow.reweighting import Seed
 from openmm_regflow.tfep.estimators import estimate
+from openmm_regflow.tfep.placement import check_placement
 from openmm_regflow.tfep.results import TargetedFreeEnergy
 from openmm_regflow.units import temperature_kelvin, thermal_energy
 
@@ -267,8 +268,9 @@ def works(
         Works `(n,)` and `(m,)`; `(n_maps, n)` and `(n_maps, m)` for a sequence of maps.
 
     Raises:
-        InputError: mismatched atoms, a sample of infinite energy in (or outside the basin of) its own state, or a
-            Cartesian map of a free molecule.
+        InputError: mismatched atoms, a sample of infinite energy in (or outside the basin of) its own state, or works
+            that would depend on where the molecule happens to lie
+            (:func:`openmm_regflow.tfep.placement.check_placement`).
         InsufficientDataError: no samples, or no map.
     """
     x_a, x_b = _tensor(positions_a), _tensor(positions_b)
@@ -277,39 +279,11 @@ def works(
     several = list(maps) if isinstance(maps, Sequence) else [maps]
     if not several:
         raise InsufficientDataError("an empty list of maps connects nothing; give at least one")
-    for each in several:
-        _refuse_free_centre(each, state_a, x_a)
+    if len(x_a) and len(x_b):
+        check_placement(several, x_a, (state_a, state_b), (x_a, x_b))
     forward = np.stack([_one_way(m.forward, state_a, state_b, x_a, "A", batch_size) for m in several])
     reverse = np.stack([_one_way(m.inverse, state_b, state_a, x_b, "B", batch_size) for m in several])
     return Works(forward, reverse) if isinstance(maps, Sequence) else Works(forward[0], reverse[0])
-
-
-def _refuse_free_centre(one: Any, state: State, x: Tensor, shift: float = 0.3) -> None:
-    """Refuse a map that changes how the centre of a free molecule is spread.
-
-    ``exp(-u)`` of a molecule in free space has no distribution of its centre, so samples have whichever their dynamics
-    gave them. A map that neither carries the centre along nor leaves it out turns a difference of these spreads into
-    a free energy: 3 log(s_A / s_B).
-
-    Raises:
-        InputError: the energy stays when everything is moved, and the map does not move with it.
-    """
-    some = x[: min(8, len(x))]
-    with torch.no_grad():
-        before, after = state.reduced(some), state.reduced(some + shift)
-        fine = np.isfinite(before) & np.isfinite(after)
-        change, size = np.abs(after[fine] - before[fine]), 1 + np.abs(before[fine])
-        if not fine.any() or (change > 1e-5 * size).any():
-            return
-        moved = (one.forward(some + shift)[0] - one.forward(some)[0]).double().reshape(len(some), -1, 3).mean(1)
-    fine &= torch.isfinite(moved).all(1).cpu().numpy()
-    along, fixed = ((moved.cpu().numpy() - target)[fine] for target in (shift, 0.0))
-    tolerance = 1e-4 * shift
-    if fine.any() and np.abs(along).max() > tolerance and np.abs(fixed).max() > tolerance:
-        raise InputError(
-            "the map changes the centre of a free molecule, whose spread no energy decides; use internal coordinates "
-            "(coordinates_for(topology, positions, kind='internal')), or a map that carries the centre along"
-        )
 
 
 def _row_keys(positions: Any, dtype: torch.dtype) -> set[bytes]:
@@ -359,7 +333,8 @@ def mapped_energies(
         ``u_kn`` `(n_states, n)` [kT] of all samples, grouped by state, and ``n_k`` `(n_states,)`.
 
     Raises:
-        InputError: unequal numbers of maps, states and samples.
+        InputError: unequal numbers of maps, states and samples, or energies that would depend on where the molecule
+            happens to lie.
     """
     if not len(maps) == len(states) == len(positions):
         raise InputError(
@@ -368,6 +343,8 @@ def mapped_energies(
     samples = [_tensor(x) for x in positions]
     columns = []
     with torch.no_grad():
+        if samples and all(map(len, samples)):
+            check_placement(maps, maps[0].inverse(samples[0][:8])[0], states, samples)
         for own, x in zip(maps, samples):
             for batch in x.split(batch_size):
                 z, _ = own.inverse(batch)

@@ -1,0 +1,111 @@
+"""States that hold a molecule in its place, or turn it, and maps that forget where it was."""
+
+import math
+
+import numpy as np
+import openmm
+import pytest
+import torch
+from analytic_molecules import TEMPERATURE, Chain, distance
+
+from openmm_regflow import tfep
+from openmm_regflow.errors import InputError
+from openmm_regflow.flows import coordinates_for
+from openmm_regflow.potentials import TorchPotential
+from openmm_regflow.tfep.placement import Placement, placement_of
+from openmm_regflow.units import thermal_energy
+
+KT = thermal_energy(TEMPERATURE)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def chain_with(*expressions, atoms=(1,)):
+    """A state of the free chain with an external force on each of some atoms."""
+    system = Chain(4).system
+    for expression, atom in zip(expressions, atoms, strict=True):
+        force = openmm.CustomExternalForce(expression)
+        force.addParticle(atom, [])
+        system.addForce(force)
+    return tfep.State(TorchPotential(system), TEMPERATURE)
+
+
+FREE = chain_with(atoms=())
+WEAK, STRONG = chain_with("5*(x^2+y^2+z^2)"), chain_with("20*(x^2+y^2+z^2)")
+FLAT = chain_with("1000*max(0, sqrt(x^2+y^2+z^2)-6)^2")
+FIELD = chain_with("-8*x", "8*x", atoms=(0, 1))
+
+
+def samples(n=64, seed=0):
+    """Near the origin, where a flat bottom is flat."""
+    x = Chain(4).sample(n, generator(seed))
+    return x - x.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("state", "place", "orientation"),
+    [(FREE, False, False), (WEAK, True, False), (FLAT, True, False), (FIELD, False, True)],
+    ids=["free", "restraint", "flat bottom", "field"],
+)
+def test_what_an_energy_says_of_place_and_orientation(state, place, orientation):
+    """A molecule whose centre is that of a restraint may turn about it."""
+    assert placement_of(state, samples(8)) == Placement(place, orientation)
+
+
+def test_single_precision_holds_no_molecule_in_its_place():
+    """Rounding at ten nanometres is no restraint."""
+    state = tfep.State(TorchPotential(Chain(4).system, dtype=torch.float32), TEMPERATURE)
+    assert placement_of(state, samples(8)) == Placement(False, False)
+
+
+@pytest.mark.parametrize("held", [WEAK, FLAT], ids=["restraint", "flat bottom"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_free_state_and_one_held_in_its_place_have_no_difference(held, turned):
+    """The number would follow wherever the frames happen to lie."""
+    states = (held, FREE) if turned else (FREE, held)
+    with pytest.raises(InputError, match=f"state {'A' if turned else 'B'} changes when the whole molecule is moved"):
+        tfep.works(tfep.IdentityMap(), *states, samples(), samples(seed=1))
+    x = [samples(), samples(seed=1)]
+    with pytest.raises(InputError, match="changes when the whole molecule is moved"):
+        tfep.mapped_energies([tfep.IdentityMap()] * 2, states, x)
+
+
+def internal_map(x):
+    coordinates = coordinates_for(Chain(4).topology, x, "internal")
+    return tfep.CoordinatesMap(coordinates, tfep.IdentityMap())
+
+
+@pytest.mark.parametrize("states", [(WEAK, STRONG), (FREE, FIELD)], ids=["restraints", "field"])
+def test_a_map_without_a_frame_is_refused_where_the_frame_counts(states):
+    x, y = samples(), samples(seed=1)
+    with pytest.raises(InputError, match="forgets where it was"):
+        tfep.works(internal_map(x), *states, x, y)
+    tfep.works(tfep.IdentityMap(), *states, x, y)
+    tfep.works(internal_map(x), FREE, FREE, x, y)
+    with pytest.raises(InputError, match="forgets where it was"):
+        tfep.mapped_energies([tfep.IdentityMap(), internal_map(x)], states, [x, y])
+
+
+def in_the_field(n, seed):
+    """Exact samples of the chain in the field, by rejection: its energy is -8 (x0 - x1), at least -8 b."""
+    x = Chain(4).sample(40 * n, generator(seed))
+    gain = 8 * (x[:, 0, 0] - x[:, 1, 0]) / KT
+    return x[torch.rand(len(x), generator=generator(seed + 1), dtype=torch.float64) < (gain - 8 * 0.3 / KT).exp()][:n]
+
+
+def test_a_field_that_turns_a_molecule_has_a_free_energy():
+    """-ln <sinh(f b / kT) / (f b / kT)> over the bond, where the frames of the free molecule lie in all directions."""
+    exact = -math.log(Chain(4).bond.mean(lambda b: np.sinh(8 * b / KT) / (8 * b / KT)))
+    x, y = Chain(4).sample(4000, generator(2)), in_the_field(4000, 3)
+    assert len(y) == 4000 and float(distance(y, 0, 1).max()) < 0.3
+    found = tfep.free_energy_difference(tfep.IdentityMap(), FREE, FIELD, x, y, trained_on=None, generator=0)
+    assert abs(found.delta_f - exact) < 4 * found.uncertainty
+    # The planted error: frames of the free molecule that all lie along the field.
+    bond = x[:, :1] - x[:, 1:2]
+    aligned = x.clone()
+    aligned[:, 0, :] = x[:, 1, :] + bond[:, 0].norm(dim=1, keepdim=True) * torch.tensor([1.0, 0.0, 0.0]).double()
+    wrong = tfep.works(tfep.IdentityMap(), FREE, FIELD, aligned, y)
+    one_sided = -math.log(np.exp(-wrong.forward).mean())
+    assert abs(one_sided - exact) > 20 * found.uncertainty
