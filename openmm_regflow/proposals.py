@@ -149,6 +149,8 @@ class FlowProposal:
         check_atoms(self.flow, self.potential)
         if not self.allow_mismatch:
             check_flow(self.flow, self.system, self.temperature, self.extra_forces)
+            if self.system is not None:
+                check_bonded(self.system, bonds_of_subset(self.flow, range(self.flow.n_atoms)), "the System")
         self._set_constraints()
 
     def _set_constraints(self) -> None:

@@ -10,6 +10,7 @@ from openmm import unit
 from openmm_regflow.constraints import fixed_bonds
 from openmm_regflow.errors import IncompatibleFlowError, InputError, UnsupportedForceError
 from openmm_regflow.fingerprints import compare_fingerprints, fingerprint
+from openmm_regflow.trajectories import bonds_of
 
 #: Relative difference of a constraint's length and the flow's fixed bond that counts as equal (nine digits).
 LENGTH_TOLERANCE = 1e-9
@@ -29,7 +30,7 @@ def check_subset(subset: Sequence[int], n_atoms: int, n_flow: int) -> None:
         raise InputError(f"atom_subset has {len(subset)} atoms, the flow generates {n_flow}")
 
 
-def check_bonded(system: openmm.System, bonds: Sequence[tuple[int, int]]) -> None:
+def check_bonded(system: openmm.System, bonds: Sequence[tuple[int, int]], where: str = "atom_subset") -> None:
     """Refuse atoms in another order than the flow's: bonds of its Z-matrix that the System does not have.
 
     Masses would not tell: a methyl carbon whose mass went to its hydrogens is lighter than they are.
@@ -37,19 +38,17 @@ def check_bonded(system: openmm.System, bonds: Sequence[tuple[int, int]]) -> Non
     Args:
         system: the System; one without harmonic bonds and constraints says nothing.
         bonds: pairs of atoms, in the numbering of the System.
+        where: what has these atoms, for the message.
 
     Raises:
         IncompatibleFlowError: naming the first pair.
     """
-    known = {frozenset(bond[:2]) for bond in fixed_bonds(system)}
-    for force in system.getForces():
-        if isinstance(force, openmm.HarmonicBondForce):
-            known |= {frozenset(force.getBondParameters(k)[:2]) for k in range(force.getNumBonds())}
+    known = set(map(frozenset, bonds_of(system).pairs.tolist()))
     wrong = [bond for bond in bonds if frozenset(bond) not in known]
     if known and wrong:
         raise IncompatibleFlowError(
-            f"atoms {wrong[0][0]} and {wrong[0][1]} of atom_subset stand where the flow has a bond, and the System has "
-            "none there; give the atoms in the order of the flow's training, or pass allow_mismatch=True"
+            f"atoms {wrong[0][0]} and {wrong[0][1]} of {where} stand where the flow has a bond, and the System has "
+            "none there; give the atoms in the order of the flow's training, or in Python pass allow_mismatch=True"
         )
 
 
@@ -251,7 +250,7 @@ def check_flow(
     if differences:
         raise IncompatibleFlowError(
             f"the flow belongs to another System or temperature ({'; '.join(differences)}); train one for "
-            "this System, or pass allow_mismatch=True to use it as it is"
+            "this System, or in Python pass allow_mismatch=True to use it as it is"
         )
 
 

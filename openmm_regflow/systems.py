@@ -16,9 +16,11 @@ import openmm
 from openmm import app, unit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from openmm_regflow import metrics
 from openmm_regflow.elements import symbol
-from openmm_regflow.errors import CorruptFileError, InputError
+from openmm_regflow.errors import InputError
 from openmm_regflow.fingerprints import fingerprint
+from openmm_regflow.trajectories import bonds_of, check_bond_lengths, load_trajectory
 from openmm_regflow.units import temperature_kelvin, to_float
 
 Split = Literal["train", "validation", "test"]
@@ -106,10 +108,16 @@ class MolecularSystem:
 
     @cached_property
     def chiral_centres(self) -> np.ndarray:
-        """Atom indices (CA, N, C, CB) of every residue that has them, int `(k, 4)`."""
+        """Atom indices (CA, N, C, CB) of every residue that has them, int `(k, 4)`.
+
+        Of a residue that is D in the structure N and C are exchanged, so that in every row
+        :func:`openmm_regflow.metrics.wrong_chirality` tells what is unlike the structure.
+        """
         names = [{atom.name: atom.index for atom in residue.atoms()} for residue in self.topology.residues()]
         rows = [[at[name] for name in ("CA", "N", "C", "CB")] for at in names if {"CA", "N", "C", "CB"} <= set(at)]
-        return np.array(rows, dtype=np.int64).reshape(-1, 4)
+        centres = np.array(rows, dtype=np.int64).reshape(-1, 4)
+        mirrored = metrics.chiral_volumes(self.positions[None], centres)[0] < 0
+        return np.where(mirrored[:, None], centres[:, [0, 2, 1, 3]], centres)
 
     def reference_path(self, split: Split) -> Path:
         """Path of the reference trajectory of a split, whether or not it exists.
@@ -136,65 +144,23 @@ class MolecularSystem:
                 f"{self.name} has no {split} reference at {path}; give a trajectory of `openmm-regflow simulate "
                 f"{self.folder}` as {'--validation' if split == 'validation' else '--data'}, or put it there"
             )
-        return load_trajectory(path, self.topology)
+        return self.load_trajectory(path)
 
+    def load_trajectory(self, path: Path | str, *, stride: int = 1) -> np.ndarray:
+        """Frames of this molecule from a file, float32 `(n_frames, n_atoms, 3)` [nm].
 
-def load_trajectory(path: Path | str, topology: app.Topology) -> np.ndarray:
-    """Positions from an HDF5 trajectory in mdtraj's format, checked against a topology.
+        Args:
+            path: HDF5, DCD, NetCDF; see :func:`openmm_regflow.trajectories.load_trajectory`.
+            stride: take every so-many-th frame.
 
-    Args:
-        path: file written by mdtraj or by :func:`openmm_regflow.simulate.export_hdf5`.
-        topology: the molecule that it has to show, atom for atom.
-
-    Returns:
-        Positions [nm], float32 `(n_frames, n_atoms, 3)`.
-
-    Raises:
-        InputError: no such file, another molecule, fewer than two frames, or no PyTables.
-        CorruptFileError: truncated or damaged file, or positions that are not finite.
-    """
-    from mdtraj.formats import HDF5TrajectoryFile
-
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"no trajectory at {path}; check the path")
-    try:
-        with HDF5TrajectoryFile(str(path), "r") as file:
-            elements = [symbol(atom) for atom in file.topology.atoms]
-            frames = file.read(atom_indices=None).coordinates
-    except ImportError as error:
-        raise InputError(f"{path} cannot be read: mdtraj needs PyTables, which cannot be imported") from error
-    except Exception as error:  # h5py, tables and mdtraj raise a dozen unrelated types on damaged files
-        raise CorruptFileError(
-            f"{path} is not a readable HDF5 trajectory ({type(error).__name__}); copy or simulate it again"
-        ) from error
-    check_molecule(elements, [symbol(atom) for atom in topology.atoms()], str(path))
-    if frames is None or len(frames) < 2:
-        raise InputError(f"{path} holds {0 if frames is None else len(frames)} frame(s); at least two are needed")
-    if not np.isfinite(frames).all():
-        raise CorruptFileError(f"{path} holds positions that are not finite; simulate it again")
-    return np.ascontiguousarray(frames, dtype=np.float32)
-
-
-def check_molecule(elements: list[str], expected: list[str], place: str) -> None:
-    """Refuses atoms of another molecule.
-
-    Args:
-        elements: element symbols found at ``place``.
-        expected: element symbols of the system.
-        place: what to name in the message.
-
-    Raises:
-        InputError: another number or order of atoms.
-    """
-    if len(elements) != len(expected):
-        raise InputError(f"{place} holds {len(elements)} atoms, the system {len(expected)}; give data of this molecule")
-    for index, (found, wanted) in enumerate(zip(elements, expected, strict=True)):
-        if found != wanted:
-            raise InputError(
-                f"{place}: atom {index} is {found}, in the system it is {wanted}; "
-                "give data of this molecule in its atom order"
-            )
+        Raises:
+            InputError: no such file, a format that rounds positions, another molecule, frames that cannot be this
+                molecule (see :func:`openmm_regflow.trajectories.check_bond_lengths`), or fewer than two.
+            CorruptFileError: truncated or damaged file, or positions that are not finite.
+        """
+        frames = load_trajectory(path, self.topology, stride=stride)
+        check_bond_lengths(frames, self.system, self.temperature, str(path))
+        return frames
 
 
 _TORSION_ATOMS = {
@@ -379,6 +345,7 @@ def _build(config: SystemConfig, folder: Path) -> MolecularSystem:
         raise InputError(f"{structure} is not a readable PDB file: {error}") from error
     if config.system_xml is not None:
         system = _system_from_xml(folder / config.system_xml, len(positions))
+        _check_order(system, pdb.topology, f"{structure} and {folder / config.system_xml}")
     else:
         system = _system_from_force_field(config, folder, pdb.topology)
     name = config.name or folder.resolve().name
@@ -402,6 +369,37 @@ def _system_from_xml(path: Path, n_atoms: int) -> openmm.System:
             f"{path} has {system.getNumParticles()} particles, the structure {n_atoms}; give a matching pair"
         )
     return system
+
+
+def _check_order(system: openmm.System, topology: app.Topology, files: str) -> None:
+    """Refuse a structure whose atoms are in another order than the System's particles.
+
+    Then either has bonds that the other lacks. One side alone may: a PDB file without CONECT records lacks bonds, one
+    with those of a metal has more than the force field.
+
+    Raises:
+        InputError: naming a bond of each.
+    """
+    known, drawn = bonds_of(system), {frozenset((a.index, b.index)) for a, b in topology.bonds()}
+    neighbours: dict[int, set[int]] = {}
+    for i, j in map(tuple, drawn):
+        neighbours.setdefault(i, set()).add(j)
+        neighbours.setdefault(j, set()).add(i)
+    pairs = {frozenset(map(int, pair)): np.isinf(k) for pair, k in zip(known.pairs, known.stiffness)}
+    massive = [i for i in range(system.getNumParticles()) if system.getParticleMass(i).value_in_unit(unit.dalton) > 0]
+    missing = [pair for pair in drawn - pairs.keys() if pair <= set(massive)]
+    # A constrained angle is no bond.
+    surplus = [
+        pair for pair in pairs.keys() - drawn
+        if not (pairs[pair] and set.intersection(*(neighbours.get(i, set()) for i in pair)))
+    ]  # fmt: skip
+    if missing and surplus:
+        names = [f"{a.index} ({symbol(a)})" for a in topology.atoms()]
+        ours, theirs = (" and ".join(names[i] for i in sorted(min(map(sorted, found)))) for found in (missing, surplus))
+        raise InputError(
+            f"{files} are in different orders of atoms: the structure has a bond between atoms {ours}, the System has "
+            f"none there but one between {theirs}; write the PDB file from the topology that the System was made of"
+        )
 
 
 def _system_from_force_field(config: SystemConfig, folder: Path, topology: app.Topology) -> openmm.System:

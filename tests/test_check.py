@@ -31,6 +31,7 @@ from openmm_regflow.flows import FlowMetadata
 from openmm_regflow.potentials import TorchPotential
 from openmm_regflow.proposals import FlowProposal, ProposalBatch, SubsetProposal
 from openmm_regflow.systems import MolecularSystem, load_system, select_atoms
+from openmm_regflow.trajectories import bonds_of
 
 TARGET = Chain(4)
 
@@ -377,8 +378,13 @@ def test_selections():
 
 
 def write_folder(folder, whole):
+    topology = chain_topology(whole.n_atoms)
+    topology._bonds.clear()
+    atoms = list(topology.atoms())
+    for i, j in bonds_of(whole.system).pairs.tolist():
+        topology.addBond(atoms[i], atoms[j])
     with open(folder / "structure.pdb", "w") as file:
-        app.PDBFile.writeFile(whole.topology, whole.positions * unit.nanometer, file)
+        app.PDBFile.writeFile(topology, whole.positions * unit.nanometer, file)
     (folder / "system.toml").write_text(f'system_xml = "system.xml"\ntemperature = {TEMPERATURE}\n')
     (folder / "system.xml").write_text(openmm.XmlSerializer.serialize(whole.system))
 

@@ -228,7 +228,29 @@ def test_simulate_resumes(capsys, tmp_path):
     assert run(capsys, *short, "--iterations", 4, "--burn-in", 1)[0] == 0
     code, out, err = run(capsys, *short, "--iterations", 8, "--burn-in", 1)
     assert code == 0, err
-    assert mdtraj.load(tmp_path / "trajectory.h5").n_frames >= 4 and "acceptance" in out
+    assert mdtraj.load(tmp_path / "trajectory.h5").n_frames == 7 and "acceptance" in out
+    code, out, _ = run(capsys, *short, "--iterations", 2, "--burn-in", 1)
+    assert code == 0 and "8 iterations already" in " ".join(out.split())
+    assert mdtraj.load(tmp_path / "trajectory.h5").n_frames == 7
+
+
+def test_simulate_keeps_to_its_own_folder(capsys, tmp_path):
+    """Neither another process's, nor one that holds other things."""
+    import fcntl
+
+    short = ["simulate", "alanine-dipeptide", "--steps", 10, "--replicas", 2, "--iterations", 4, "--scramble", 2]
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("")
+    assert "holds other things" in refused(capsys, *short, "-o", tmp_path / "notes")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "run.json").write_text('{"command": "train", "settings": {}, "finished": true}')
+    assert "holds other things" in refused(capsys, *short, "-o", tmp_path / "train")
+    (tmp_path / "busy").mkdir()
+    handle = os.open(tmp_path / "busy", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert "another process is at work" in refused(capsys, *short, "-o", tmp_path / "busy")
+    os.close(handle)
+    assert run(capsys, *short, "-o", tmp_path / "busy")[0] == 0
 
 
 def test_simulate_batched(capsys, tmp_path):

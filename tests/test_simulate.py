@@ -16,9 +16,11 @@ from openmm_regflow import metrics, simulate
 from openmm_regflow.errors import CorruptFileError, InputError, InsufficientDataError
 from openmm_regflow.fingerprints import compare_fingerprints
 from openmm_regflow.simulate import (
+    BatchedSettings,
     TemperingRun,
     TemperingSettings,
     analyse,
+    batched_tempering,
     export,
     export_hdf5,
     export_reference,
@@ -43,7 +45,6 @@ SHORT = {
     "n_iterations": 6,
     "steps_per_iteration": 20,
     "scramble_steps": 50,
-    "checkpoint_interval": 2,
     "seed": 5,
 }
 
@@ -141,8 +142,9 @@ class Stop:
             raise KeyboardInterrupt
 
 
-def test_interrupted_run_resumes_and_keeps_its_prefix(dipeptide, tmp_path):
-    settings = TemperingSettings.create(**{**SHORT, "n_iterations": 24})
+@pytest.mark.parametrize("interval", [1, 6])
+def test_interrupted_run_resumes_and_keeps_its_prefix(dipeptide, tmp_path, interval):
+    settings = TemperingSettings.create(**{**SHORT, "n_iterations": 24, "checkpoint_interval": interval})
     with pytest.raises(KeyboardInterrupt):
         parallel_tempering(dipeptide, tmp_path, settings, progress=Stop(after=20))
     prefix = load_run(tmp_path)
@@ -151,20 +153,56 @@ def test_interrupted_run_resumes_and_keeps_its_prefix(dipeptide, tmp_path):
     parallel_tempering(dipeptide, tmp_path, settings, resume=True, progress=progress)
     run = load_run(tmp_path)
     assert len(run.states) == 24
-    assert progress.calls[0][0] >= 18  # the last checkpoint before the interruption
-    assert progress.calls[-1] == (24, 24)
-    assert np.array_equal(run.positions[:18], prefix.positions[:18])
+    kept = 20 // interval * interval  # up to the last checkpoint before the interruption
+    assert progress.calls[0] == (kept, 24) and progress.calls[-1] == (24, 24)
+    np.testing.assert_array_equal(run.positions[:kept], prefix.positions[:kept])
 
 
-def test_finished_run_extends_and_resuming_it_again_is_harmless(dipeptide, tmp_path):
+def test_a_killed_process_loses_nothing_that_it_has_written(dipeptide, tmp_path):
+    """Not even a checkpoint at the end, as after Ctrl-C."""
+    code = (
+        "import os, sys; from openmm_regflow.simulate import *; from openmm_regflow.systems import load_system\n"
+        "settings = TemperingSettings.create(**eval(sys.argv[2]))\n"
+        "def stop(done, total): done >= 20 and os._exit(9)\n"
+        "parallel_tempering(load_system('alanine-dipeptide'), sys.argv[1], settings, progress=stop)"
+    )
+    values = {**SHORT, "n_iterations": 24}
+    done = subprocess.run([sys.executable, "-c", code, tmp_path, repr(values)], capture_output=True, timeout=300)
+    assert done.returncode == 9, done.stderr
+    progress = Stop(after=1000)
+    parallel_tempering(dipeptide, tmp_path, TemperingSettings.create(**values), resume=True, progress=progress)
+    assert progress.calls[0] == (20, 24) and len(load_run(tmp_path).states) == 24
+
+
+@pytest.mark.parametrize("interval", [1, 100])
+def test_a_finished_run_is_left_as_it_is(dipeptide, tmp_path, interval):
+    """Asked for again or for less; 100: it has no checkpoint but that of its beginning."""
+    settings = TemperingSettings.create(**{**SHORT, "checkpoint_interval": interval})
+    parallel_tempering(dipeptide, tmp_path, settings)
+    first = (tmp_path / simulate.STORAGE).read_bytes()
+    for n in (6, 3):
+        progress = Stop(after=1000)
+        parallel_tempering(
+            dipeptide, tmp_path, settings.model_copy(update={"n_iterations": n}), resume=True, progress=progress
+        )
+        assert (tmp_path / simulate.STORAGE).read_bytes() == first and progress.calls == [(n, n)]
+
+
+def test_finished_run_extends(dipeptide, tmp_path):
     parallel_tempering(dipeptide, tmp_path, TemperingSettings.create(**SHORT))
     first = load_run(tmp_path)
-    longer = TemperingSettings.create(**{**SHORT, "n_iterations": 9})
-    for _ in range(2):
-        parallel_tempering(dipeptide, tmp_path, longer, resume=True)
-        run = load_run(tmp_path)
-        assert len(run.states) == 9
-        assert np.array_equal(run.positions[:6], first.positions)
+    longer, progress = TemperingSettings.create(**{**SHORT, "n_iterations": 9}), Stop(after=1000)
+    parallel_tempering(dipeptide, tmp_path, longer, resume=True, progress=progress)
+    run = load_run(tmp_path)
+    assert len(run.states) == 9 and progress.calls[0] == (6, 9)
+    np.testing.assert_array_equal(run.positions[:6], first.positions)
+
+
+def test_the_other_engines_run_is_not_gone_on_with(dipeptide, tmp_path):
+    values = {"n_copies": 2, "n_replicas": 2, "n_iterations": 2, "steps_per_iteration": 2, "scramble_steps": 2}
+    batched_tempering(dipeptide, tmp_path, BatchedSettings.create(**values))
+    with pytest.raises(InputError, match="batched engine"):
+        parallel_tempering(dipeptide, tmp_path, TemperingSettings.create(**SHORT), resume=True)
 
 
 def test_existing_run_is_not_overwritten(short_run, dipeptide):

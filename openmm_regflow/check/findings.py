@@ -120,8 +120,8 @@ def _identity(flow: Any, molecule: MolecularSystem, subset: Sequence[int] | None
         return Finding("belongs together", words, False)
     try:
         check_flow(flow, None if subset else molecule.system, molecule.temperature)
-        if subset is not None:
-            check_bonded(molecule.system, bonds_of_subset(flow, subset))
+        where = "the System" if subset is None else "atom_subset"
+        check_bonded(molecule.system, bonds_of_subset(flow, subset or range(n_atoms)), where)
     except IncompatibleFlowError as error:
         return Finding("belongs together", str(error), False)
     if subset is not None:

@@ -5,7 +5,17 @@ from typing import Annotated, Any
 
 import typer
 
-from openmm_regflow.cli.shell import Device, Output, Seed, bars, command, resumable, show_table, use_platform
+from openmm_regflow.cli.shell import (
+    Device,
+    Output,
+    Seed,
+    bars,
+    command,
+    extendable,
+    resumable,
+    show_table,
+    use_platform,
+)
 from openmm_regflow.errors import InputError
 
 
@@ -45,8 +55,9 @@ def simulate(
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:
-    """Reference data: parallel tempering, resumable, exported to float32 HDF5.
+    """Reference data: parallel tempering, exported to float32 HDF5.
 
+    The same command again goes on with a run that was interrupted, or lengthens one that has fewer iterations.
     On a GPU the replicas of openmmtools run on OpenMM's CUDA platform, those of the batched engine in torch.
 
     Example: openmm-regflow simulate alanine-dipeptide --iterations 10000 --output runs/aldp
@@ -73,22 +84,27 @@ def simulate(
         "scramble_steps": scramble,
         "seed": seed,
     } | where
-    with bars() as bar:
-        update = bar("tempering", iterations)
+    with extendable(output):
+        with bars() as bar:
+            update = bar("tempering", iterations)
 
-        def progress(done: int, total: int) -> None:
-            update(done, total, {})
+            def progress(done: int, total: int) -> None:
+                update(done, total, {})
 
-        if engine == "batched":
-            many = engines.BatchedSettings.create(**values, n_copies=copies)
-            engines.batched_tempering(mol, output, many, progress=progress)
-        else:
-            one = engines.TemperingSettings.create(**values)
-            engines.parallel_tempering(mol, output, one, resume=True, progress=progress)
-    runs = [run.after(min(burn_in, len(run.positions) // 2)) for run in engines.load_runs(output)]
-    free = engines.is_free(mol.system, mol.positions)
-    positions = np.concatenate([engines.target_frames(run, centre=free) for run in runs])
-    path = engines.export_hdf5(engines.thin(positions, frames), mol.topology, output / "trajectory.h5")
+            if engine == "batched":
+                many = engines.BatchedSettings.create(**values, n_copies=copies)
+                engines.batched_tempering(mol, output, many, progress=progress)
+            else:
+                one = engines.TemperingSettings.create(**values)
+                engines.parallel_tempering(mol, output, one, resume=True, progress=progress)
+        runs = engines.load_runs(output)
+        n = len(runs[0].positions)
+        runs = [run.after(min(burn_in, n // 2)) for run in runs]
+        free = engines.is_free(mol.system, mol.positions)
+        positions = np.concatenate([engines.target_frames(run, centre=free) for run in runs])
+        path = engines.export_hdf5(engines.thin(positions, frames), mol.topology, output / "trajectory.h5")
+    if n > iterations:
+        print(f"the run in {output} has {n} iterations already; all of them are used")
     print(f"acceptance between neighbours: {', '.join(f'{a:.2f}' for a in runs[0].acceptance)}")
     phi = mol.torsions("phi")
     if len(phi):

@@ -155,15 +155,38 @@ def output_of(folder: Path, command: str, settings: dict[str, Any], overwrite: b
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error}; choose a writable --output") from error
-    with _locked(folder):
+    with locked(folder):
         _prepare(folder, {"command": command, "settings": settings}, overwrite)
         yield
         write_json(marker, read_json(marker, "give the command again") | {"finished": True})
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Refuse a folder that another process holds; the system lets go of it when a process ends, however it ends."""
+def extendable(folder: Path) -> Iterator[None]:
+    """The folder of a simulation, which may always go on: made, or that of an earlier one; held while the block runs.
+
+    Raises:
+        InputError: not writable, holding something else, or written by another process.
+        CorruptFileError: what a run left there is damaged.
+    """
+    from openmm_regflow.files import read_json
+    from openmm_regflow.simulate import writable_folder
+
+    record = writable_folder(folder) / RUN_FILE
+    other = any(folder.iterdir()) and not record.is_file()
+    if other or (record.is_file() and "command" in read_json(record, "choose another --output")):
+        raise InputError(f"{folder} exists and holds other things; choose an empty or new folder with --output")
+    with locked(folder):
+        yield
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Refuse a folder that another process holds; the system lets go of it when a process ends, however it ends.
+
+    Raises:
+        InputError: another process is at work there.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
@@ -247,14 +270,10 @@ def use_platform(device: str) -> str | None:
 
 def given_frames(molecule: "MolecularSystem", data: Path | None, split: "Split") -> "np.ndarray":
     """Frames `(m, n_atoms, 3)` [nm] of the trajectory that was given, or of the system's own split."""
-    from openmm_regflow.systems import load_trajectory
-
-    return load_trajectory(data, molecule.topology) if data else molecule.reference(split)
+    return molecule.load_trajectory(data) if data else molecule.reference(split)
 
 
-def open_proposal(
-    flow_file: Path, system: str | None, device: str, allow_mismatch: bool = False
-) -> tuple[str, Any, Any]:
+def open_proposal(flow_file: Path, system: str | None, device: str) -> tuple[str, Any, Any]:
     """(system, molecule, proposal) for a flow file and a system; flow and energies on the device.
 
     Without a system it is the one that the flow names; it must be the very one in either case.
@@ -279,7 +298,7 @@ def open_proposal(
         ) from error
     potential = _potential(molecule.system, device)
     try:
-        proposal = FlowProposal(flow, potential, molecule.temperature, allow_mismatch=allow_mismatch)
+        proposal = FlowProposal(flow, potential, molecule.temperature)
     except IncompatibleFlowError as error:
         if flow.metadata.system in (None, molecule.name):
             raise

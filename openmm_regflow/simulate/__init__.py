@@ -33,6 +33,7 @@ from openmm_regflow.simulate.tempering import (
     read_record,
     temperature_ladder,
     with_hydrogen_mass,
+    writable_folder,
 )
 
 __all__ = [
@@ -68,4 +69,5 @@ __all__ = [
     "torsion_bias_system",
     "with_hydrogen_mass",
     "with_torsion_bias",
+    "writable_folder",
 ]

@@ -10,10 +10,11 @@ The sampler is that of Chodera & Shirts (J. Chem. Phys. 135, 194110, 2011), the 
 Leimkuhler & Matthews (Appl. Math. Res. Express 2013, 34), the engine OpenMM (PLoS Comput. Biol. 13, e1005659, 2017).
 """
 
+import contextlib
 import copy
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -55,7 +56,8 @@ class TemperingSettings(BaseModel):
         collision_rate: [1/ps].
         hydrogen_mass: mass of hydrogen while sampling [dalton]; None keeps the System's.
         scramble_steps: steps of each replica at ``max_temperature`` before the run, to part the starting points.
-        checkpoint_interval: iterations between points from which an interrupted run continues.
+        checkpoint_interval: iterations between points from which a run continues; what follows the last one is
+            simulated again. Each costs as much storage as the positions of an iteration, and hardly any time.
         platform: OpenMM platform name; on a GPU in mixed precision. None lets OpenMM choose, precision and device too.
         seed: seeds everything random.
     """
@@ -70,7 +72,7 @@ class TemperingSettings(BaseModel):
     collision_rate: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     hydrogen_mass: float | None = Field(default=4.0, gt=0)
     scramble_steps: int = Field(default=20_000, ge=0)
-    checkpoint_interval: int = Field(default=100, ge=1)
+    checkpoint_interval: int = Field(default=1, ge=1)
     platform: str | None = "Reference"
     seed: int = Field(default=0, ge=0, lt=2**31 - 1)
 
@@ -130,7 +132,8 @@ def parallel_tempering(
     Args:
         molecule: the system; its temperature is the lowest of the ladder.
         output: folder for the storage file and its record; made if absent.
-        settings: see :class:`TemperingSettings`. On resuming, only ``n_iterations`` may differ.
+        settings: see :class:`TemperingSettings`. On resuming, only ``n_iterations`` may differ; a run that has as many
+            is left as it is.
         resume: continue the run in ``output``; without one there, start it.
         progress: called after every few iterations.
 
@@ -138,7 +141,7 @@ def parallel_tempering(
         The storage file, NetCDF.
 
     Raises:
-        InputError: unwritable folder, a run already there, or one with other settings or another System.
+        InputError: unwritable folder, a run already there, or one with other settings, engine or System.
         CorruptFileError: a storage file that cannot be resumed.
     """
     settings = settings or TemperingSettings()
@@ -147,9 +150,14 @@ def parallel_tempering(
     storage = folder / STORAGE
     if storage.exists() and not resume:
         raise InputError(f"{folder} already holds a run; resume it or choose another output folder")
+    if (folder / RECORD).is_file() and (engine := read_record(folder / RECORD).get("engine")) is not None:
+        raise InputError(f"{folder} holds a run of the {engine} engine; go on with it, or choose another folder")
     _quiet()
     if storage.exists():
         _check_record(folder / RECORD, molecule, settings)
+        if _stored_iterations(storage) >= settings.n_iterations:
+            progress(settings.n_iterations, settings.n_iterations)
+            return storage
         sampler = _reopen(storage, settings)
     else:
         _write_record(folder / RECORD, molecule, settings)
@@ -335,18 +343,33 @@ def _starting_points(
     return points
 
 
+@contextlib.contextmanager
+def _reading(storage: Path) -> Iterator[None]:
+    """Name a storage file that cannot be read; netCDF4, yaml and openmmtools raise unrelated types."""
+    try:
+        yield
+    except Exception as error:
+        raise CorruptFileError(
+            f"{storage} cannot be resumed ({type(error).__name__}: {error}); start again in another folder"
+        ) from error
+
+
+def _stored_iterations(storage: Path) -> int:
+    """How many iterations a storage file holds."""
+    import netCDF4
+
+    with _reading(storage), netCDF4.Dataset(str(storage)) as file:
+        return int(file.variables["last_iteration"][0])
+
+
 def _reopen(storage: Path, settings: TemperingSettings) -> Any:
     """The sampler of an existing storage file, at its last checkpoint."""
     from openmmtools import multistate
 
-    try:
+    with _reading(storage):
         sampler = _sampler_class().from_storage(
             multistate.MultiStateReporter(str(storage), checkpoint_interval=settings.checkpoint_interval)
         )
-    except Exception as error:  # netCDF4, yaml and openmmtools raise unrelated types on damaged files
-        raise CorruptFileError(
-            f"{storage} cannot be resumed ({type(error).__name__}: {error}); start again in another folder"
-        ) from error
     stream = sampler.iteration + 1
     state = sampler._thermodynamic_states[0]
     for move in sampler._mcmc_moves:

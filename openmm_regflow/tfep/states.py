@@ -43,11 +43,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from openmm_regflow import plots
 from openmm_regflow.elements import symbol
-from openmm_regflow.errors import CorruptFileError, InputError, InsufficientDataError
+from openmm_regflow.errors import InputError, InsufficientDataError
 from openmm_regflow.files import write_json
 from openmm_regflow.flows import coordinates_for
 from openmm_regflow.simulate import BatchedSettings, batched_tempering, load_runs
-from openmm_regflow.systems import MolecularSystem, load_system, load_trajectory
+from openmm_regflow.systems import MolecularSystem, load_system
 from openmm_regflow.tfep.ensembles import shared_bonds, state_of
 from openmm_regflow.tfep.estimators import convergence, estimate
 from openmm_regflow.tfep.learned import fit_map
@@ -67,8 +67,6 @@ from openmm_regflow.tfep.pipeline import (
 from openmm_regflow.tfep.results import TargetedFreeEnergy
 from openmm_regflow.tfep.storage import state_from_storage
 from openmm_regflow.training import TrainConfig
-
-_HDF5 = (".h5", ".hdf5")
 
 
 class _Section(BaseModel):
@@ -168,34 +166,6 @@ def load_states(path: str | Path) -> StatesConfig:
         raise InputError(f"{path}: {'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}") from error
 
 
-def read_positions(path: Path, molecule: MolecularSystem, stride: int = 1) -> np.ndarray:
-    """Positions [nm] `(n, n_atoms, 3)` of a trajectory in any full-precision format that mdtraj reads.
-
-    Raises:
-        InputError: missing file, a format that rounds positions, or other atoms.
-        CorruptFileError: the file cannot be read.
-    """
-    if path.suffix.lower() in _HDF5:
-        return load_trajectory(path, molecule.topology)[::stride]
-    if not path.is_file():
-        raise InputError(f"no trajectory at {path}; check the path")
-    if path.suffix.lower() in (".xtc", ".tng", ".gro"):
-        raise InputError(
-            f"{path} rounds positions to 1e-3 nm, which moves energies by many kT; give HDF5, DCD or NetCDF"
-        )
-    import mdtraj
-
-    try:
-        trajectory = mdtraj.load(str(path), top=mdtraj.Topology.from_openmm(molecule.topology), stride=stride)
-    except ValueError as error:
-        raise InputError(f"{path} does not fit a molecule of {molecule.n_atoms} atoms: {error}") from error
-    except Exception as error:  # mdtraj's readers raise a dozen unrelated types on damaged files
-        raise CorruptFileError(
-            f"{path} cannot be read as a trajectory ({type(error).__name__}); copy it again"
-        ) from error
-    return trajectory.xyz
-
-
 def open_state(
     config: StateConfig, folder: Path, run_folder: Path, device: torch.device | str = "cpu"
 ) -> tuple[State, np.ndarray, MolecularSystem]:
@@ -255,7 +225,7 @@ def _source(
         return state, x
     state = state_of(molecule.system, molecule.temperature, device=device)
     if config.simulate is None:
-        frames = read_positions(folder / str(config.trajectory), molecule, config.stride)
+        frames = molecule.load_trajectory(folder / str(config.trajectory), stride=config.stride)
         return state, frames[math.ceil(config.burn_in / config.stride) :]
     batched_tempering(molecule, run_folder, BatchedSettings.create(**{"device": str(device)} | config.simulate))
     ladders = load_runs(run_folder, config.burn_in)
