@@ -47,7 +47,7 @@ class Evaluation:
             score, or a little more, since either half has its share of slow modes.
         t_w2_points: points on either side of those three.
         t_w2_error, t_w2_reweighted_error: standard errors of the first two for so many points.
-        wrong_chirality: fraction of samples with a D residue.
+        wrong_chirality: fraction of samples with a residue that is the mirror image of the structure's.
         wrong_chirality_reweighted: its share of the weight.
         wrong_chirality_error, wrong_chirality_reweighted_error: their standard errors.
         delta_f_phi: (value, standard error) [kT] of phi > 0 above phi < 0, plain.

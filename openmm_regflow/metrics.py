@@ -117,7 +117,8 @@ def wrong_chirality(positions: Any, centres: Any) -> np.ndarray:
 
     Args:
         positions: `(n, n_atoms, 3)`.
-        centres: `(k, 4)` indices of CA, N, C, CB.
+        centres: `(k, 4)` indices of CA, N, C, CB; of CA, C, N, CB where a residue is to be D
+            (``MolecularSystem.chiral_centres`` follows the structure).
     """
     right: np.ndarray = np.all(to_numpy(chiral_volumes(positions, centres)) > 0, axis=1)
     return ~right

@@ -27,6 +27,8 @@ Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 #: Keys of a system that say how its force field is applied.
 OF_FORCE_FIELD = ("constraints", "nonbonded_method", "nonbonded_cutoff")
+#: [dalton] Between hydrogens, heavier ones as well, and other atoms.
+_HYDROGEN = 5.0
 
 
 class SystemConfig(BaseModel):
@@ -374,31 +376,33 @@ def _system_from_xml(path: Path, n_atoms: int) -> openmm.System:
 def _check_order(system: openmm.System, topology: app.Topology, files: str) -> None:
     """Refuse a structure whose atoms are in another order than the System's particles.
 
-    Then either has bonds that the other lacks. One side alone may: a PDB file without CONECT records lacks bonds, one
-    with those of a metal has more than the force field.
+    Then the structure has bonds that the System lacks, and the System has bonds that the structure lacks, or masses
+    that do not go with its elements. One alone is no sign of it: a PDB file without CONECT records lacks bonds, one
+    with those of a metal has more than the force field, and masses may be anybody's choice.
 
     Raises:
-        InputError: naming a bond of each.
+        InputError: naming a bond.
     """
     known, drawn = bonds_of(system), {frozenset((a.index, b.index)) for a, b in topology.bonds()}
-    neighbours: dict[int, set[int]] = {}
-    for i, j in map(tuple, drawn):
-        neighbours.setdefault(i, set()).add(j)
-        neighbours.setdefault(j, set()).add(i)
     pairs = {frozenset(map(int, pair)): np.isinf(k) for pair, k in zip(known.pairs, known.stiffness)}
-    massive = [i for i in range(system.getNumParticles()) if system.getParticleMass(i).value_in_unit(unit.dalton) > 0]
-    missing = [pair for pair in drawn - pairs.keys() if pair <= set(massive)]
+    masses = [system.getParticleMass(i).value_in_unit(unit.dalton) for i in range(system.getNumParticles())]
+    missing = [pair for pair in drawn - pairs.keys() if all(masses[i] > 0 for i in pair)]
+    if not pairs or not missing:
+        return
+    neighbours: list[set[int]] = [set() for _ in masses]
+    for i, j in map(tuple, drawn):
+        neighbours[i].add(j)
+        neighbours[j].add(i)
     # A constrained angle is no bond.
-    surplus = [
-        pair for pair in pairs.keys() - drawn
-        if not (pairs[pair] and set.intersection(*(neighbours.get(i, set()) for i in pair)))
-    ]  # fmt: skip
-    if missing and surplus:
-        names = [f"{a.index} ({symbol(a)})" for a in topology.atoms()]
-        ours, theirs = (" and ".join(names[i] for i in sorted(min(map(sorted, found)))) for found in (missing, surplus))
+    angles = {pair for pair, held in pairs.items() if held and set.intersection(*(neighbours[i] for i in pair))}
+    surplus = pairs.keys() - drawn - angles
+    atoms = list(topology.atoms())
+    misplaced = [i for i, atom in enumerate(atoms) if masses[i] and (symbol(atom) == "H") != (masses[i] < _HYDROGEN)]
+    if surplus or misplaced:
+        i, j = (f"{k} ({symbol(atoms[k])})" for k in min(map(sorted, missing)))
         raise InputError(
-            f"{files} are in different orders of atoms: the structure has a bond between atoms {ours}, the System has "
-            f"none there but one between {theirs}; write the PDB file from the topology that the System was made of"
+            f"{files} are in different orders of atoms: the structure has a bond between atoms {i} and {j}, the System "
+            "has none there; write the PDB file from the topology that the System was made of"
         )
 
 

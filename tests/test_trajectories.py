@@ -1,0 +1,245 @@
+"""Trajectories in every format, damaged ones, and frames that cannot be the molecule."""
+
+from itertools import pairwise
+
+import mdtraj
+import numpy as np
+import openmm
+import pytest
+from openmm import app, unit
+from test_systems import noisy_frames
+
+from openmm_regflow import metrics
+from openmm_regflow.errors import CorruptFileError, InputError
+from openmm_regflow.simulate import export_hdf5
+from openmm_regflow.systems import MolecularSystem, load_system
+from openmm_regflow.trajectories import bonds_of, check_bond_lengths, load_trajectory
+
+
+@pytest.fixture(scope="module")
+def dipeptide():
+    return load_system("alanine-dipeptide")
+
+
+@pytest.fixture(scope="module")
+def frames(dipeptide):
+    return dipeptide.reference("test")[::100]
+
+
+# --- files ---
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.1, 0.5, 0.9])
+def test_truncated_file(tmp_path, dipeptide, keep):
+    path = export_hdf5(noisy_frames(dipeptide, 200), dipeptide.topology, tmp_path / "a.h5")
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content))])
+    with pytest.raises(CorruptFileError, match=r"a.h5"):
+        load_trajectory(path, dipeptide.topology)
+
+
+def test_other_files(tmp_path, dipeptide):
+    with pytest.raises(InputError, match=r"no trajectory at"):
+        load_trajectory(tmp_path / "absent.h5", dipeptide.topology)
+    (tmp_path / "text.h5").write_text("not HDF5 at all")
+    with pytest.raises(CorruptFileError, match=r"text.h5"):
+        load_trajectory(tmp_path / "text.h5", dipeptide.topology)
+
+
+def test_trajectory_of_another_molecule(tmp_path, dipeptide):
+    other = load_system("alanine-tetrapeptide")
+    path = export_hdf5(noisy_frames(other, 3), other.topology, tmp_path / "a.h5")
+    with pytest.raises(InputError, match=r"42 atoms, the system 22"):
+        load_trajectory(path, dipeptide.topology)
+
+
+def test_trajectory_in_another_atom_order(tmp_path, dipeptide):
+    topology = app.Topology()
+    residue = topology.addResidue("ALA", topology.addChain())
+    for atom in reversed(list(dipeptide.topology.atoms())):
+        topology.addAtom(atom.name, atom.element, residue)
+    path = export_hdf5(noisy_frames(dipeptide, 3), topology, tmp_path / "a.h5")
+    with pytest.raises(InputError, match=r"atom 0 is H, in the system it is C"):
+        load_trajectory(path, dipeptide.topology)
+
+
+def test_one_frame_and_nan(tmp_path, dipeptide):
+    frames = noisy_frames(dipeptide, 2)
+    path = export_hdf5(frames[:1], dipeptide.topology, tmp_path / "one.h5")
+    with pytest.raises(InputError, match=r"1 frame"):
+        load_trajectory(path, dipeptide.topology)
+    frames[1, 3, 2] = np.nan
+    with mdtraj.formats.HDF5TrajectoryFile(str(tmp_path / "nan.h5"), "w") as file:
+        file.topology = mdtraj.Topology.from_openmm(dipeptide.topology)
+        file.write(frames)
+    with pytest.raises(CorruptFileError, match=r"not finite"):
+        load_trajectory(tmp_path / "nan.h5", dipeptide.topology)
+
+
+def test_empty_trajectory(tmp_path, dipeptide):
+    with mdtraj.formats.HDF5TrajectoryFile(str(tmp_path / "empty.h5"), "w") as file:
+        file.topology = mdtraj.Topology.from_openmm(dipeptide.topology)
+    with pytest.raises((InputError, CorruptFileError), match=r"empty.h5"):
+        load_trajectory(tmp_path / "empty.h5", dipeptide.topology)
+
+
+def test_beads_without_elements_are_read_back(tmp_path):
+    topology = app.Topology()
+    residue = topology.addResidue("BEA", topology.addChain())
+    beads = [topology.addAtom(f"B{k}", None, residue) for k in range(6)]
+    for a, b in pairwise(beads):
+        topology.addBond(a, b)
+    frames = np.random.default_rng(0).normal(size=(4, 6, 3)).astype(np.float32)
+    export_hdf5(frames, topology, tmp_path / "frames.h5")
+    assert np.array_equal(load_trajectory(tmp_path / "frames.h5", topology), frames)
+
+
+@pytest.mark.parametrize("name", ["a.h5", "a.dcd", "a.nc", "a.trr"])
+def test_formats_of_full_precision(dipeptide, frames, tmp_path, name):
+    mdtraj.Trajectory(frames, mdtraj.Topology.from_openmm(dipeptide.topology)).save(str(tmp_path / name))
+    found = dipeptide.load_trajectory(tmp_path / name, stride=3)
+    # DCD and NetCDF are in angstrom, in single precision.
+    np.testing.assert_allclose(found, frames[::3], rtol=3e-7, atol=1e-7)
+    assert found.dtype == np.float32
+    if not name.endswith(".h5"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:100])
+        with pytest.raises((CorruptFileError, InputError), match=name):
+            dipeptide.load_trajectory(tmp_path / name)
+        other = load_system("alanine-tripeptide")
+        mdtraj.Trajectory(frames, mdtraj.Topology.from_openmm(dipeptide.topology)).save(str(tmp_path / name))
+        with pytest.raises(InputError, match="33 atoms"):
+            other.load_trajectory(tmp_path / name)
+
+
+def test_rounded_positions_are_refused(dipeptide, frames, tmp_path):
+    mdtraj.Trajectory(frames, mdtraj.Topology.from_openmm(dipeptide.topology)).save(str(tmp_path / "a.xtc"))
+    with pytest.raises(InputError, match="rounds positions"):
+        dipeptide.load_trajectory(tmp_path / "a.xtc")
+
+
+# --- frames that cannot be the molecule ---
+
+
+def test_bonds_of_a_system(dipeptide):
+    """Those of the topology; constraints in place of bonds where there are any."""
+    found = bonds_of(dipeptide.system)
+    drawn = {tuple(sorted((a.index, b.index))) for a, b in dipeptide.topology.bonds()}
+    assert {tuple(sorted(pair)) for pair in found.pairs.tolist()} == drawn
+    assert np.isfinite(found.stiffness).all()
+    rigid = bonds_of(load_system("alanine-dipeptide", constraints="HBonds").system)
+    assert len(rigid.pairs) == len(found.pairs) and np.isinf(rigid.stiffness).sum() == 12
+
+
+@pytest.mark.parametrize("constraints", ["None", "HBonds"])
+@pytest.mark.parametrize("name", ["alanine-dipeptide", "alanine-tripeptide", "alanine-tetrapeptide"])
+def test_frames_of_dynamics_are_taken(name, constraints):
+    """Those of unconstrained dynamics for a constrained System, too."""
+    molecule = load_system(name, constraints=constraints)
+    assert len(molecule.load_trajectory(molecule.reference_path("test"))) > 1000
+
+
+def test_frames_of_hot_replicas_are_taken(dipeptide):
+    """A harmonic bond at 1000 K exceeds 100 kT of 300 K in one of exp(30) cases."""
+    context = openmm.Context(
+        dipeptide.system, openmm.LangevinMiddleIntegrator(1000, 1, 0.001), openmm.Platform.getPlatform("Reference")
+    )
+    context.setPositions(dipeptide.positions)
+    hot = []
+    for _ in range(100):
+        context.getIntegrator().step(50)
+        hot.append(context.getState(positions=True).getPositions(asNumpy=True)._value)
+    check_bond_lengths(np.array(hot), dipeptide.system, 300.0, "hot frames")
+
+
+def planted(kind, x):
+    """Frames with one of the mistakes that users make."""
+    x = x.copy()
+    if kind == "angstrom":
+        return 10 * x
+    if kind == "in micrometers, nearly":
+        return x / 10
+    if kind == "broken":
+        x[37, :9] += np.array([2.0, 0.0, 0.0])
+    elif kind == "reversed":
+        return x[:, ::-1]
+    elif kind == "swapped":  # a methyl carbon and one of its hydrogens
+        x[:, [0, 1]] = x[:, [1, 0]]
+    return x
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("angstrom", "100 of 100 frames.*angstrom"),
+        ("in micrometers, nearly", "100 of 100 frames.*nanometers"),
+        ("broken", "1 of 100 frames.*first frame 37.*whole"),
+        ("reversed", "100 of 100 frames.*order"),
+        ("swapped", "100 of 100 frames.*order"),
+    ],
+)
+@pytest.mark.parametrize("constraints", ["None", "HBonds"])
+def test_frames_that_cannot_be_the_molecule(frames, tmp_path, kind, message, constraints):
+    molecule = load_system("alanine-dipeptide", constraints=constraints)
+    check_bond_lengths(frames, molecule.system, 300.0, "frames")
+    with pytest.raises(InputError, match=message):
+        check_bond_lengths(planted(kind, frames), molecule.system, 300.0, "frames")
+    topology = mdtraj.Topology.from_openmm(molecule.topology)
+    mdtraj.Trajectory(planted(kind, frames), topology).save(str(tmp_path / "a.dcd"))
+    with pytest.raises(InputError, match=r"a.dcd: .*cannot be this molecule"):
+        molecule.load_trajectory(tmp_path / "a.dcd")
+
+
+def test_a_system_without_bonds_says_nothing():
+    system = openmm.System()
+    for _ in range(3):
+        system.addParticle(1.0)
+    check_bond_lengths(np.random.default_rng(0).normal(size=(5, 3, 3)), system, 300.0, "frames")
+
+
+# --- structures ---
+
+
+def in_order(molecule, order, path, bonds=True):
+    """The structure as a PDB file with its atoms in another order."""
+    topology, atoms = app.Topology(), list(molecule.topology.atoms())
+    residue, new = topology.addResidue("LIG", topology.addChain()), {}
+    for i in order:
+        new[i] = topology.addAtom(f"{atoms[i].element.symbol}{i}", atoms[i].element, residue)
+    for a, b in molecule.topology.bonds() if bonds else ():
+        topology.addBond(new[a.index], new[b.index])
+    with open(path, "w") as file:
+        app.PDBFile.writeFile(topology, molecule.positions[list(order)] * unit.nanometer, file)
+    return path
+
+
+@pytest.mark.parametrize("constraints", ["None", "HBonds", "HAngles"])
+def test_a_structure_in_another_order_than_the_system_is_refused(dipeptide, tmp_path, constraints):
+    molecule = load_system("alanine-dipeptide", constraints=constraints)
+    (tmp_path / "system.xml").write_text(openmm.XmlSerializer.serialize(molecule.system))
+
+    def load(order, **options):
+        pdb = in_order(molecule, order, tmp_path / "structure.pdb", **options)
+        return load_system(pdb, system_xml=tmp_path / "system.xml", temperature=300)
+
+    same = list(range(22))
+    assert load(same).n_atoms == 22
+    for order in (same[::-1], [1, 0, *same[2:]], [*same[:8], 9, 8, *same[10:]], same[1:] + same[:1]):
+        with pytest.raises(InputError, match="different orders of atoms"):
+            load(order)
+    load([1, 0, *same[2:]], bonds=False)  # a file without bonds has no order
+
+
+# --- chirality ---
+
+
+def mirrored(molecule):
+    """The molecule with every residue D."""
+    return MolecularSystem("d", molecule.topology, molecule.system, molecule.positions * [1, 1, -1], 300.0)
+
+
+def test_a_d_residue_is_right_where_the_structure_has_it(dipeptide, frames):
+    mirror = mirrored(dipeptide)
+    assert not metrics.wrong_chirality(frames, dipeptide.chiral_centres).any()
+    assert not metrics.wrong_chirality(frames * [1, 1, -1], mirror.chiral_centres).any()
+    assert metrics.wrong_chirality(frames, mirror.chiral_centres).all()
+    assert metrics.wrong_chirality(frames * [1, 1, -1], dipeptide.chiral_centres).all()
