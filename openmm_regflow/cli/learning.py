@@ -31,7 +31,9 @@ def train(
     system: Annotated[str, typer.Argument(help="Name of a system or path of a system folder.")] = "alanine-dipeptide",
     output: Output = Path("runs/train"),
     config: Annotated[Path | None, typer.Option(help="TOML configuration; default: built-in settings.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Training trajectory; default: the system's own.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Training trajectory (HDF5, DCD, NetCDF); default: the system's own.")
+    ] = None,
     validation: Annotated[Path | None, typer.Option(help="Held-out trajectory; default: the system's own.")] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the configuration and stop.")] = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Overrides the seeds of the configuration.")] = None,

@@ -28,7 +28,7 @@ RefineSamples = Annotated[
 ]
 TestData = Annotated[
     Path | None,
-    typer.Option(help="Test trajectory (HDF5) that did not train the flow; default: the system's own."),
+    typer.Option(help="Test trajectory (HDF5, DCD, NetCDF) that did not train the flow; default: the system's own."),
 ]
 
 
