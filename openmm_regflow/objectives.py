@@ -23,7 +23,16 @@ Loss = Callable[[Any, tuple[Tensor, ...], torch.Generator], tuple[Tensor, dict[s
 
 
 class SplitLoss:
-    """A loss whose random part is drawn for a whole batch before the batch is split."""
+    """A loss whose random part is drawn for a whole batch before the batch is split.
+
+    Attributes:
+        every: a part of the loss takes every so-many-th row of a batch, and of each slice of it.
+    """
+
+    @property
+    def every(self) -> int:
+        """1 where all parts take all rows."""
+        return 1
 
     def draw(self, batch: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
         """The batch with everything random in it; first axis of every tensor is the sample."""
@@ -68,6 +77,11 @@ class RegFlowLoss(SplitLoss):
     log_det: float = 0.0
     forward_backward: float = 0.0
     target_noise: float = 0.0
+
+    @property
+    def every(self) -> int:
+        """That of the forward-backward regulariser."""
+        return QUARTER if self.forward_backward else 1
 
     def draw(self, batch: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
         """Target noise for a batch (z `(n, dim)`, y `(n, dim)`[, teacher's log-determinant `(n,)`])."""
@@ -141,6 +155,11 @@ def _mixed(value: Tensor, share: float, pull: Tensor, plain: Tensor | None) -> T
     return total if plain is None else total + (1 - share) * (plain - plain.detach())
 
 
+def rows_of_path(path: float) -> int:
+    """Every so-many-th row of a batch has the plain gradient, beside a share of that of the path."""
+    return QUARTER if 0 < path < 1 else 1
+
+
 @dataclass(frozen=True)
 class LikelihoodLoss(SplitLoss):
     """Negative log-likelihood of features, ``-E log q(y)``.
@@ -155,6 +174,11 @@ class LikelihoodLoss(SplitLoss):
     prior: Prior
     noise: float = 0.0
     path: float = 0.0
+
+    @property
+    def every(self) -> int:
+        """That of the plain gradient beside that of the path."""
+        return rows_of_path(self.path)
 
     def draw(self, batch: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
         """Noise for a batch (y `(n, dim)`[, grad log p `(n, dim)`])."""
@@ -195,6 +219,11 @@ class GeneralisedKLLoss(SplitLoss):
 
     prior: Prior
     path: float = 0.0
+
+    @property
+    def every(self) -> int:
+        """That of the plain gradient beside that of the path."""
+        return rows_of_path(self.path)
 
     def of(self, module: Bijection, drawn: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a batch (y `(n, dim)`, log q0 of the features `(n,)`, w `(n,)`[, grad log p `(n, dim)`])."""

@@ -63,17 +63,30 @@ class Ranks:
         """True on the rank that writes files and prints."""
         return self.rank == 0
 
-    def slice(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def unit(self, every: int = 1) -> int:
+        """What the size of a batch must be a multiple of, where a loss takes every so-many-th row for a part of it."""
+        return self.size * every if self.size > 1 else 1
+
+    def check_batch(self, n: int, every: int = 1, name: str = "batch_size") -> None:
+        """Refuse a batch whose slices would not give together what it gives as a whole.
+
+        Raises:
+            InputError: naming the setting.
+        """
+        if n % self.unit(every):
+            raise InputError(
+                f"{name} is {n}, which cannot be split evenly over {self.size} processes; make it a multiple of "
+                f"{self.unit(every)}, or change their number"
+            )
+
+    def slice(self, batch: tuple[Tensor, ...], every: int = 1) -> tuple[Tensor, ...]:
         """This rank's rows of a batch that every rank has in full.
 
         Raises:
-            InputError: the rows cannot be split evenly.
+            InputError: the rows cannot be split evenly; ``every``: see `unit`.
         """
         n = len(batch[0])
-        if n % self.size:
-            raise InputError(
-                f"a batch of {n} cannot be split evenly over {self.size} processes; change batch_size or their number"
-            )
+        self.check_batch(n, every)
         rows = slice(self.rank * n // self.size, (self.rank + 1) * n // self.size)
         return tuple(t[rows] for t in batch) if self.size > 1 else batch
 

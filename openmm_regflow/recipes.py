@@ -25,7 +25,14 @@ from openmm_regflow.errors import IncompatibleFlowError, InputError
 from openmm_regflow.files import digest, read_json, read_safetensors, write_json, write_safetensors
 from openmm_regflow.flows import Flow, FlowMetadata
 from openmm_regflow.frames import FramesConfig, Indicator, Mover, lifted, more_frames, rare_frames
-from openmm_regflow.objectives import FlowMatchingLoss, LikelihoodLoss, RegFlowLoss, SplitLoss
+from openmm_regflow.objectives import (
+    QUARTER,
+    FlowMatchingLoss,
+    LikelihoodLoss,
+    RegFlowLoss,
+    SplitLoss,
+    rows_of_path,
+)
 from openmm_regflow.refinement import RefineConfig, Round, refine
 from openmm_regflow.slopes import Differentiable, differentiable, slopes
 from openmm_regflow.targets import (
@@ -463,14 +470,14 @@ def check_config(config: RunConfig) -> None:
         raise InputError("regression.train.patience needs pairs to judge by; set regression.held_out, without a stream")
     if config.likelihood.path and config.likelihood.noise:
         raise InputError("likelihood.noise moves frames from where their forces are; leave it out with likelihood.path")
-    size = ranks.current().size
-    if config.refinement.enabled and config.refinement.batch_size % size:
-        batch_size = config.refinement.batch_size
-        raise InputError(f"refinement.batch_size is {batch_size}; make it a multiple of {size} processes")
+    peers, r = ranks.current(), config.refinement
+    if r.enabled:
+        peers.check_batch(r.batch_size, rows_of_path(r.path), "refinement.batch_size")
+    every = {"regression": QUARTER if config.regression.forward_backward else 1}
+    every["likelihood"] = rows_of_path(config.likelihood.path)
     for name in ("teacher", "regression", "likelihood"):
         section = getattr(config, name).train
-        if section.batch_size % size:
-            raise InputError(f"{name}.train.batch_size is {section.batch_size}; make it a multiple of {size} processes")
+        peers.check_batch(section.batch_size, every.get(name, 1), f"{name}.train.batch_size")
         if section.precision == "bfloat16" and name != "teacher":
             raise InputError(
                 f'{name}.train.precision = "bfloat16" would break the inverse of the flow; only the '

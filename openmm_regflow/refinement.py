@@ -32,7 +32,7 @@ from openmm_regflow.files import digest, read_safetensors, write_safetensors
 from openmm_regflow.flows import Flow, origin
 from openmm_regflow.frames import Indicator, Mover, rare_frames
 from openmm_regflow.graphs import Gradients
-from openmm_regflow.objectives import GeneralisedKLLoss
+from openmm_regflow.objectives import GeneralisedKLLoss, rows_of_path
 from openmm_regflow.pools import Anchors, Pool, draw
 from openmm_regflow.slopes import differentiable
 from openmm_regflow.training import Batch, Batches, adamw, average_into, cosine, pack_optimizer, unpack_optimizer
@@ -146,7 +146,7 @@ class _Learner:
         log_r_y = (pool.log_r - pool.log_volume)[fine].to(flow.dtype)
         data = (pool.y[fine], log_r_y, w) + (() if pool.slope is None else (pool.slope[fine],))
         size = min(c.batch_size, len(w))
-        size -= size % self.peers.size
+        size -= size % self.peers.unit(rows_of_path(c.path))
         if not size:
             return
         batches = Batches(data, size, c.seed + k)
@@ -159,7 +159,7 @@ class _Learner:
     def _step(self, batch: Batch, rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.gradients(self.peers.slice(batch))
+        self.gradients(self.peers.slice(batch, rows_of_path(self.config.path)))
         self.peers.mean_([p.grad for p in self.live.parameters() if p.grad is not None])
         norm = torch.nn.utils.clip_grad_norm_(self.live.parameters(), self.config.clip)
         if bool(torch.isfinite(norm)):  # a batch that overflows teaches nothing; the next pool judges the rest
@@ -285,8 +285,7 @@ def refine(
         IncompatibleFlowError: a checkpoint of other settings, or of a refinement of another flow or with other frames.
     """
     peers = ranks.current()
-    if config.batch_size % peers.size:
-        raise InputError(f"batch_size is {config.batch_size}; make it a multiple of {peers.size} processes")
+    peers.check_batch(config.batch_size, rows_of_path(config.path))
     if config.path:
         differentiable(reduced_potential)
     learner, watch = _Learner(flow, config), watch or []

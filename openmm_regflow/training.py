@@ -270,7 +270,7 @@ class _Run:
     def _own(self, batch: Batch, generator: torch.Generator) -> Batch:
         """This rank's slice of a batch; the noise of a loss that can be split was drawn for the whole."""
         if isinstance(self.loss, SplitLoss):
-            return self.ranks.slice(self.loss.draw(batch, generator))
+            return self.ranks.slice(self.loss.draw(batch, generator), self.loss.every)
         alone = self.ranks.size == 1
         self.noise = generator if alone else ranks.stream(self.config.seed, self.step, 2 + self.ranks.rank)
         return self.ranks.slice(batch)

@@ -80,6 +80,12 @@ def work(rank, size, folder):
     result = job(folder)
     with pytest.raises(InputError, match="cannot be split evenly over 2"):
         train(student(), RegFlowLoss(CIRCULAR), Batches((points(9, 1), points(9, 2)), 9), CONFIG)
+    # Nine rows each are not the rows 0, 4, ... of eighteen.
+    eighteen = Batches((points(18, 1), points(18, 2)), 18)
+    with pytest.raises(InputError, match=r"batch_size is 18.*a multiple of 8"):
+        train(student(), RegFlowLoss(CIRCULAR, forward_backward=1e-3), eighteen, CONFIG)
+    with pytest.raises(InputError, match=r"batch_size is 18.*a multiple of 8"):
+        refine(None, None, RefineConfig(batch_size=18, path=0.5))
     torch.save(result, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -186,7 +192,7 @@ def test_one_process_is_a_job_of_one(monkeypatch):
         assert peers.share("word") == "word" and peers.gather(3) == [3]
         batch = (torch.arange(5),)
         assert peers.slice(batch) is batch and peers.join(batch) is batch
-    with pytest.raises(InputError, match="change batch_size"):
+    with pytest.raises(InputError, match="multiple of 2, or change their number"):
         ranks.Ranks(0, 2).slice(batch)
     assert ranks.Ranks(1, 2).slice((torch.arange(6),))[0].tolist() == [3, 4, 5]
 
