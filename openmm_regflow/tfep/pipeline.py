@@ -401,24 +401,10 @@ def free_energy_difference(
             check_disjoint(positions_a, known[0], "A")
             check_disjoint(positions_b, known[1], "B")
     mapped = works(maps, state_a, state_b, positions_a, positions_b, batch_size=batch_size)
-    keywords: dict[str, Any] = {
-        "method": method, "temperature": common_temperature(state_a, state_b), "n_resamples": n_resamples,
-        "generator": generator,
-    }  # fmt: skip
-    result = estimate(mapped.forward, mapped.reverse, **keywords)
-    if not compare_plain:
-        return result
-    return replace(result, plain=_plain(state_a, state_b, positions_a, positions_b, batch_size, keywords))
-
-
-def _plain(
-    state_a: State, state_b: State, positions_a: Any, positions_b: Any, batch_size: int, keywords: dict[str, Any]
-) -> TargetedFreeEnergy | None:
-    try:
-        same = works(IdentityMap(), state_a, state_b, positions_a, positions_b, batch_size=batch_size)
-        return estimate(same.forward, same.reverse, **keywords)
-    except InsufficientDataError:
-        return None
+    return result_of(
+        mapped, state_a, state_b, positions_a, positions_b, method=method, compare_plain=compare_plain,
+        batch_size=batch_size, n_resamples=n_resamples, generator=generator,
+    )  # fmt: skip
 
 
 def split(positions: Any, fraction: float = 0.5, gap: int = 0) -> tuple[Any, Any]:
@@ -545,14 +531,21 @@ def result_of(
     positions_b: Any,
     *,
     method: str = "bar",
+    compare_plain: bool = True,
     batch_size: int = 1000,
     n_resamples: int = 200,
     generator: Seed = None,
 ) -> TargetedFreeEnergy:
-    """The estimate from works, with plain perturbation on the same samples attached as ``.plain``."""
+    """The estimate from works, with plain perturbation on the same samples beside it: `free_energy_difference`."""
     keywords: dict[str, Any] = {
         "method": method, "temperature": common_temperature(state_a, state_b), "n_resamples": n_resamples,
         "generator": generator,
     }  # fmt: skip
     result = estimate(mapped.forward, mapped.reverse, **keywords)
-    return replace(result, plain=_plain(state_a, state_b, positions_a, positions_b, batch_size, keywords))
+    if not compare_plain:
+        return result
+    try:
+        same = works(IdentityMap(), state_a, state_b, positions_a, positions_b, batch_size=batch_size)
+        return replace(result, plain=estimate(same.forward, same.reverse, **keywords))
+    except InsufficientDataError:
+        return result
