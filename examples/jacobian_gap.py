@@ -147,7 +147,7 @@ class Bench:
         ess, cut = reweighting.effective_sample_size, reweighting.truncated_effective_sample_size
         return {
             "ess": ess(log_w),
-            "ess_error": reweighting.bootstrap_error(ess, log_w, generator=0),
+            "ess_error": reweighting.effective_sample_size_error(log_w),
             "ess_truncated": cut(log_w),
             "k_hat": reweighting.pareto_k(log_w),
             "kl": float(ratio.mean()),
@@ -359,7 +359,7 @@ def annealing(bench: Bench) -> list[dict[str, float]]:
             made = annealed_samples(proposal, 10_000, torch.Generator().manual_seed(6), n_steps=steps)
             log_w = made.batch.log_weights.numpy()
             ess = reweighting.effective_sample_size(log_w)
-            error = reweighting.bootstrap_error(reweighting.effective_sample_size, log_w, generator=0)
+            error = reweighting.effective_sample_size_error(log_w)
             entry = {"row": row, "steps": steps, "ess": ess, "ess_error": error, "k_hat": reweighting.pareto_k(log_w)}
             found.append(entry | {"energies_per_effective_sample": made.energies / (ess * 10_000)})
     write_json(path, found)

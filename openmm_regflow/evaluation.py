@@ -30,7 +30,7 @@ class Evaluation:
         n: number of samples.
         n_finite: samples with a finite energy.
         ess: Kish fraction of the weights.
-        ess_error: its bootstrap standard error.
+        ess_error: its standard error, see :func:`openmm_regflow.reweighting.effective_sample_size_error`.
         ess_truncated: Kish fraction without the largest 0.2 % of the weights (biased; for comparison).
         ess_truncated_error: its bootstrap standard error.
         k_hat: Pareto shape of the weights' tail.
@@ -263,17 +263,15 @@ def to_numpy_if_tensor(positions: Any) -> Any:
 
 
 def _weight_figures(log_w_n: np.ndarray, n_resamples: int, rng: np.random.Generator) -> dict[str, Any]:
-    figures: dict[str, Any] = {}
-    for name, statistic in (
-        ("ess", reweighting.effective_sample_size),
-        ("ess_truncated", reweighting.truncated_effective_sample_size),
-    ):
-        figures[name] = statistic(log_w_n)
-        try:
-            error = reweighting.bootstrap_error(statistic, log_w_n, n_resamples=n_resamples, generator=rng)
-        except InsufficientDataError:
-            error = math.inf
-        figures[f"{name}_error"] = error
+    whole, cut = reweighting.effective_sample_size, reweighting.truncated_effective_sample_size
+    errors: dict[str, Callable[[], float]] = {
+        "ess": lambda: reweighting.effective_sample_size_error(log_w_n, n_resamples, rng),
+        "ess_truncated": lambda: reweighting.bootstrap_error(cut, log_w_n, n_resamples=n_resamples, generator=rng),
+    }
+    figures: dict[str, Any] = {"ess": whole(log_w_n), "ess_truncated": cut(log_w_n)}
+    for name, error in errors.items():
+        found = _or_none(error)
+        figures[f"{name}_error"] = math.inf if found is None else found
     return {**figures, "k_hat": _or_none(lambda: reweighting.pareto_k(log_w_n))}
 
 

@@ -285,3 +285,45 @@ def test_a_short_chain_is_not_reliable():
     assert rw.chain_verdict(accepted).startswith("reliable")
     words = rw.chain_verdict(accepted[:20])
     assert words.startswith("use with care") and "only 20 steps" in words
+
+
+# --- the error of the ESS ---
+
+
+def pareto(n, rng, k=0.3):
+    """Weights with the tail of a Pareto distribution of shape k: ESS (1 - 2k) / (1 - k)^2."""
+    return -k * np.log(rng.random(n))
+
+
+def lognormal(n, rng, sigma=0.3):
+    """A tail so light that nothing is to be done about it: ESS exp(-sigma^2)."""
+    return sigma * rng.standard_normal(n)
+
+
+@pytest.mark.parametrize(
+    ("draw", "exact", "plain_is_enough"),
+    [(pareto, 0.4 / 0.7**2, False), (lognormal, math.exp(-0.09), True)],
+    ids=["pareto", "lognormal"],
+)
+def test_the_error_of_the_ess_is_its_spread(draw, exact, plain_is_enough):
+    """Over 150 sets of 1,000 weights. The plain bootstrap, planted, knows no larger weights than those it has seen."""
+    rng = np.random.default_rng(3)
+    sets = [draw(1000, rng) for _ in range(150)]
+    found = np.array([rw.effective_sample_size(w) for w in sets])
+    smooth = np.array([rw.effective_sample_size_error(w, 100, rng) for w in sets])
+    plain = np.array([rw.bootstrap_error(rw.effective_sample_size, w, n_resamples=100, generator=rng) for w in sets])
+    spread, tolerance = found.std(ddof=1), 4 / math.sqrt(2 * len(sets))  # four standard errors of a spread
+    assert abs(smooth.mean() / spread - 1) < tolerance
+    assert bool(abs(plain.mean() / spread - 1) < tolerance) == plain_is_enough
+    covered, plainly = (np.mean(np.abs(found - exact) < 1.96 * error) for error in (smooth, plain))
+    assert covered > 0.95 - 4 * math.sqrt(0.05 * 0.95 / len(sets)) if plain_is_enough else covered > plainly
+
+
+def test_the_error_of_the_ess_where_there_is_no_tail():
+    assert rw.effective_sample_size_error(np.zeros(100)) == 0.0
+    half = np.where(np.arange(1000) < 500, 0.0, -np.inf)  # a fraction of equal weights: binomial
+    assert rw.effective_sample_size_error(half, 400) == pytest.approx(math.sqrt(0.25 / 1000), rel=0.2)
+    with pytest.raises(InsufficientDataError, match="24 positive weights"):
+        rw.effective_sample_size_error(np.where(np.arange(1000) < 24, 0.0, -np.inf))
+    one = rw.effective_sample_size_error(lognormal(1000, np.random.default_rng(0)), generator=1)
+    assert one == rw.effective_sample_size_error(lognormal(1000, np.random.default_rng(0)), generator=1)
