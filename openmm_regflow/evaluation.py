@@ -265,7 +265,7 @@ def to_numpy_if_tensor(positions: Any) -> Any:
 def _weight_figures(log_w_n: np.ndarray, n_resamples: int, rng: np.random.Generator) -> dict[str, Any]:
     whole, cut = reweighting.effective_sample_size, reweighting.truncated_effective_sample_size
     errors: dict[str, Callable[[], float]] = {
-        "ess": lambda: reweighting.effective_sample_size_error(log_w_n, n_resamples, rng),
+        "ess": lambda: reweighting.effective_sample_size_error(log_w_n, generator=rng),
         "ess_truncated": lambda: reweighting.bootstrap_error(cut, log_w_n, n_resamples=n_resamples, generator=rng),
     }
     figures: dict[str, Any] = {"ess": whole(log_w_n), "ess_truncated": cut(log_w_n)}

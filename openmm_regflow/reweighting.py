@@ -254,7 +254,7 @@ def bootstrap_error(
     return float(error) if error.ndim == 0 else error
 
 
-def effective_sample_size_error(log_weights: Any, n_resamples: int = 200, generator: Seed = None) -> float:
+def effective_sample_size_error(log_weights: Any, n_resamples: int = 2000, generator: Seed = None) -> float:
     """Standard error of the Kish fraction, by a bootstrap with a smooth tail.
 
     Weights that were seen, resampled, forget that larger ones exist, and the Kish fraction rests on those: for tails
@@ -265,7 +265,7 @@ def effective_sample_size_error(log_weights: Any, n_resamples: int = 200, genera
 
     Args:
         log_weights: `(n,)`.
-        n_resamples: replicas.
+        n_resamples: replicas; a few with very large weights decide, so that it takes many.
         generator: NumPy generator or seed.
 
     Returns:
@@ -292,9 +292,10 @@ def effective_sample_size_error(log_weights: Any, n_resamples: int = 200, genera
     sizes = rng.binomial(n, n_tail / n, n_resamples)
     noise = rng.multivariate_normal([0.0, 0.0], np.cov(powers), n_resamples, method="eigh")
     sums = (n - sizes)[:, None] * powers.mean(1) + np.sqrt(n - sizes)[:, None] * noise
-    for row, size in zip(sums, sizes):
-        tail = threshold + genpareto.rvs(shape, scale=scale, size=size, random_state=rng)
-        row += (tail.sum(), np.square(tail).sum())
+    tails = threshold + genpareto.rvs(shape, scale=scale, size=sizes.sum(), random_state=rng)
+    replica = np.repeat(np.arange(n_resamples), sizes)
+    for power in (1, 2):
+        sums[:, power - 1] += np.bincount(replica, tails**power, n_resamples)
     return float(np.minimum(1.0, np.square(sums[:, 0]) / (n * sums[:, 1])).std(ddof=1))
 
 

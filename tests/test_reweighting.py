@@ -310,7 +310,7 @@ def test_the_error_of_the_ess_is_its_spread(draw, exact, plain_is_enough):
     rng = np.random.default_rng(3)
     sets = [draw(1000, rng) for _ in range(150)]
     found = np.array([rw.effective_sample_size(w) for w in sets])
-    smooth = np.array([rw.effective_sample_size_error(w, 100, rng) for w in sets])
+    smooth = np.array([rw.effective_sample_size_error(w, generator=rng) for w in sets])
     plain = np.array([rw.bootstrap_error(rw.effective_sample_size, w, n_resamples=100, generator=rng) for w in sets])
     spread, tolerance = found.std(ddof=1), 4 / math.sqrt(2 * len(sets))  # four standard errors of a spread
     assert abs(smooth.mean() / spread - 1) < tolerance
@@ -322,7 +322,7 @@ def test_the_error_of_the_ess_is_its_spread(draw, exact, plain_is_enough):
 def test_the_error_of_the_ess_where_there_is_no_tail():
     assert rw.effective_sample_size_error(np.zeros(100)) == 0.0
     half = np.where(np.arange(1000) < 500, 0.0, -np.inf)  # a fraction of equal weights: binomial
-    assert rw.effective_sample_size_error(half, 400) == pytest.approx(math.sqrt(0.25 / 1000), rel=0.2)
+    assert rw.effective_sample_size_error(half) == pytest.approx(math.sqrt(0.25 / 1000), rel=0.2)
     with pytest.raises(InsufficientDataError, match="24 positive weights"):
         rw.effective_sample_size_error(np.where(np.arange(1000) < 24, 0.0, -np.inf))
     one = rw.effective_sample_size_error(lognormal(1000, np.random.default_rng(0)), generator=1)
