@@ -121,7 +121,8 @@ def analyse(
     if not runs or any(not np.array_equal(run.temperatures, runs[0].temperatures) for run in runs):
         raise InputError("runs of different temperatures cannot be pooled; analyse them one by one")
     phis = [_torsion_series(run, torsion) for run in runs]
-    weights = mbar_weights(runs)
+    ladder = _mbar(runs)
+    weights = [w[0] / ladder[0].sum() for w in _by_run(ladder, runs)]
     lowest = [(run.states == 0) / sum(len(r.states) for r in runs) for run in runs]
     if bias is not None:
         kt = GAS_CONSTANT * runs[0].temperatures[0]
@@ -132,8 +133,8 @@ def analyse(
     return TemperingAnalysis(
         delta_f=_basin_estimate(positive, lowest),
         delta_f_core=_basin_estimate(core, lowest),
-        delta_f_mbar=_basin_estimate(positive, weights),
-        delta_f_core_mbar=_basin_estimate(core, weights),
+        delta_f_mbar=_basin_estimate(positive, weights, _by_run(ladder, runs)),
+        delta_f_core_mbar=_basin_estimate(core, weights, _by_run(ladder, runs)),
         acceptance=[run.acceptance.tolist() for run in runs],
         round_trips=[round_trips(run) for run in runs],
         inefficiency=[
@@ -153,25 +154,52 @@ def _torsion_series(run: TemperingRun, torsion: np.ndarray) -> np.ndarray:
 _N_BLOCKS = 24
 
 
-def _basin_estimate(inside: list[np.ndarray], weights: list[np.ndarray]) -> Estimate:
+def _basin_estimate(
+    inside: list[np.ndarray], weights: list[np.ndarray], ladder: list[np.ndarray] | None = None
+) -> Estimate:
     """-log(W_inside / W_outside) [kT] of correlated runs, with the error from block averages.
 
     The influence of iteration i on the logarithm is ``b_i / W_inside - a_i / W_outside`` with the weights b_i and a_i
-    that the iteration adds to both sums. Its sums over long blocks are about independent, so the sum of their squares
-    is the variance (Flyvbjerg & Petersen 1989). Sums of one run need not vanish: differences between runs count.
+    that the iteration adds to both sums, and what it does to both through the free energies of the ladder. Its sums
+    over long blocks are about independent, so the sum of their squares is the variance (Flyvbjerg & Petersen 1989).
+    Sums of one run need not vanish: differences between runs count.
+
+    Args:
+        inside: per run, whether a sample is in the basin, `(n_iterations, n_replicas)`.
+        weights: of the samples, alike.
+        ladder: what `_mbar` found, per run `(n_states, n_iterations, n_replicas)`, where the weights rest on it.
     """
     b = [(w * s).sum(axis=1) for w, s in zip(weights, inside)]
     a = [(w * ~s).sum(axis=1) for w, s in zip(weights, inside)]
     total_b, total_a = sum(x.sum() for x in b), sum(x.sum() for x in a)
     if total_b == 0 or total_a == 0:
         raise InsufficientDataError("a basin was never visited at the lowest temperature; run longer or hotter")
+    influence = [x / total_b - y / total_a for x, y in zip(b, a)]
+    if ladder is not None:
+        shares = [w * np.where(s, 1 / total_b, -1 / total_a) for w, s in zip(weights, inside)]
+        influence = [direct + more for direct, more in zip(influence, _through_ladder(ladder, shares))]
     n = sum(len(x) for x in b)
     blocks: list[float] = []
-    for b_i, a_i in zip(b, a):
-        n_blocks = max(2, round(_N_BLOCKS * len(b_i) / n))
-        blocks += [part.sum() for part in np.array_split(b_i / total_b - a_i / total_a, n_blocks)]
+    for each in influence:
+        n_blocks = max(2, round(_N_BLOCKS * len(each) / n))
+        blocks += [part.sum() for part in np.array_split(each, n_blocks)]
     variance = np.square(blocks).sum() * len(blocks) / (len(blocks) - 1)
     return Estimate(float(np.log(total_a / total_b)), float(np.sqrt(variance)), n)
+
+
+def _through_ladder(ladder: list[np.ndarray], shares: list[np.ndarray]) -> list[np.ndarray]:
+    """Influence of every iteration on ``sum_n s_n`` by way of the free energies f that MBAR found, `(n_iterations,)`.
+
+    Weights W_kn solve ``G_k = sum_n W_kn = 1``. One iteration more, one sample of every state, changes G by
+    ``sum_n W_kn - 1 / N``, so f by ``-A^+`` times that with ``A = dG/df = 1 - N W W^T``, and the sum of shares
+    proportional to a row of W by ``-N sum_n s_n W_kn`` for each of them (what f_k does to that row itself cancels,
+    as the shares sum to zero).
+    """
+    n = sum(w.shape[1] for w in ladder)
+    a = np.eye(len(ladder[0])) - n * sum(np.einsum("kij,lij->kl", w, w) for w in ladder)
+    by_f = -n * sum(np.einsum("kij,ij->k", w, s) for w, s in zip(ladder, shares))
+    through = -by_f @ np.linalg.pinv(a, rcond=1e-10)
+    return [through @ (w.sum(2) - 1 / n) for w in ladder]
 
 
 def mbar_weights(runs: Sequence[TemperingRun], tolerance: float = 1e-9, max_iterations: int = 1000) -> list[np.ndarray]:
@@ -191,6 +219,12 @@ def mbar_weights(runs: Sequence[TemperingRun], tolerance: float = 1e-9, max_iter
     Raises:
         InsufficientDataError: temperatures whose energies hardly overlap, so that the iteration does not converge.
     """
+    w_kn = _mbar(runs, tolerance, max_iterations)
+    return [w[0] for w in _by_run(w_kn / w_kn[0].sum(), runs)]
+
+
+def _mbar(runs: Sequence[TemperingRun], tolerance: float = 1e-9, max_iterations: int = 1000) -> np.ndarray:
+    """Weights of all samples in every state `(n_states, n)`, each row summing to one; see `mbar_weights`."""
     u_kn = np.concatenate([run.reduced_energies.reshape(len(run.temperatures), -1) for run in runs], axis=1)
     u_kn -= u_kn.min()
     log_n = np.log(sum(len(run.states) for run in runs))  # the same number of samples in every state
@@ -204,10 +238,14 @@ def mbar_weights(runs: Sequence[TemperingRun], tolerance: float = 1e-9, max_iter
             break
     else:
         raise InsufficientDataError(f"MBAR changes by {change:.1e} kT after {max_iterations} steps; use more replicas")
-    log_w_n = -u_kn[0] - log_mixture_n
-    w_n = np.exp(log_w_n - logsumexp(log_w_n))
+    log_w_kn = -u_kn - log_mixture_n
+    return np.exp(log_w_kn - logsumexp(log_w_kn, axis=1, keepdims=True))
+
+
+def _by_run(w_kn: np.ndarray, runs: Sequence[TemperingRun]) -> list[np.ndarray]:
+    """Columns of all samples, per run `(n_states, n_iterations, n_replicas)`."""
     bounds = np.cumsum([run.energies.size for run in runs])[:-1]
-    return [w.reshape(run.states.shape) for w, run in zip(np.split(w_n, bounds), runs)]
+    return [w.reshape(-1, *run.states.shape) for w, run in zip(np.split(w_kn, bounds, axis=1), runs)]
 
 
 def round_trips(run: TemperingRun) -> int:
