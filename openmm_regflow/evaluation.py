@@ -232,8 +232,14 @@ def missing_basins(x: Any, x_ref: Any, phi: Any, psi: Any, factor: float = 10.0)
         phi: `(k, 4)` atom indices.
         psi: `(k', 4)` atom indices.
         factor: how much too few.
+
+    Returns:
+        of each its name, such as phi2, where the residues with a phi or psi are counted from 1, and what is there.
     """
-    names = [f"{kind}{k + 1}" for kind, rows in (("phi", phi), ("psi", psi)) for k in range(len(rows))]
+    alpha = {"phi": 2, "psi": 1}  # place of the alpha carbon, which says the residue
+    listed = [(kind, int(row[alpha[kind]])) for kind, rows in (("phi", phi), ("psi", psi)) for row in np.asarray(rows)]
+    residues = sorted({atom for _, atom in listed})
+    names = [f"{kind}{residues.index(atom) + 1}" for kind, atom in listed]
     there = np.isfinite(x).all(axis=(1, 2))
     if not names or not there.any():
         return ()

@@ -445,19 +445,20 @@ def coordinates_from_config(config: Mapping[str, Any]) -> CoordinateMap:
 
 
 def coordinates_for(
-    topology: Any, data: Tensor, kind: str = "internal", fixed: Sequence[tuple[int, int, float]] = ()
+    topology: Any, data: Any, kind: str = "internal", fixed: Sequence[tuple[int, int, float]] = ()
 ) -> CoordinateMap:
     """Coordinates for a molecule, fitted to data.
 
     Args:
         topology: an ``openmm.app.Topology``, or anything with its atoms() and bonds(); Cartesian ones do without.
-        data: positions `(n, n_atoms, 3)` [nm].
+        data: positions `(n, n_atoms, 3)` [nm], tensor or array.
         kind: "internal" or "cartesian".
         fixed: ``(i, j, length [nm])`` of bonds of constrained length, see ``constraints.fixed_bonds``; internal only.
 
     Raises:
         InputError: unknown coordinates, data that do not fit, or fixed bonds that the coordinates cannot hold.
     """
+    data = torch.as_tensor(data)
     n_atoms = sum(1 for _ in topology.atoms()) if topology is not None else data.shape[1] if data.ndim > 1 else 0
     if data.ndim != 3 or not n_atoms or tuple(data.shape[1:]) != (n_atoms, 3):
         raise InputError(f"positions have shape {tuple(data.shape)}; (n, {n_atoms}, 3) in nm fit this molecule")

@@ -93,13 +93,13 @@ def write_batch(folder: Path, batch: ProposalBatch, molecule: MolecularSystem, d
 def draw_samples(
     folder: Path, molecule: MolecularSystem, batch: ProposalBatch, reference: np.ndarray, proposal: FlowProposal
 ) -> dict[str, Path]:
-    """Plots of a batch against the reference: energies, weights and, of the first backbone torsions, densities."""
+    """Plots of a batch against the reference: energies, weights, and densities of a residue with phi and psi."""
     finite = torch.isfinite(batch.positions).flatten(1).all(1).cpu().numpy()
     x, log_w = batch.positions.cpu().numpy()[finite], batch.log_weights.cpu().numpy()[finite]
     figures = {}
-    quadruples = molecule.torsions("phi"), molecule.torsions("psi")
-    if all(map(len, quadruples)):
-        (phi, psi), (phi_r, psi_r) = ([metrics.dihedrals(p, q)[:, 0] for q in quadruples] for p in (x, reference))
+    if len(molecule.backbone_residues):
+        both = molecule.backbone_residues[0]
+        (phi, psi), (phi_r, psi_r) = (metrics.dihedrals(p, both).T for p in (x, reference))
         panels = {"reference (test)": (phi_r, psi_r), "flow": (phi, psi), "flow, reweighted": (phi, psi, log_w)}
         profiles = {
             "reference (test)": metrics.free_energy_profile(phi_r, block=metrics.block_length(np.cos(phi_r))),

@@ -149,9 +149,13 @@ class FlowProposal:
         check_atoms(self.flow, self.potential)
         if not self.allow_mismatch:
             check_flow(self.flow, self.system, self.temperature, self.extra_forces)
-            if self.system is not None:
-                check_bonded(self.system, bonds_of_subset(self.flow, range(self.flow.n_atoms)), "the System")
+            self._check_order()
         self._set_constraints()
+
+    def _check_order(self) -> None:
+        """Refuse atoms in another order than the flow's, where no fingerprint has proved it."""
+        if self.system is not None and getattr(getattr(self.flow, "metadata", None), "fingerprint", None) is None:
+            check_bonded(self.system, bonds_of_subset(self.flow, range(self.flow.n_atoms)), "the System")
 
     def _set_constraints(self) -> None:
         """Constraints and masses behind the flow's bonds of fixed length."""

@@ -17,10 +17,11 @@ from openmm import app, unit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from openmm_regflow import metrics
+from openmm_regflow.bonds import bonded_pairs
 from openmm_regflow.elements import symbol
 from openmm_regflow.errors import InputError
 from openmm_regflow.fingerprints import fingerprint
-from openmm_regflow.trajectories import bonds_of, check_bond_lengths, load_trajectory
+from openmm_regflow.trajectories import check_bond_lengths, load_trajectory
 from openmm_regflow.units import temperature_kelvin, to_float
 
 Split = Literal["train", "validation", "test"]
@@ -107,6 +108,16 @@ class MolecularSystem:
             InputError: another kind.
         """
         return backbone_torsions(self.topology, kind)
+
+    @cached_property
+    def backbone_residues(self) -> np.ndarray:
+        """Atom indices of phi and psi of every residue that has both, in chain order, int `(k, 2, 4)`.
+
+        The first residue of a chain with free ends has a psi and no phi, the last a phi and no psi.
+        """
+        after = {tuple(row[:3]): row for row in self.torsions("psi").tolist()}  # by N, CA, C
+        rows = [(row, after[tuple(row[1:])]) for row in self.torsions("phi").tolist() if tuple(row[1:]) in after]
+        return np.array(rows, dtype=np.int64).reshape(-1, 2, 4)
 
     @cached_property
     def chiral_centres(self) -> np.ndarray:
@@ -376,29 +387,34 @@ def _system_from_xml(path: Path, n_atoms: int) -> openmm.System:
 def _check_order(system: openmm.System, topology: app.Topology, files: str) -> None:
     """Refuse a structure whose atoms are in another order than the System's particles.
 
-    Then the structure has bonds that the System lacks, and the System has bonds that the structure lacks, or masses
-    that do not go with its elements. One alone is no sign of it: a PDB file without CONECT records lacks bonds, one
-    with those of a metal has more than the force field, and masses may be anybody's choice.
+    Then the structure has bonds that the System lacks, and the System has about as many that the structure lacks, or
+    masses that do not go with its elements. One alone is no sign of it: a PDB file without CONECT records lacks bonds,
+    a System whose bonds lie in a neural network lacks them (and may have a restraint), and masses may be anybody's
+    choice.
 
     Raises:
         InputError: naming a bond.
     """
-    known, drawn = bonds_of(system), {frozenset((a.index, b.index)) for a, b in topology.bonds()}
-    pairs = {frozenset(map(int, pair)): np.isinf(k) for pair, k in zip(known.pairs, known.stiffness)}
+    known, drawn = bonded_pairs(system), {frozenset((a.index, b.index)) for a, b in topology.bonds()}
     masses = [system.getParticleMass(i).value_in_unit(unit.dalton) for i in range(system.getNumParticles())]
-    missing = [pair for pair in drawn - pairs.keys() if all(masses[i] > 0 for i in pair)]
-    if not pairs or not missing:
+    missing = [pair for pair in drawn - known.keys() if all(masses[i] > 0 for i in pair)]
+    if not known or not missing:
         return
     neighbours: list[set[int]] = [set() for _ in masses]
     for i, j in map(tuple, drawn):
         neighbours[i].add(j)
         neighbours[j].add(i)
-    # A constrained angle is no bond.
-    angles = {pair for pair, held in pairs.items() if held and set.intersection(*(neighbours[i] for i in pair))}
-    surplus = pairs.keys() - drawn - angles
+    # The ends of an angle (constrained, or of a Urey-Bradley term) are no bond where the angle's own bonds are known.
+    ends = {
+        pair for pair in known.keys() - drawn
+        if any(all(frozenset((i, k)) in known for i in pair) for k in set.intersection(*(neighbours[i] for i in pair)))
+    }  # fmt: skip
+    surplus = known.keys() - drawn - ends
     atoms = list(topology.atoms())
+    hydrogens = [masses[i] for i, atom in enumerate(atoms) if symbol(atom) == "H"]
+    repartitioned = any(1.1 < mass < _HYDROGEN for mass in hydrogens)
     misplaced = [i for i, atom in enumerate(atoms) if masses[i] and (symbol(atom) == "H") != (masses[i] < _HYDROGEN)]
-    if surplus or misplaced:
+    if 2 * len(surplus) >= len(missing) or (misplaced and not repartitioned):
         i, j = (f"{k} ({symbol(atoms[k])})" for k in min(map(sorted, missing)))
         raise InputError(
             f"{files} are in different orders of atoms: the structure has a bond between atoms {i} and {j}, the System "

@@ -1,13 +1,12 @@
 """Trajectories from files, and whether their frames can be those of a molecule."""
 
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import openmm
-from openmm import app, unit
+from openmm import app
 
-from openmm_regflow.constraints import fixed_bonds
+from openmm_regflow.bonds import Bonds, bonds_of
 from openmm_regflow.elements import symbol
 from openmm_regflow.errors import CorruptFileError, InputError
 from openmm_regflow.units import thermal_energy
@@ -18,36 +17,9 @@ _ROUNDED = (".xtc", ".tng", ".gro")
 _IMPOSSIBLE = 100.0
 #: As far as a stiff bond gets with that: frames of unconstrained dynamics may serve a constrained System.
 _LOOSE = 0.3
+#: [kJ/mol/nm²] Softer terms are restraints or Urey-Bradley terms, and no bonds.
+_STIFF = 5e4
 _ROWS = 10_000
-
-
-class Bonds(NamedTuple):
-    """What a System says of its bonds.
-
-    Attributes:
-        pairs: atoms, `(k, 2)`.
-        lengths: [nm] `(k,)`.
-        stiffness: [kJ/mol/nm²] `(k,)`; inf for a constraint.
-    """
-
-    pairs: np.ndarray
-    lengths: np.ndarray
-    stiffness: np.ndarray
-
-
-def bonds_of(system: openmm.System) -> Bonds:
-    """Harmonic bonds and constraints of a System; Urey-Bradley terms, which are harmonic bonds as well, among them."""
-    rows = [(i, j, length, np.inf) for i, j, length in fixed_bonds(system)]
-    held = {frozenset(row[:2]) for row in rows}
-    for force in system.getForces():
-        if isinstance(force, openmm.HarmonicBondForce):
-            for index in range(force.getNumBonds()):
-                i, j, length, k = force.getBondParameters(index)
-                if frozenset((i, j)) not in held:
-                    stiffness = k.value_in_unit(unit.kilojoule_per_mole / unit.nanometer**2)
-                    rows.append((i, j, length.value_in_unit(unit.nanometer), stiffness))
-    table = np.array(rows, dtype=np.float64).reshape(-1, 4)
-    return Bonds(table[:, :2].astype(np.int64), table[:, 2], table[:, 3])
 
 
 def load_trajectory(path: Path | str, topology: app.Topology, *, stride: int = 1) -> np.ndarray:
@@ -63,10 +35,13 @@ def load_trajectory(path: Path | str, topology: app.Topology, *, stride: int = 1
         Positions [nm], float32 `(n_frames, n_atoms, 3)`.
 
     Raises:
-        InputError: no such file, a format that rounds positions, another molecule, or fewer than two frames.
+        InputError: no such file, a format that rounds positions, another molecule, fewer than two frames, or a stride
+            below one.
         CorruptFileError: truncated or damaged file, or positions that are not finite.
     """
     path = Path(path)
+    if stride < 1:
+        raise InputError(f"stride is {stride}; take every frame (1), or every so-many-th")
     if not path.is_file():
         raise InputError(f"no trajectory at {path}; check the path")
     if path.suffix.lower() in _ROUNDED:
@@ -78,7 +53,8 @@ def load_trajectory(path: Path | str, topology: app.Topology, *, stride: int = 1
     else:
         frames = _read_other(path, topology, stride)
     if len(frames) < 2:
-        raise InputError(f"{path} holds {len(frames)} frame(s); at least two are needed")
+        thinned = "" if stride == 1 else f" at a stride of {stride}"
+        raise InputError(f"{path} holds {len(frames)} frame(s){thinned}; at least two are needed")
     if not np.isfinite(frames).all():
         raise CorruptFileError(f"{path} holds positions that are not finite; simulate it again")
     return np.ascontiguousarray(frames, dtype=np.float32)
@@ -141,7 +117,7 @@ def check_molecule(elements: list[str], expected: list[str], place: str) -> None
 def check_bond_lengths(positions: np.ndarray, system: openmm.System, temperature: float, place: str) -> None:
     """Refuse frames that cannot be this molecule: in other units, broken across a box, atoms in another order.
 
-    A System with neither harmonic bonds nor constraints says nothing, and nothing is refused.
+    A System with neither stiff harmonic bonds nor constraints says nothing, and nothing is refused.
 
     Args:
         positions: [nm] `(n_frames, n_atoms, 3)`.
@@ -153,11 +129,12 @@ def check_bond_lengths(positions: np.ndarray, system: openmm.System, temperature
         InputError: a bond has more than 100 kT, or a constraint is off by three tenths of its length.
     """
     bonds = bonds_of(system)
-    if not len(bonds.lengths):
+    stiff = (bonds.stiffness > _STIFF) & (bonds.lengths > 0)
+    if not stiff.any():
         return
-    held = np.isinf(bonds.stiffness)
-    softness = 2 * _IMPOSSIBLE * thermal_energy(temperature) / np.where(held, 1.0, np.maximum(bonds.stiffness, 1e-30))
-    allowed = np.where(held, _LOOSE * bonds.lengths, np.sqrt(softness))
+    bonds = Bonds(*(column[stiff] for column in bonds))
+    reach = np.sqrt(2 * _IMPOSSIBLE * thermal_energy(temperature) / bonds.stiffness)
+    allowed = np.where(np.isinf(bonds.stiffness), _LOOSE * bonds.lengths, reach)
     n_wrong, first, ratios = 0, None, []
     for start in range(0, len(positions), _ROWS):
         x = np.asarray(positions[start : start + _ROWS], dtype=np.float64)

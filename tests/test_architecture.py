@@ -24,7 +24,7 @@ LEARNING = [
     "refinement",
     "recipes",
 ]
-PHYSICS = ["units", "constraints", "fingerprints", "potentials", "trajectories", "systems", "toys", "simulate"]
+PHYSICS = ["units", "constraints", "bonds", "fingerprints", "potentials", "trajectories", "systems", "toys", "simulate"]
 MEETING = ["refusals", "proposals", "sampling", "ensemble", "moves", "chains", "tfep", "evaluation", "check", "report"]
 MEETING += ["outputs", "speed", "demo", "paper", "doctor", "cli"]
 OPTIONAL = {

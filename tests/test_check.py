@@ -22,6 +22,7 @@ from test_constraints import rod_flow, solvated, solvated_sample
 from test_sampling import EnergyOnly, MissingJacobian, OtherState, WrongSign
 
 from openmm_regflow import flows
+from openmm_regflow.bonds import bonds_of
 from openmm_regflow.check import HybridMonteCarlo, kernel_test, largest_score, run_checks, system_findings, thinned
 from openmm_regflow.check import findings as check_findings
 from openmm_regflow.check import kernel as check_kernel
@@ -31,7 +32,6 @@ from openmm_regflow.flows import FlowMetadata
 from openmm_regflow.potentials import TorchPotential
 from openmm_regflow.proposals import FlowProposal, ProposalBatch, SubsetProposal
 from openmm_regflow.systems import MolecularSystem, load_system, select_atoms
-from openmm_regflow.trajectories import bonds_of
 
 TARGET = Chain(4)
 

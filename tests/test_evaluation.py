@@ -243,6 +243,26 @@ def test_a_missing_basin_is_named_and_a_rare_one_is_not():
     assert evaluation.missing_basins(some, np.concatenate([reference, other[:300]]), PHI, PSI) == ()
 
 
+def test_missing_basins_are_named_by_residue():
+    """A chain with free ends has its first psi in a residue without phi."""
+    x, reference = np.zeros((5000, 8, 3)), np.zeros((3000, 8, 3))
+    psi, phi = [[0, 1, 2, 3], [3, 4, 5, 6]], [[2, 3, 4, 5]]  # N CA C N, and C N CA C
+
+    def place(frames, angles):
+        frames[:, 0] = [1, 0, 0]
+        frames[:, 2] = [0, 0, 1]
+        frames[:, 3] = np.stack([np.cos(angles), np.sin(angles), np.ones_like(angles)], -1)
+        frames[:, 4], frames[:, 5], frames[:, 6] = [2, 1, 3], [1, 3, 2], [4, 4, 1]
+        return frames
+
+    rng = np.random.default_rng(0)
+    mine, theirs = place(x, np.full(5000, 1.0)), place(reference, rng.choice([1.0, -1.0], 3000))
+    words = evaluation.missing_basins(mine, theirs, phi, psi)
+    assert words[0].startswith("psi1 < 0")
+    words = evaluation.missing_basins(mine, theirs, psi[:1], phi)  # the same torsion as the phi of the residue before
+    assert words[0].startswith("phi1 < 0")
+
+
 def test_a_missing_basin_is_in_the_verdict():
     reference, _ = GaussianFlow(WIDTH).sample(3000, generator(1))
     reference[:1500, 5, 2] *= -1

@@ -13,6 +13,7 @@ import pytest
 from openmm import app
 
 from openmm_regflow import metrics, simulate
+from openmm_regflow.constraints import fixed_bonds
 from openmm_regflow.errors import CorruptFileError, InputError, InsufficientDataError
 from openmm_regflow.fingerprints import compare_fingerprints
 from openmm_regflow.simulate import (
@@ -20,6 +21,7 @@ from openmm_regflow.simulate import (
     TemperingRun,
     TemperingSettings,
     analyse,
+    analysis,
     batched_tempering,
     export,
     export_hdf5,
@@ -87,6 +89,12 @@ def test_ladder():
     np.testing.assert_allclose(ladder[1:] / ladder[:-1], ladder[1] / ladder[0], rtol=1e-12)
     with pytest.raises(InputError, match=r"300.0 K.*raise"):
         temperature_ladder(300.0, 300.0, 5)
+
+
+def test_atoms_that_constraints_hold_keep_their_mass():
+    """It shapes the ensemble of constrained dynamics."""
+    rigid = load_system("alanine-dipeptide", constraints="HBonds").system
+    assert fixed_bonds(rigid) and with_hydrogen_mass(rigid, 4.0).getParticleMass(1) == rigid.getParticleMass(1)
 
 
 def test_only_hydrogens_get_heavier(dipeptide):
@@ -174,6 +182,16 @@ def test_a_killed_process_loses_nothing_that_it_has_written(dipeptide, tmp_path)
     assert progress.calls[0] == (20, 24) and len(load_run(tmp_path).states) == 24
 
 
+def test_a_run_keeps_the_checkpoints_that_it_began_with(dipeptide, tmp_path):
+    """As those of a run of an earlier version."""
+    parallel_tempering(dipeptide, tmp_path, TemperingSettings.create(**{**SHORT, "checkpoint_interval": 4}))
+    first, progress = load_run(tmp_path), Stop(after=1000)
+    longer = TemperingSettings.create(**{**SHORT, "n_iterations": 9})
+    parallel_tempering(dipeptide, tmp_path, longer, resume=True, progress=progress)
+    assert progress.calls[0] == (4, 9)
+    np.testing.assert_array_equal(load_run(tmp_path).positions[:4], first.positions[:4])
+
+
 @pytest.mark.parametrize("interval", [1, 100])
 def test_a_finished_run_is_left_as_it_is(dipeptide, tmp_path, interval):
     """Asked for again or for less; 100: it has no checkpoint but that of its beginning."""
@@ -196,6 +214,14 @@ def test_finished_run_extends(dipeptide, tmp_path):
     run = load_run(tmp_path)
     assert len(run.states) == 9 and progress.calls[0] == (6, 9)
     np.testing.assert_array_equal(run.positions[:6], first.positions)
+
+
+def test_a_refusal_of_the_batched_engine_leaves_the_folder_to_the_other(tmp_path):
+    rigid = load_system("alanine-dipeptide", constraints="HBonds")
+    with pytest.raises(InputError, match="batched dynamics have no constraints"):
+        batched_tempering(rigid, tmp_path, BatchedSettings.create(n_copies=2, n_replicas=2))
+    parallel_tempering(rigid, tmp_path, TemperingSettings.create(**SHORT), resume=True)
+    assert len(load_run(tmp_path).states) == 6
 
 
 def test_the_other_engines_run_is_not_gone_on_with(dipeptide, tmp_path):
@@ -383,7 +409,8 @@ def test_only_free_molecules_are_centred(short_run, dipeptide):
     assert simulate.is_free(dipeptide.system, dipeptide.positions)
     flat = held(dipeptide, "100*step(r-2)*(r-2)^2; r=sqrt(x^2+y^2+z^2)")
     spring = held(dipeptide, "100*(x-1)^2")
-    assert not any(simulate.is_free(m.system, m.positions) for m in (flat, spring))
+    walls = [held(dipeptide, f"1000*max(0, {side}-6)^2") for side in ("x", "-x", "y", "-y", "z", "-z")]
+    assert not any(simulate.is_free(m.system, m.positions) for m in (flat, spring, *walls))
     run = load_run(short_run)
     moved = replace(run, positions=run.positions - run.positions.mean(2, keepdims=True) + np.float32(1.0))
     for molecule, centre in ((dipeptide, 0.0), (flat, 1.0), (spring, 1.0)):
@@ -496,6 +523,34 @@ def test_mbar_recovers_the_mean_energy():
     error = np.sqrt((w**2 * (run.energies - mean) ** 2).sum())
     assert abs(mean - exact) < 4 * error
     assert abs(run.energies.mean() - exact) > 4 * error  # unweighted, it fails
+
+
+def hot_basin_run(n: int, rng: np.random.Generator) -> TemperingRun:
+    """Independent draws of twenty degrees of freedom with a basin 40 kJ/mol up, which heat fills."""
+    temperatures = temperature_ladder(300.0, 500.0, 4)
+    kt = GAS_CONSTANT * temperatures
+    ratio = np.exp(13.0 - 40.0 / kt)
+    inside = rng.random((n, 4)) < ratio / (1.0 + ratio)
+    energies = kt * rng.gamma(10.0, 1.0, (n, 4)) + 40.0 * inside
+    phi = np.where(inside, 1.0, -1.0)
+    positions = torsion_run(1, 0).positions[:, :1].repeat(n, axis=0).repeat(4, axis=1)
+    positions[..., 3, 0], positions[..., 3, 1] = np.cos(phi), np.sin(phi)
+    return TemperingRun(positions, np.tile(np.arange(4), (n, 1)), energies, temperatures, np.zeros(3))
+
+
+def test_errors_of_mbar_know_that_free_energies_of_the_ladder_are_estimates():
+    n_repeats, rng, free, fixed = 200, np.random.default_rng(5), [], []
+    for _ in range(n_repeats):
+        run = hot_basin_run(400, rng)
+        free.append(analyse([run], QUADRUPLE).delta_f_mbar)
+        inside = metrics.in_range(analysis._torsion_series(run, QUADRUPLE), metrics.PHI_POSITIVE)
+        fixed.append(analysis._basin_estimate([inside], mbar_weights([run])))  # planted: as if they were known
+    values = np.array([e.value for e in free])
+    exact, scatter = 40.0 / (GAS_CONSTANT * 300.0) - 13.0, values.std(ddof=1)
+    assert abs(values.mean() - exact) < 4 * scatter / n_repeats**0.5
+    ratios = [np.sqrt(np.mean([e.error**2 for e in which])) / scatter for which in (free, fixed)]
+    tolerance = 4 / (2 * n_repeats) ** 0.5  # four standard errors of a scatter
+    assert abs(ratios[0] - 1) < tolerance < abs(ratios[1] - 1)
 
 
 def test_bias_is_removed_again():

@@ -97,6 +97,21 @@ def test_torsions_agree_with_mdtraj(dipeptide, kind, size):
         assert np.array_equal(rows, expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "n"), [("alanine-dipeptide", 1), ("alanine-tripeptide", 1), ("alanine-hexapeptide", 5)]
+)
+def test_residues_with_both_torsions(name, n):
+    """The tripeptide has free ends: its first psi and its last phi are of residues that lack the other."""
+    molecule = load_system(name)
+    both, residues = molecule.backbone_residues, [atom.residue.index for atom in molecule.topology.atoms()]
+    assert both.shape == (n, 2, 4) and np.array_equal(both[:, 0, 1:], both[:, 1, :3])
+    for phi, psi in both:
+        assert len({residues[i] for i in (*phi[1:], *psi[:3])}) == 1
+        assert phi.tolist() in molecule.torsions("phi").tolist() and psi.tolist() in molecule.torsions("psi").tolist()
+    whole = name != "alanine-tripeptide"
+    assert (len(molecule.torsions("phi")) == len(molecule.torsions("psi")) == n) is whole
+
+
 def test_unknown_torsion(dipeptide):
     with pytest.raises(InputError, match=r"chi.*phi"):
         dipeptide.torsions("chi")

@@ -1,5 +1,7 @@
 """Trajectories in every format, damaged ones, and frames that cannot be the molecule."""
 
+import copy
+import warnings
 from itertools import pairwise
 
 import mdtraj
@@ -9,11 +11,14 @@ import pytest
 from openmm import app, unit
 from test_systems import noisy_frames
 
-from openmm_regflow import metrics
+from openmm_regflow import flows, metrics
+from openmm_regflow.bonds import bonds_of
 from openmm_regflow.errors import CorruptFileError, InputError
+from openmm_regflow.potentials import TorchPotential
+from openmm_regflow.proposals import FlowProposal
 from openmm_regflow.simulate import export_hdf5
 from openmm_regflow.systems import MolecularSystem, load_system
-from openmm_regflow.trajectories import bonds_of, check_bond_lengths, load_trajectory
+from openmm_regflow.trajectories import check_bond_lengths, load_trajectory
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +201,33 @@ def test_a_system_without_bonds_says_nothing():
     check_bond_lengths(np.random.default_rng(0).normal(size=(5, 3, 3)), system, 300.0, "frames")
 
 
+def test_soft_terms_and_bonds_across_a_box_are_no_bonds(dipeptide, frames):
+    """A restraint between two atoms, a pin of length zero, and bonds to the nearest image."""
+    system = copy.deepcopy(dipeptide.system)
+    soft, periodic = openmm.HarmonicBondForce(), openmm.HarmonicBondForce()
+    soft.addBond(0, 20, 5.0, 4000.0)
+    soft.addBond(1, 21, 0.0, 1e6)
+    periodic.addBond(0, 20, 0.1, 3e5)
+    periodic.setUsesPeriodicBoundaryConditions(True)
+    for force in (soft, periodic):
+        system.addForce(force)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_bond_lengths(frames, system, 300.0, "frames")
+        with pytest.raises(InputError, match="angstrom"):
+            check_bond_lengths(10 * frames, system, 300.0, "frames")
+
+
+def test_strides(dipeptide, frames, tmp_path):
+    for name in ("a.h5", "a.dcd"):
+        mdtraj.Trajectory(frames, mdtraj.Topology.from_openmm(dipeptide.topology)).save(str(tmp_path / name))
+        for stride in (0, -1):
+            with pytest.raises(InputError, match=f"stride is {stride}"):
+                dipeptide.load_trajectory(tmp_path / name, stride=stride)
+        with pytest.raises(InputError, match=r"1 frame.*at a stride of 100"):
+            dipeptide.load_trajectory(tmp_path / name, stride=100)
+
+
 # --- structures ---
 
 
@@ -227,6 +259,100 @@ def test_a_structure_in_another_order_than_the_system_is_refused(dipeptide, tmp_
         with pytest.raises(InputError, match="different orders of atoms"):
             load(order)
     load([1, 0, *same[2:]], bonds=False)  # a file without bonds has no order
+
+
+def with_morse_bonds(system, which, restraint=False):
+    """The System with some of its bonds (by rank) as a CustomBondForce, and a soft restraint as a harmonic bond."""
+    system = copy.deepcopy(system)
+    (harmonic,) = (f for f in system.getForces() if isinstance(f, openmm.HarmonicBondForce))
+    morse, kept = openmm.CustomBondForce("400*(1-exp(-a*(r-r0)))^2"), openmm.HarmonicBondForce()
+    for name in ("a", "r0"):
+        morse.addPerBondParameter(name)
+    for index in range(harmonic.getNumBonds()):
+        i, j, length, k = harmonic.getBondParameters(index)
+        if index in which:
+            morse.addBond(i, j, [(k._value / 800.0) ** 0.5, length])
+        else:
+            kept.addBond(i, j, length, k)
+    if restraint:
+        kept.addBond(0, 20, 0.8, 500.0)
+    system.removeForce(force_index(system, harmonic))
+    system.addForce(morse)
+    system.addForce(kept)
+    return system
+
+
+def without_bond(system, index):
+    """The System without one of the bonds of its first harmonic force."""
+    system = copy.deepcopy(system)
+    place = force_index(system, openmm.HarmonicBondForce())
+    old, new = system.getForce(place), openmm.HarmonicBondForce()
+    for k in range(old.getNumBonds()):
+        if k != index:
+            new.addBond(*old.getBondParameters(k))
+    system.removeForce(place)
+    system.addForce(new)
+    return system
+
+
+def force_index(system, force):
+    return next(k for k, f in enumerate(system.getForces()) if isinstance(f, type(force)))
+
+
+@pytest.mark.parametrize(
+    ("which", "restraint"),
+    [({3}, False), (set(range(21)), False), (set(range(21)), True)],
+    ids=["one", "all", "restrained"],
+)
+def test_bonds_of_other_forms_are_bonds(dipeptide, tmp_path, which, restraint):
+    """A structure and a flow belong to a System whose bonds are not all harmonic."""
+    system = with_morse_bonds(dipeptide.system, which, restraint)
+    (tmp_path / "system.xml").write_text(openmm.XmlSerializer.serialize(system))
+    order = list(range(22))
+    pdb = in_order(dipeptide, order, tmp_path / "structure.pdb")
+    molecule = load_system(pdb, system_xml=tmp_path / "system.xml", temperature=300)
+    coordinates = flows.coordinates_for(dipeptide.topology, dipeptide.reference("test")[:1000])
+    flow = flows.spline(coordinates, n_layers=2, hidden=8)
+    FlowProposal(flow, TorchPotential(molecule.system), 300.0)
+    with pytest.raises(InputError, match="different orders of atoms"):
+        wrong = in_order(dipeptide, [1, 0, *order[2:]], tmp_path / "wrong.pdb")
+        load_system(wrong, system_xml=tmp_path / "system.xml", temperature=300)
+
+
+def test_bonds_that_no_force_shows_are_no_mistake(dipeptide, tmp_path):
+    """As of a neural network, beside a restraint."""
+    system = copy.deepcopy(dipeptide.system)
+    system.removeForce(force_index(system, openmm.HarmonicBondForce()))
+    restraint = openmm.HarmonicBondForce()
+    restraint.addBond(0, 20, 0.8, 500.0)
+    system.addForce(restraint)
+    (tmp_path / "system.xml").write_text(openmm.XmlSerializer.serialize(system))
+    pdb = in_order(dipeptide, range(22), tmp_path / "structure.pdb")
+    molecule = load_system(pdb, system_xml=tmp_path / "system.xml", temperature=300)
+    coordinates = flows.coordinates_for(dipeptide.topology, dipeptide.reference("test")[:1000])
+    FlowProposal(flows.spline(coordinates, n_layers=2, hidden=8), TorchPotential(molecule.system), 300.0)
+
+
+@pytest.mark.parametrize("masses", ["heavy hydrogens", "as they are"])
+@pytest.mark.parametrize("urey_bradley", [False, True])
+def test_ends_of_angles_and_heavy_hydrogens_are_no_other_order(dipeptide, tmp_path, masses, urey_bradley):
+    """Also where a bond is left out, as of an alchemical region."""
+    system = copy.deepcopy(dipeptide.system)
+    if masses == "heavy hydrogens":
+        for a, b in dipeptide.topology.bonds():
+            heavy, light = (a, b) if b.element is app.element.hydrogen else (b, a)
+            if light.element is app.element.hydrogen:
+                system.setParticleMass(light.index, 4.0)
+                system.setParticleMass(heavy.index, system.getParticleMass(heavy.index)._value - 2.992)
+        assert min(system.getParticleMass(i)._value for i in range(22)) < 4.0
+    if urey_bradley:
+        terms = openmm.HarmonicBondForce()
+        terms.addBond(0, 2, 0.18, 2e4)
+        terms.addBond(0, 3, 0.18, 2e4)
+        system.addForce(terms)
+    (tmp_path / "system.xml").write_text(openmm.XmlSerializer.serialize(without_bond(system, 5)))
+    pdb = in_order(dipeptide, range(22), tmp_path / "structure.pdb")
+    load_system(pdb, system_xml=tmp_path / "system.xml", temperature=300)
 
 
 # --- chirality ---

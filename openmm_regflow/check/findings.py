@@ -113,6 +113,7 @@ def _frame(proposal: FlowProposal) -> Finding:
 def _identity(flow: Any, molecule: MolecularSystem, subset: Sequence[int] | None) -> Finding:
     """Atoms, System and temperature against the flow's own record; of a subset, its bonds and the temperature."""
     n_atoms, where = (molecule.n_atoms, "System") if subset is None else (len(subset), "subset")
+    recorded = getattr(flow.metadata, "fingerprint", None) is not None
     if flow.n_atoms != n_atoms:
         return Finding("belongs together", f"the flow has {flow.n_atoms} atoms, the {where} {n_atoms}", False)
     if subset is not None and not flow.rotation_invariant:
@@ -120,14 +121,15 @@ def _identity(flow: Any, molecule: MolecularSystem, subset: Sequence[int] | None
         return Finding("belongs together", words, False)
     try:
         check_flow(flow, None if subset else molecule.system, molecule.temperature)
-        where = "the System" if subset is None else "atom_subset"
-        check_bonded(molecule.system, bonds_of_subset(flow, subset or range(n_atoms)), where)
+        if subset is not None:
+            check_bonded(molecule.system, bonds_of_subset(flow, subset))
+        elif not recorded:
+            check_bonded(molecule.system, bonds_of_subset(flow, range(n_atoms)), "the System")
     except IncompatibleFlowError as error:
         return Finding("belongs together", str(error), False)
     if subset is not None:
         words = f"atoms and bonds of the subset agree ({n_atoms} of {molecule.n_atoms} atoms"
         return Finding("belongs together", f"{words}, {molecule.temperature:g} K)", True)
-    recorded = getattr(flow.metadata, "fingerprint", None) is not None
     words = "System and temperature are those of the training" if recorded else "the flow names no System; atoms agree"
     return Finding("belongs together", f"{words} ({n_atoms} atoms, {molecule.temperature:g} K)", True)
 

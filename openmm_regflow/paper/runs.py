@@ -315,8 +315,8 @@ def _speed(sampler: Any, n: int) -> dict[str, float]:
 
 def _ramachandran(drawn: evaluation.FlowSamples, reference: np.ndarray, molecule: MolecularSystem) -> Any:
     finite = np.isfinite(drawn.positions).all(axis=(1, 2))
-    phi, psi = (molecule.torsions(kind)[:1] for kind in ("phi", "psi"))
-    a, r = ([metrics.dihedrals(x, rows)[:, 0] for rows in (phi, psi)] for x in (drawn.positions[finite], reference))
+    both = molecule.backbone_residues[0]
+    a, r = (metrics.dihedrals(x, both).T for x in (drawn.positions[finite], reference))
     return plots.ramachandran(
         {"reference": (r[0], r[1]), "samples": (a[0], a[1]), "reweighted": (a[0], a[1], drawn.log_weights[finite])}
     )

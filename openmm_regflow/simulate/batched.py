@@ -24,7 +24,9 @@ from openmm_regflow.fingerprints import compare_fingerprints, fingerprint
 from openmm_regflow.graphs import Replayed
 from openmm_regflow.potentials import TorchPotential
 from openmm_regflow.simulate.tempering import (
+    CHUNKS,
     RECORD,
+    STORAGE,
     Progress,
     TemperingRun,
     is_free,
@@ -187,8 +189,8 @@ def batched_tempering(
     """
     settings = settings or BatchedSettings()
     folder = writable_folder(Path(output))
-    _check(folder / RECORD, molecule, bias, settings)
     ladder = _Ladder(molecule, bias, settings)
+    _check(folder / RECORD, molecule, bias, settings)
     chunks, others = _sound_chunks(folder)
     for path in others:  # simulated again; nothing is lost if they were only out of reach
         path.replace(path.with_suffix(".torn"))
@@ -336,7 +338,8 @@ def _record(molecule: MolecularSystem, bias: openmm.System | None, settings: Bat
 def _check(path: Path, molecule: MolecularSystem, bias: openmm.System | None, settings: BatchedSettings) -> None:
     """Writes the record of a new run; refuses to continue another one."""
     now = _record(molecule, bias, settings)
-    if not path.exists():
+    begun = any(path.parent.glob(CHUNKS)) or (path.parent / STORAGE).exists()
+    if not (path.exists() and begun):
         write_json(path, now)
         return
     then = read_record(path)
@@ -355,7 +358,7 @@ def _check(path: Path, molecule: MolecularSystem, bias: openmm.System | None, se
 
 def _sound_chunks(folder: Path) -> tuple[list[Path], list[Path]]:
     """Chunks in time, without gaps; and those from a gap or a torn one on."""
-    found = sorted(folder.glob("chunk-*.npz"))
+    found = sorted(folder.glob(CHUNKS))
     done = 0
     for position, path in enumerate(found):
         try:

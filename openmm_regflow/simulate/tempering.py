@@ -1,7 +1,8 @@
 """Parallel tempering through openmmtools: settings, seeds, running, resuming, reading back.
 
 The sampling System carries heavier hydrogens, so that a larger time step is stable. Masses do not enter the
-distribution of positions, and positions are all that is kept: mass is added, none is taken from the heavy atoms.
+distribution of positions (except those that constraints hold, which are left as they are), and positions are all that
+is kept: mass is added, none is taken from the heavy atoms.
 
 openmmtools draws from NumPy's global random state and from Numba's; both, and the integrator, are seeded here from
 one seed. Two runs of one seed agree bit for bit on the Reference platform, if nothing resumes them in between.
@@ -25,6 +26,7 @@ import openmm
 from openmm import unit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from openmm_regflow.constraints import fixed_bonds
 from openmm_regflow.device import openmm_properties
 from openmm_regflow.errors import CorruptFileError, InputError, InsufficientDataError
 from openmm_regflow.files import read_json, write_json
@@ -38,6 +40,8 @@ Progress = Callable[[int, int], None]
 
 STORAGE = "tempering.nc"
 RECORD = "run.json"
+#: Names of what the batched engine writes.
+CHUNKS = "chunk-*.npz"
 
 
 def no_progress(done: int, total: int) -> None:
@@ -57,7 +61,8 @@ class TemperingSettings(BaseModel):
         hydrogen_mass: mass of hydrogen while sampling [dalton]; None keeps the System's.
         scramble_steps: steps of each replica at ``max_temperature`` before the run, to part the starting points.
         checkpoint_interval: iterations between points from which a run continues; what follows the last one is
-            simulated again. Each costs as much storage as the positions of an iteration, and hardly any time.
+            simulated again. Each costs twice the storage of the positions of an iteration, and hardly any time. A run
+            keeps the interval that it began with.
         platform: OpenMM platform name; on a GPU in mixed precision. None lets OpenMM choose, precision and device too.
         seed: seeds everything random.
     """
@@ -111,10 +116,13 @@ def temperature_ladder(lowest: float, highest: float, n: int) -> np.ndarray:
 
 
 def with_hydrogen_mass(system: openmm.System, mass: float | None) -> openmm.System:
-    """Copy of a System whose hydrogens (0 < mass < 1.5 dalton) weigh ``mass`` [dalton]."""
-    heavier = copy.deepcopy(system)
+    """Copy of a System whose hydrogens (0 < mass < 1.5 dalton) weigh ``mass`` [dalton].
+
+    Those that a constraint holds keep their mass, on which the ensemble of constrained dynamics depends.
+    """
+    heavier, held = copy.deepcopy(system), {i for bond in fixed_bonds(system) for i in bond[:2]}
     for index in range(system.getNumParticles() if mass is not None else 0):
-        if 0 < system.getParticleMass(index).value_in_unit(unit.dalton) < 1.5:
+        if index not in held and 0 < system.getParticleMass(index).value_in_unit(unit.dalton) < 1.5:
             heavier.setParticleMass(index, mass)
     return heavier
 
@@ -150,11 +158,11 @@ def parallel_tempering(
     storage = folder / STORAGE
     if storage.exists() and not resume:
         raise InputError(f"{folder} already holds a run; resume it or choose another output folder")
-    if (folder / RECORD).is_file() and (engine := read_record(folder / RECORD).get("engine")) is not None:
-        raise InputError(f"{folder} holds a run of the {engine} engine; go on with it, or choose another folder")
+    if any(folder.glob(CHUNKS)):
+        raise InputError(f"{folder} holds a run of the batched engine; go on with it, or choose another folder")
     _quiet()
     if storage.exists():
-        _check_record(folder / RECORD, molecule, settings)
+        settings = _as_begun(folder / RECORD, molecule, settings)
         if _stored_iterations(storage) >= settings.n_iterations:
             progress(settings.n_iterations, settings.n_iterations)
             return storage
@@ -213,19 +221,20 @@ def read_record(path: str | Path) -> dict[str, Any]:
     return read_json(path, "start the run again in a new folder")
 
 
-def _check_record(path: Path, molecule: MolecularSystem, settings: TemperingSettings) -> None:
-    """Refuses to continue another run."""
+def _as_begun(path: Path, molecule: MolecularSystem, settings: TemperingSettings) -> TemperingSettings:
+    """Refuses to continue another run; the settings with the checkpoints of this one."""
     then, now = read_record(path), _record(molecule, settings)
     lines = compare_fingerprints(
         then["fingerprint"], fingerprint(molecule.system, like=then["fingerprint"]), masses=True
     )
     for key, value in now["settings"].items():
-        if key != "n_iterations" and then["settings"].get(key) != value:
+        if key not in ("n_iterations", "checkpoint_interval") and then["settings"].get(key) != value:
             lines.append(f"{key} was {then['settings'].get(key)}, is {value}")
     if then["temperatures"] != now["temperatures"]:
         lines.append(f"temperatures were {then['temperatures']}, are {now['temperatures']}")
     if lines:
         raise InputError(f"{path.parent} holds another run ({'; '.join(lines)}); use its settings or another folder")
+    return settings.model_copy(update={"checkpoint_interval": then["settings"]["checkpoint_interval"]})
 
 
 def _quiet() -> None:
@@ -451,8 +460,10 @@ def is_free(system: openmm.System, positions: np.ndarray) -> bool:
     """
     context = openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatform("Reference"))
     energies = []
-    for step in (0.0, 0.1, 30.0):  # far, too: a flat-bottomed restraint does nothing near its centre
-        context.setPositions(np.asarray(positions) + step * np.array([1.0, -0.7, 1.3]))
+    # Far, too, and every way: a flat-bottomed restraint does nothing near its centre, and a wall nothing on one side.
+    ways = np.concatenate([np.eye(3), -np.eye(3)])
+    for shift in (np.zeros(3), *(0.1 * ways), *(30.0 * ways)):
+        context.setPositions(np.asarray(positions) + shift)
         energies.append(context.getState(energy=True).getPotentialEnergy()._value)
     return bool(np.ptp(energies) <= 1e-6 * (1.0 + abs(energies[0])))
 

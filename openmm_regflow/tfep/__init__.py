@@ -17,7 +17,8 @@ from openmm_regflow.tfep.bridge import (
     states_through_flow,
     through_prior,
 )
-from openmm_regflow.tfep.ensembles import ConstrainedEnergy, potential_of, shared_bonds, state_of
+from openmm_regflow.tfep.compatibility import shared_bonds
+from openmm_regflow.tfep.ensembles import ConstrainedEnergy, potential_of, state_of
 from openmm_regflow.tfep.estimators import convergence, estimate
 from openmm_regflow.tfep.learned import WorkLoss, fit_map
 from openmm_regflow.tfep.multistate import MultistateFreeEnergy, estimate_states

@@ -12,8 +12,6 @@ from openmm_regflow.potentials import OpenMMPotential, Potential, TorchPotential
 from openmm_regflow.tfep.pipeline import Basin, State
 from openmm_regflow.units import thermal_energy
 
-#: Relative difference at which the lengths of a constraint in two Systems count as one.
-SAME_LENGTH = 1e-9
 #: Relative deviation from a constrained length that dynamics (1e-5 by default) and float32 frames stay below.
 ON_SURFACE = 1e-3
 
@@ -92,22 +90,3 @@ def state_of(
     if not system.getNumConstraints():
         return State(potential, temperature, basin)
     return State(ConstrainedEnergy(system, temperature, potential), temperature, basin)
-
-
-def shared_bonds(state_a: State, state_b: State) -> list[tuple[int, int, float]]:
-    """Constraints ``(i, j, length [nm])`` of both states, for the coordinates of a map between them.
-
-    Raises:
-        InputError: they differ; a free energy between different constraint surfaces depends on the unit of length.
-    """
-    held = [
-        {(min(i, j), max(i, j)): d for i, j, d in getattr(s.potential, "fixed_bonds", ())} for s in (state_a, state_b)
-    ]
-    a, b = held
-    differing = sorted(set(a) ^ set(b)) + [k for k in set(a) & set(b) if abs(a[k] - b[k]) > SAME_LENGTH * a[k]]
-    if differing:
-        raise InputError(
-            f"the states differ in {len(differing)} constraints (atoms {differing[0][0]} and {differing[0][1]} are the "
-            "first); build both Systems with the same constraints and lengths, or with constraints=None"
-        )
-    return [(i, j, d) for (i, j), d in a.items()]

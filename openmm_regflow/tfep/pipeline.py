@@ -19,8 +19,8 @@ from torch import Tensor
 from openmm_regflow import metrics
 from openmm_regflow.errors import InputError, InsufficientDataError
 from openmm_regflow.reweighting import Seed
+from openmm_regflow.tfep.compatibility import check_states
 from openmm_regflow.tfep.estimators import estimate
-from openmm_regflow.tfep.placement import check_placement
 from openmm_regflow.tfep.results import TargetedFreeEnergy
 from openmm_regflow.units import temperature_kelvin, thermal_energy
 
@@ -269,8 +269,8 @@ def works(
 
     Raises:
         InputError: mismatched atoms, a sample of infinite energy in (or outside the basin of) its own state, or works
-            that would depend on where the molecule happens to lie
-            (:func:`openmm_regflow.tfep.placement.check_placement`).
+            that would be no free energy
+            (:func:`openmm_regflow.tfep.compatibility.check_states`).
         InsufficientDataError: no samples, or no map.
     """
     x_a, x_b = _tensor(positions_a), _tensor(positions_b)
@@ -280,7 +280,7 @@ def works(
     if not several:
         raise InsufficientDataError("an empty list of maps connects nothing; give at least one")
     if len(x_a) and len(x_b):
-        check_placement(several, x_a, (state_a, state_b), (x_a, x_b))
+        check_states(several, x_a, (state_a, state_b), (x_a, x_b))
     forward = np.stack([_one_way(m.forward, state_a, state_b, x_a, "A", batch_size) for m in several])
     reverse = np.stack([_one_way(m.inverse, state_b, state_a, x_b, "B", batch_size) for m in several])
     return Works(forward, reverse) if isinstance(maps, Sequence) else Works(forward[0], reverse[0])
@@ -333,8 +333,8 @@ def mapped_energies(
         ``u_kn`` `(n_states, n)` [kT] of all samples, grouped by state, and ``n_k`` `(n_states,)`.
 
     Raises:
-        InputError: unequal numbers of maps, states and samples, or energies that would depend on where the molecule
-            happens to lie.
+        InputError: unequal numbers of maps, states and samples, or works that would be no free energy
+            (:func:`openmm_regflow.tfep.compatibility.check_states`).
     """
     if not len(maps) == len(states) == len(positions):
         raise InputError(
@@ -344,7 +344,7 @@ def mapped_energies(
     columns = []
     with torch.no_grad():
         if samples and all(map(len, samples)):
-            check_placement(maps, maps[0].inverse(samples[0][:8])[0], states, samples)
+            check_states(maps, maps[0].inverse(samples[0][:8])[0], states, samples)
         for own, x in zip(maps, samples):
             for batch in x.split(batch_size):
                 z, _ = own.inverse(batch)

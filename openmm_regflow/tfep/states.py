@@ -48,7 +48,8 @@ from openmm_regflow.files import write_json
 from openmm_regflow.flows import coordinates_for
 from openmm_regflow.simulate import BatchedSettings, batched_tempering, load_runs
 from openmm_regflow.systems import MolecularSystem, load_system
-from openmm_regflow.tfep.ensembles import shared_bonds, state_of
+from openmm_regflow.tfep.compatibility import shared_bonds
+from openmm_regflow.tfep.ensembles import state_of
 from openmm_regflow.tfep.estimators import convergence, estimate
 from openmm_regflow.tfep.learned import fit_map
 from openmm_regflow.tfep.nearby import TRAINING as NEARBY_TRAINING

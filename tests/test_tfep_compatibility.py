@@ -11,8 +11,9 @@ from analytic_molecules import TEMPERATURE, Chain, distance
 from openmm_regflow import tfep
 from openmm_regflow.errors import InputError
 from openmm_regflow.flows import coordinates_for
-from openmm_regflow.potentials import TorchPotential
-from openmm_regflow.tfep.placement import Placement, placement_of
+from openmm_regflow.potentials import OpenMMPotential, TorchPotential
+from openmm_regflow.systems import load_system
+from openmm_regflow.tfep.compatibility import Placement, placement_of
 from openmm_regflow.units import thermal_energy
 
 KT = thermal_energy(TEMPERATURE)
@@ -36,6 +37,8 @@ FREE = chain_with(atoms=())
 WEAK, STRONG = chain_with("5*(x^2+y^2+z^2)"), chain_with("20*(x^2+y^2+z^2)")
 FLAT = chain_with("1000*max(0, sqrt(x^2+y^2+z^2)-6)^2")
 FIELD = chain_with("-8*x", "8*x", atoms=(0, 1))
+WALLS = [chain_with(f"1000*max(0, {side}-6)^2") for side in ("x", "-x", "z", "-z")]
+PLANE, TUBE = chain_with("500*(x-y)^2"), chain_with("500*((x-y)^2+(y-z)^2)")
 
 
 def samples(n=64, seed=0):
@@ -46,21 +49,43 @@ def samples(n=64, seed=0):
 
 @pytest.mark.parametrize(
     ("state", "place", "orientation"),
-    [(FREE, False, False), (WEAK, True, False), (FLAT, True, False), (FIELD, False, True)],
-    ids=["free", "restraint", "flat bottom", "field"],
+    [
+        (FREE, False, False), (WEAK, True, False), (FLAT, True, False), (FIELD, False, True),
+        *((wall, True, False) for wall in WALLS), (PLANE, True, True), (TUBE, True, True),
+    ],
+    ids=["free", "restraint", "flat bottom", "field", "x wall", "-x wall", "z wall", "-z wall", "plane", "tube"],
 )
 def test_what_an_energy_says_of_place_and_orientation(state, place, orientation):
     """A molecule whose centre is that of a restraint may turn about it."""
     assert placement_of(state, samples(8)) == Placement(place, orientation)
 
 
-def test_single_precision_holds_no_molecule_in_its_place():
-    """Rounding at ten nanometres is no restraint."""
-    state = tfep.State(TorchPotential(Chain(4).system, dtype=torch.float32), TEMPERATURE)
-    assert placement_of(state, samples(8)) == Placement(False, False)
+@pytest.mark.parametrize("kind", ["float32", "CPU"])
+def test_single_precision_holds_no_molecule_in_its_place(kind):
+    """Rounding is no restraint, at ten nanometres and where the terms of an energy cancel."""
+    molecule = load_system("alanine-tetrapeptide")
+    rounded = {"dtype": torch.float32} if kind == "float32" else {"platform": kind}
+    potential = (TorchPotential if kind == "float32" else OpenMMPotential)(molecule.system, **rounded)
+    state, exact = tfep.State(potential, 300.0), TorchPotential(molecule.system)
+    frames = torch.as_tensor(molecule.reference("test")).double()
+    nearest = exact(frames).abs().argsort()[:60]  # energies about zero
+    for rows in (*nearest.split(6), *torch.arange(0, 3600, 60).split(6)):
+        assert placement_of(state, frames[rows]) == Placement(False, False)
+    x = frames[nearest[:16]]
+    coordinates = coordinates_for(molecule.topology, frames[:2000], "internal")
+    for one in (tfep.IdentityMap(), tfep.CoordinatesMap(coordinates, tfep.IdentityMap())):
+        tfep.works(one, state, state, x, frames[::200])
 
 
-@pytest.mark.parametrize("held", [WEAK, FLAT], ids=["restraint", "flat bottom"])
+def test_samples_outside_their_basin_are_named_before_anything_else():
+    x = samples()
+    nowhere = tfep.State(WEAK.potential, TEMPERATURE, basin=lambda x: np.zeros(len(x), dtype=bool))
+    assert placement_of(nowhere, x) is None
+    with pytest.raises(InputError, match="lie outside its basin"):
+        tfep.works(tfep.IdentityMap(), nowhere, STRONG, x, x)
+
+
+@pytest.mark.parametrize("held", [WEAK, FLAT, WALLS[1]], ids=["restraint", "flat bottom", "wall"])
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_free_state_and_one_held_in_its_place_have_no_difference(held, turned):
     """The number would follow wherever the frames happen to lie."""

@@ -1,0 +1,181 @@
+"""What states must have in common before works between them mean anything: constraints, masses, place, orientation.
+
+``exp(-u)`` of a molecule in free space has no distribution of its centre, so samples have whichever their dynamics gave
+them. Nothing of that may enter a free energy, and no check of overlap would see it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openmm_regflow.coordinates import random_rotations
+from openmm_regflow.errors import InputError
+from openmm_regflow.proposals import rotate
+
+#: Relative difference at which the lengths of a constraint, or masses, in two Systems count as one.
+SAME = 1e-9
+#: [nm] A molecule is moved by a little, which a weak field shows, and beyond the flat bottom of a restraint.
+_SHIFTS = (0.3, 10.0)
+#: Directions of the shifts: a wall, a plane or a tube is felt in one of them.
+_WAYS = torch.cat([torch.eye(3), -torch.eye(3)]).double()
+#: [kT] per root of the number of atoms, and relative to the energy: what rounding in single precision stays below.
+_ROUNDING = {0.0: (2e-4, 1e-5), 0.3: (2e-4, 1e-5), 10.0: (5e-3, 1e-3)}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Whether a state's energy depends on the place and on the orientation of the whole molecule."""
+
+    place: bool
+    orientation: bool
+
+
+def placement_of(state: Any, x: Tensor) -> Placement | None:
+    """Find out from samples of the state, moved and turned as a whole.
+
+    Args:
+        state: with ``reduced(x) -> (n,)`` [kT].
+        x: `(n, n_atoms, 3)` [nm]; rows of other shapes are moved by one number and never turned.
+
+    Returns:
+        what was found; None where no sample has a finite energy.
+    """
+    molecular = x.dim() == 3 and x.shape[2] == 3
+    x = x[torch.arange(len(_WAYS)) % len(x)]
+    ways = _WAYS.to(x)[:, None, :] if molecular else 1.0
+    with torch.no_grad():
+        before = state.reduced(x)
+        here = np.isfinite(before)
+        if not here.any():
+            return None
+
+        def changes(moved: Tensor, shift: float) -> bool:
+            own, relative = _ROUNDING[shift]
+            with np.errstate(invalid="ignore"):
+                change = np.abs(state.reduced(moved) - before)
+                return bool((change > own * x.shape[1] ** 0.5 + relative * np.abs(before))[here].any())
+
+        place = any(changes(x + shift * ways, shift) for shift in _SHIFTS)
+        if not molecular:
+            return Placement(place, False)
+        centre = x.mean(1, keepdim=True)
+        generator = torch.Generator(device=x.device).manual_seed(0)
+        turned = rotate(x - centre, random_rotations(len(x), generator, device=x.device)) + centre
+        return Placement(place, changes(turned, 0.0))
+
+
+def check_states(maps: Sequence[Any], start: Tensor, states: Sequence[Any], samples: Sequence[Tensor]) -> None:
+    """Refuse states and maps whose works would be no free energy, or depend on where the samples happen to lie.
+
+    Args:
+        maps: from the first state or a common frame.
+        start: `(n, n_atoms, 3)` [nm] samples where the maps start.
+        states: at least two, with ``reduced(x) -> (n,)`` [kT].
+        samples: `(n, n_atoms, 3)` [nm] of each state.
+
+    Raises:
+        InputError: the states differ in their constraints or in the masses behind them; one holds the molecule in its
+            place and another does not, so that their free energies differ by the logarithm of a volume that nothing
+            gives; a state knows place or orientation, and a map forgets them; or no state holds the molecule, and a map
+            changes how its centre is spread.
+    """
+    for state in states[1:]:
+        shared_bonds(states[0], state)
+    found = [placement_of(state, x) for state, x in zip(states, samples)]
+    known = [each for each in found if each is not None]
+    if len(known) < len(found):
+        return  # works say which sample has no energy
+    if len({each.place for each in known}) > 1:
+        held, free = (next(k for k, each in enumerate(known) if each.place is wanted) for wanted in (True, False))
+        raise InputError(
+            f"the energy of state {_name(held, len(states))} changes when the whole molecule is moved, that of state "
+            f"{_name(free, len(states))} does not: they differ by the volume that the free molecule has, which no "
+            "sample decides; restrain atoms to each other rather than to a place, or hold both states"
+        )
+    for one in maps:
+        if any(each.place or each.orientation for each in known):
+            _refuse_forgetting(one, start[: len(_WAYS)])
+        if not known[0].place:
+            _refuse_free_centre(one, start[: len(_WAYS)])
+
+
+def shared_bonds(state_a: Any, state_b: Any) -> list[tuple[int, int, float]]:
+    """Constraints ``(i, j, length [nm])`` of both states, for the coordinates of a map between them.
+
+    Args:
+        state_a: its potential may have ``fixed_bonds``, and then ``metric.masses``
+            (:class:`~openmm_regflow.tfep.ConstrainedEnergy`).
+        state_b: alike.
+
+    Raises:
+        InputError: constraints differ, and a free energy between different constraint surfaces depends on the unit of
+            length; or masses behind them do, which shape the ensemble of constrained dynamics.
+    """
+    potentials = [state_a.potential, state_b.potential]
+    a, b = ({(min(i, j), max(i, j)): d for i, j, d in getattr(p, "fixed_bonds", ())} for p in potentials)
+    differing = sorted(set(a) ^ set(b)) + [k for k in set(a) & set(b) if abs(a[k] - b[k]) > SAME * a[k]]
+    if differing:
+        raise InputError(
+            f"the states differ in {len(differing)} constraints (atoms {differing[0][0]} and {differing[0][1]} are the "
+            "first); build both Systems with the same constraints and lengths, or with constraints=None"
+        )
+    if a:
+        masses = [p.metric.masses for p in potentials]
+        for i in sorted({i for pair in a for i in pair}):
+            if not math.isclose(masses[0][i], masses[1][i], rel_tol=SAME):
+                raise InputError(
+                    f"the states differ in the mass of atom {i}, which a constraint holds ({masses[0][i]:g} and "
+                    f"{masses[1][i]:g} dalton), and masses shape the ensemble of constrained dynamics: the difference "
+                    "would be no configurational free energy; build both Systems with the same masses"
+                )
+    return [(i, j, d) for (i, j), d in a.items()]
+
+
+def _name(k: int, n: int) -> str:
+    """As users know the state."""
+    return "AB"[k] if n == 2 else str(k)
+
+
+def _refuse_forgetting(one: Any, x: Tensor) -> None:
+    """Refuse a map that does not lead back to the same place: it is no bijection of what the energy depends on.
+
+    Raises:
+        InputError: the way back ends elsewhere, as from coordinates without a frame.
+    """
+    with torch.no_grad():
+        there, _ = one.forward(x)
+        back, _ = one.inverse(there)
+    off = (back.to(x) - x).reshape(len(x), -1).abs().amax(1)
+    off = off[torch.isfinite(off)]
+    if (off > 1e-3).any():
+        raise InputError(
+            "a state's energy changes when the whole molecule is moved or turned, and the map forgets where it was and "
+            "how it lay (there and back, atoms are displaced by "
+            f"{float(off.max()):.2g} nm); use Cartesian coordinates (kind='cartesian') or the identity map"
+        )
+
+
+def _refuse_free_centre(one: Any, x: Tensor, shift: float = _SHIFTS[0]) -> None:
+    """Refuse a map that changes how the centre of a free molecule is spread.
+
+    A map that neither carries the centre along nor leaves it out turns a difference of these spreads into a free
+    energy: 3 log(s_A / s_B).
+
+    Raises:
+        InputError: the map does not move with the molecule.
+    """
+    with torch.no_grad():
+        moved = (one.forward(x + shift)[0] - one.forward(x)[0]).double().reshape(len(x), -1, 3).mean(1)
+    moved = moved[torch.isfinite(moved).all(1)]
+    along, fixed = (moved - target for target in (shift, 0.0))
+    tolerance = 1e-4 * shift
+    if len(moved) and along.abs().max() > tolerance and fixed.abs().max() > tolerance:
+        raise InputError(
+            "the map changes the centre of a free molecule, whose spread no energy decides; use internal coordinates "
+            "(coordinates_for(topology, positions, kind='internal')), or a map that carries the centre along"
+        )
