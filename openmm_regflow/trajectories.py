@@ -26,8 +26,8 @@ def load_trajectory(path: Path | str, topology: app.Topology, *, stride: int = 1
     """Positions from a trajectory in a format of full precision that mdtraj reads, checked against a topology.
 
     Args:
-        path: HDF5 in mdtraj's format, which also says which atoms it holds (as :func:`openmm_regflow.simulate.
-            export_hdf5` writes it), or DCD, NetCDF and others.
+        path: HDF5 in mdtraj's format, which also says which atoms it holds (:func:`openmm_regflow.simulate.export_hdf5`
+            writes it), or DCD, NetCDF and others.
         topology: the molecule that it has to show, atom for atom.
         stride: take every so-many-th frame.
 
