@@ -102,6 +102,19 @@ def test_one_row_of_each_method_end_to_end(capsys, tmp_path):
         run_table(tmp_path / "t", tiny())
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    ("architecture", "method"),
+    [("cnf", "flow-matching"), ("jet", "mle"), ("res_nvp", "regflow-ot"), ("spline", "regflow-reflow")],
+)
+def test_a_run_on_each_device(architecture, method, device):
+    """Networks, pairs and energies are there; the budget is processor time on a CPU and wall-clock on a GPU."""
+    record, drawing = paper.run_cell(Cell("alanine-dipeptide", architecture, method, "", 0.5, 0), tiny(), device)
+    assert "failed" not in record and record["device"] == device and drawing is not None
+    assert record["training_seconds"] > 0.4 and math.isfinite(record["e_w1"]) and record["seconds_200k"] > 0
+    assert ("teacher" in record) is (method == "regflow-reflow")
+
+
 def test_numbers_of_pairs(tmp_path):
     config = tiny()
     cell = Cell("alanine-dipeptide", "spline", "regflow-reflow", "pairs-300", 0.5, 0)
