@@ -1,5 +1,6 @@
 """States that hold a molecule in its place, or turn it, and maps that forget where it was."""
 
+import copy
 import math
 
 import numpy as np
@@ -7,6 +8,7 @@ import openmm
 import pytest
 import torch
 from analytic_molecules import TEMPERATURE, Chain, distance
+from openmm import app, unit
 
 from openmm_regflow import tfep
 from openmm_regflow.errors import InputError
@@ -75,6 +77,20 @@ def test_single_precision_holds_no_molecule_in_its_place(kind):
     coordinates = coordinates_for(molecule.topology, frames[:2000], "internal")
     for one in (tfep.IdentityMap(), tfep.CoordinatesMap(coordinates, tfep.IdentityMap())):
         tfep.works(one, state, state, x, frames[::200])
+
+
+@pytest.mark.parametrize("box", [2.5, 4.0])
+def test_a_mesh_holds_no_molecule_in_its_place(box):
+    """PME changes an energy by thousandths of kT where a molecule is moved, and by hundredths where it is turned."""
+    molecule = load_system("alanine-dipeptide")
+    topology = copy.deepcopy(molecule.topology)
+    topology.setPeriodicBoxVectors(np.eye(3) * box * unit.nanometer)
+    system = app.ForceField("amber99sbildn.xml").createSystem(topology, nonbondedMethod=app.PME)
+    state, x = tfep.State(OpenMMPotential(system, "Reference"), 300.0), torch.as_tensor(molecule.reference("test"))
+    assert placement_of(state, x[:6].double()) == Placement(False, False)
+    coordinates = coordinates_for(molecule.topology, x[:1000], "internal")
+    works = tfep.works(tfep.CoordinatesMap(coordinates, tfep.IdentityMap()), state, state, x[:20], x[-20:])
+    assert np.abs(np.concatenate([works.forward, works.reverse])).max() < 0.05
 
 
 def test_samples_outside_their_basin_are_named_before_anything_else():

@@ -25,11 +25,13 @@ _SHIFTS = (0.3, 10.0)
 _WAYS = torch.cat([torch.eye(3), -torch.eye(3)]).double()
 #: [kT] per root of the number of atoms, and relative to the energy: what rounding in single precision stays below.
 _ROUNDING = {0.0: (2e-4, 1e-5), 0.3: (2e-4, 1e-5), 10.0: (5e-3, 1e-3)}
+#: [kT] What the mesh and the box of PME make of moving and turning a small molecule.
+_MESH = 0.03
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Whether a state's energy depends on the place and on the orientation of the whole molecule."""
+    """Whether more than 0.03 kT of a state's energy depend on place and orientation of the whole molecule."""
 
     place: bool
     orientation: bool
@@ -58,7 +60,7 @@ def placement_of(state: Any, x: Tensor) -> Placement | None:
             own, relative = _ROUNDING[shift]
             with np.errstate(invalid="ignore"):
                 change = np.abs(state.reduced(moved) - before)
-                return bool((change > own * x.shape[1] ** 0.5 + relative * np.abs(before))[here].any())
+                return bool((change > _MESH + own * x.shape[1] ** 0.5 + relative * np.abs(before))[here].any())
 
         place = any(changes(x + shift * ways, shift) for shift in _SHIFTS)
         if not molecular:
