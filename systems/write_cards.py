@@ -30,13 +30,8 @@ def pair(estimate: dict[str, Any] | None) -> str:
 def ramachandran(molecule: MolecularSystem, path: Path) -> None:
     """One panel for each phi with the psi of the same residue, from the training frames."""
     x = molecule.reference("train")
-    phi, psi = (metrics.dihedrals(x, molecule.torsions(kind)) for kind in ("phi", "psi"))
-    behind = {int(row[1]): k for k, row in enumerate(molecule.torsions("psi")[:, [0, 0]])}  # psi starts at N
-    panels = {}
-    for k, row in enumerate(molecule.torsions("phi")):
-        match = behind.get(int(row[1]))  # the second atom of phi is the N where psi starts
-        if match is not None:
-            panels[f"φ{k + 1}, ψ{k + 1}"] = (phi[:, k], psi[:, match])
+    torsions = [metrics.dihedrals(x, both).T for both in molecule.backbone_residues]
+    panels = {f"φ{k}, ψ{k}": (phi, psi) for k, (phi, psi) in enumerate(torsions, start=1)}
     plots.save(plots.ramachandran(panels), path)
 
 

@@ -23,6 +23,8 @@ SAME = 1e-9
 _SHIFTS = (0.3, 10.0)
 #: Directions of the shifts: a wall, a plane or a tube is felt in one of them.
 _WAYS = torch.cat([torch.eye(3), -torch.eye(3)]).double()
+#: How many samples are tried: one in each direction.
+N_TRIED = len(_WAYS)
 #: [kT] per root of the number of atoms, and relative to the energy: what rounding in single precision stays below.
 _ROUNDING = {0.0: (2e-4, 1e-5), 0.3: (2e-4, 1e-5), 10.0: (5e-3, 1e-3)}
 #: [kT] What the mesh and the box of PME make of moving and turning a small molecule.
@@ -48,7 +50,7 @@ def placement_of(state: Any, x: Tensor) -> Placement | None:
         what was found; None where no sample has a finite energy.
     """
     molecular = x.dim() == 3 and x.shape[2] == 3
-    x = x[torch.arange(len(_WAYS)) % len(x)]
+    x = x[torch.arange(N_TRIED) % len(x)]
     ways = _WAYS.to(x)[:, None, :] if molecular else 1.0
     with torch.no_grad():
         before = state.reduced(x)
@@ -101,9 +103,9 @@ def check_states(maps: Sequence[Any], start: Tensor, states: Sequence[Any], samp
         )
     for one in maps:
         if any(each.place or each.orientation for each in known):
-            _refuse_forgetting(one, start[: len(_WAYS)])
+            _refuse_forgetting(one, start[:N_TRIED])
         if not known[0].place:
-            _refuse_free_centre(one, start[: len(_WAYS)])
+            _refuse_free_centre(one, start[:N_TRIED])
 
 
 def shared_bonds(state_a: Any, state_b: Any) -> list[tuple[int, int, float]]:

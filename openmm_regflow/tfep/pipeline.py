@@ -19,7 +19,7 @@ from torch import Tensor
 from openmm_regflow import metrics
 from openmm_regflow.errors import InputError, InsufficientDataError
 from openmm_regflow.reweighting import Seed
-from openmm_regflow.tfep.compatibility import check_states
+from openmm_regflow.tfep.compatibility import N_TRIED, check_states
 from openmm_regflow.tfep.estimators import estimate
 from openmm_regflow.tfep.results import TargetedFreeEnergy
 from openmm_regflow.units import temperature_kelvin, thermal_energy
@@ -344,7 +344,7 @@ def mapped_energies(
     columns = []
     with torch.no_grad():
         if samples and all(map(len, samples)):
-            check_states(maps, maps[0].inverse(samples[0][:8])[0], states, samples)
+            check_states(maps, maps[0].inverse(samples[0][:N_TRIED])[0], states, samples)
         for own, x in zip(maps, samples):
             for batch in x.split(batch_size):
                 z, _ = own.inverse(batch)
