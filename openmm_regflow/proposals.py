@@ -149,13 +149,9 @@ class FlowProposal:
         check_atoms(self.flow, self.potential)
         if not self.allow_mismatch:
             check_flow(self.flow, self.system, self.temperature, self.extra_forces)
-            self._check_order()
+            if self.system is not None:
+                check_order(self.flow, self.system)
         self._set_constraints()
-
-    def _check_order(self) -> None:
-        """Refuse atoms in another order than the flow's, where no fingerprint has proved it."""
-        if self.system is not None and getattr(getattr(self.flow, "metadata", None), "fingerprint", None) is None:
-            check_bonded(self.system, bonds_of_subset(self.flow, range(self.flow.n_atoms)), "the System")
 
     def _set_constraints(self) -> None:
         """Constraints and masses behind the flow's bonds of fixed length."""
@@ -575,6 +571,16 @@ def bonds_of_subset(flow: Any, subset: Sequence[int]) -> list[tuple[int, int]]:
     first, middle, last = zmatrix.seed
     pairs = [(first, middle), (last, middle), *((row[0], row[1]) for row in zmatrix.rows)]
     return [(subset[a], subset[b]) for a, b in pairs]
+
+
+def check_order(flow: Any, system: openmm.System) -> None:
+    """Refuse a System whose atoms are in another order than a flow's, where no fingerprint has proved it.
+
+    Raises:
+        IncompatibleFlowError: see :func:`openmm_regflow.refusals.check_bonded`.
+    """
+    if getattr(getattr(flow, "metadata", None), "fingerprint", None) is None:
+        check_bonded(system, bonds_of_subset(flow, range(flow.n_atoms)), "the System")
 
 
 def local_frame(three: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from openmm_regflow.check.report import CheckReport, Finding
 from openmm_regflow.constraints import Constraints
 from openmm_regflow.errors import IncompatibleFlowError, InputError, RegflowError, UnsupportedForceError
 from openmm_regflow.potentials import OpenMMPotential, TorchPotential, small_platform
-from openmm_regflow.proposals import FlowProposal, SubsetProposal, bonds_of_subset
+from openmm_regflow.proposals import FlowProposal, SubsetProposal, bonds_of_subset, check_order
 from openmm_regflow.refusals import (
     UNSUPPORTED,
     check_bonded,
@@ -113,7 +113,6 @@ def _frame(proposal: FlowProposal) -> Finding:
 def _identity(flow: Any, molecule: MolecularSystem, subset: Sequence[int] | None) -> Finding:
     """Atoms, System and temperature against the flow's own record; of a subset, its bonds and the temperature."""
     n_atoms, where = (molecule.n_atoms, "System") if subset is None else (len(subset), "subset")
-    recorded = getattr(flow.metadata, "fingerprint", None) is not None
     if flow.n_atoms != n_atoms:
         return Finding("belongs together", f"the flow has {flow.n_atoms} atoms, the {where} {n_atoms}", False)
     if subset is not None and not flow.rotation_invariant:
@@ -123,13 +122,14 @@ def _identity(flow: Any, molecule: MolecularSystem, subset: Sequence[int] | None
         check_flow(flow, None if subset else molecule.system, molecule.temperature)
         if subset is not None:
             check_bonded(molecule.system, bonds_of_subset(flow, subset))
-        elif not recorded:
-            check_bonded(molecule.system, bonds_of_subset(flow, range(n_atoms)), "the System")
+        else:
+            check_order(flow, molecule.system)
     except IncompatibleFlowError as error:
         return Finding("belongs together", str(error), False)
     if subset is not None:
         words = f"atoms and bonds of the subset agree ({n_atoms} of {molecule.n_atoms} atoms"
         return Finding("belongs together", f"{words}, {molecule.temperature:g} K)", True)
+    recorded = getattr(flow.metadata, "fingerprint", None) is not None
     words = "System and temperature are those of the training" if recorded else "the flow names no System; atoms agree"
     return Finding("belongs together", f"{words} ({n_atoms} atoms, {molecule.temperature:g} K)", True)
 
