@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ REGRESSION = TrainConfig(steps=2000, learning_rate=1e-3, ema=0.998)
 LIKELIHOOD = TrainConfig(steps=1500, learning_rate=1e-3, ema=0.99, warmup=100, validate_every=50, patience=8)
 #: Positions `(n, n_atoms, 3)` [nm] -> reduced energies `(n,)` [kT].
 Potential = Callable[[torch.Tensor], torch.Tensor]
+#: [K] From where a flow is cooled down.
+HOT = 600.0
 #: Length of the finite differences that stand for Jacobian-vector products, in latent units.
 PROBE = 0.05
 
@@ -171,10 +173,12 @@ def likelihood(
     noise: float = 0.0,
     rate: float = 1e-3,
     path: float = 0.0,
+    held_out: torch.Tensor | None = None,
     **settings: str,
 ) -> flows.Flow:
     """The flow after likelihood on frames, stopped by held-out ones; with their forces by the path gradient."""
-    y, clean = bench.features(bench.held_out), LikelihoodLoss(flow.prior)
+    y = bench.features(bench.held_out if held_out is None else held_out)
+    clean = LikelihoodLoss(flow.prior)
 
     def judge(module: torch.nn.Module) -> float:
         with torch.no_grad():
@@ -235,6 +239,25 @@ def with_annealed_pools(bench: Bench, flow: flows.Flow, pools: int = 10, n: int 
             loss.backward()
             torch.nn.utils.clip_grad_norm_(flow.bijection.parameters(), 1.0)
             optimizer.step()
+    return flow
+
+
+def cooled(bench: Bench, pools: int = 10) -> flows.Flow:
+    """Row: likelihood on frames of 600 K, then pools of 50,000 energies whose temperature falls to the target's."""
+    hot = replace(bench.molecule, temperature=HOT)
+
+    def heated(name: str, x: torch.Tensor) -> torch.Tensor:
+        mover = frame_mover(hot, x, compile=True)
+        made, _ = more_frames(x, mover, FramesConfig(copies=COPIES, moves=1), bench.folder / f"hot-{name}")
+        return made[COPIES // 4 * len(x) :]  # the first copies are still cold
+
+    held_out = heated("held-out", bench.held_out)
+    flow = likelihood(bench, bench.flow(), heated("frames", bench.few), held_out=held_out)
+    ratio = HOT / bench.molecule.temperature
+    for k in range(1, pools + 1):
+        colder = ratio ** (k / pools - 1)  # the target's temperature over that of this pool
+        config = RefineConfig(rounds=1, pool=50_000, anchors=0, final_rate=0.5, seed=k)
+        refine(flow, lambda x, part=colder: part * bench.potential(x), config, data=bench.many)
     return flow
 
 
@@ -326,6 +349,7 @@ ROWS: dict[str, tuple[str | None, Any]] = {
     "likelihood alone, 10,000 frames, half by the path": (
         None, lambda b, s: likelihood(b, b.flow(), b.few, path=0.5),
     ),
+    "likelihood alone, frames of 600 K, then 10 pools from 560 to 300 K": (None, lambda b, s: cooled(b)),
 }  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from openmm_regflow.files import digest, read_safetensors, write_safetensors
 from openmm_regflow.flows import Flow, origin
 from openmm_regflow.frames import Indicator, Mover, rare_frames
 from openmm_regflow.graphs import Gradients
-from openmm_regflow.objectives import GeneralisedKLLoss, rows_of_path
+from openmm_regflow.objectives import GeneralisedKLLoss
 from openmm_regflow.pools import Anchors, Pool, draw
 from openmm_regflow.slopes import differentiable
 from openmm_regflow.training import Batch, Batches, adamw, average_into, cosine, pack_optimizer, unpack_optimizer
@@ -124,7 +124,8 @@ class _Learner:
         self.flow, self.config, self.peers = flow, config, ranks.current()
         self.live = copy.deepcopy(flow.bijection)
         self.optimizer = adamw(self.live, config.learning_rate, weight_decay=0.0)
-        self.gradients = Gradients(GeneralisedKLLoss(flow.prior, config.path).of, self.live, config.precision)
+        self.loss = GeneralisedKLLoss(flow.prior, config.path)
+        self.gradients = Gradients(self.loss.of, self.live, config.precision)
         self.steps = 0
 
     def go_back(self, weights: dict[str, Tensor]) -> None:
@@ -146,7 +147,7 @@ class _Learner:
         log_r_y = (pool.log_r - pool.log_volume)[fine].to(flow.dtype)
         data = (pool.y[fine], log_r_y, w) + (() if pool.slope is None else (pool.slope[fine],))
         size = min(c.batch_size, len(w))
-        size -= size % self.peers.unit(rows_of_path(c.path))
+        size -= size % self.peers.unit(self.loss.every)
         if not size:
             return
         batches = Batches(data, size, c.seed + k)
@@ -159,7 +160,7 @@ class _Learner:
     def _step(self, batch: Batch, rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.gradients(self.peers.slice(batch, rows_of_path(self.config.path)))
+        self.gradients(self.peers.slice(batch, self.loss.every))
         self.peers.mean_([p.grad for p in self.live.parameters() if p.grad is not None])
         norm = torch.nn.utils.clip_grad_norm_(self.live.parameters(), self.config.clip)
         if bool(torch.isfinite(norm)):  # a batch that overflows teaches nothing; the next pool judges the rest
@@ -285,10 +286,10 @@ def refine(
         IncompatibleFlowError: a checkpoint of other settings, or of a refinement of another flow or with other frames.
     """
     peers = ranks.current()
-    peers.check_batch(config.batch_size, rows_of_path(config.path))
+    learner, watch = _Learner(flow, config), watch or []
+    peers.check_batch(config.batch_size, learner.loss.every)
     if config.path:
         differentiable(reduced_potential)
-    learner, watch = _Learner(flow, config), watch or []
     path = Path(checkpoint) if checkpoint is not None and peers.main else None
     made_of = _made_of(flow, data) if path else {}
     # A second refinement with the same seed sees other samples: this flow has learned those of the first.
