@@ -17,7 +17,6 @@ from openmm import unit
 from torch import Tensor
 
 from openmm_regflow.constraints import Constraints
-from openmm_regflow.coordinates.cartesian import random_rotations
 from openmm_regflow.errors import IncompatibleFlowError, InputError, UnsupportedForceError
 from openmm_regflow.potentials import OpenMMPotential, TorchPotential
 from openmm_regflow.refusals import (
@@ -31,6 +30,7 @@ from openmm_regflow.refusals import (
     fixed_bonds_of,
     has_global_parameters,
 )
+from openmm_regflow.rigid import placement, random_rotations, rotate
 from openmm_regflow.units import temperature_kelvin, thermal_energy
 
 #: Reduced energies this far above the best of their batch [kT] count as impossible.
@@ -199,11 +199,10 @@ class FlowProposal:
         """
         if self.frame == "fixed":
             return True
-        generator = torch.Generator(device=positions.device).manual_seed(0)
-        changes = rigid_motion_changes(energy, positions.double(), generator, dtype)
-        if changes:
+        counts = _frame_counts(energy, positions.double(), dtype)
+        if counts:
             raise InputError(f"the state's energy changes when the molecule moves as a whole; {NOT_FREE}")
-        return changes is not None
+        return counts is not None
 
     def _check_masses(self, system: openmm.System) -> None:
         """Refuse a System whose constrained ensemble differs from the proposal's own by its masses."""
@@ -618,8 +617,7 @@ def _find_frame(proposal: FlowProposal) -> Frame:
         x = proposal.flow.sample(16, generator=generator)[0].double()
     # A callable of the user's may compute in single precision, whatever it returns.
     dtype = getattr(potential, "dtype", torch.float64 if isinstance(potential, OpenMMPotential) else torch.float32)
-    changes = rigid_motion_changes(judge._energies, x, generator, dtype)
-    return "fixed" if changes else "free"
+    return "fixed" if _frame_counts(judge._energies, x, dtype) else "free"
 
 
 def _in_float64(potential: EnergyFunction) -> EnergyFunction:
@@ -634,26 +632,18 @@ def _in_float64(potential: EnergyFunction) -> EnergyFunction:
     return exact
 
 
-def rigid_motion_changes(
-    energy: EnergyFunction, x: Tensor, generator: torch.Generator, dtype: torch.dtype = torch.float64
-) -> bool | None:
+def _frame_counts(energy: EnergyFunction, x: Tensor, dtype: torch.dtype) -> bool | None:
     """Whether configurations have another energy once moved and turned as a whole; None where no energy is finite.
 
     Args:
         energy: reduced energies [kT] of `(n, n_atoms, 3)` [nm] -> `(n,)`.
-        x: `(n, n_atoms, 3)` [nm]. Their own energies come last, so that a Context is left at the last of them.
-        generator: of the rotations.
+        x: `(n, n_atoms, 3)` [nm].
         dtype: in which the energies are computed.
     """
-    centre = x.mean(1, keepdim=True)
-    turned = rotate(x - centre, random_rotations(len(x), generator, device=generator.device)) + centre + 0.3
-    after, before = energy(torch.cat([turned, x])).double().tensor_split(2)
-    finite = torch.isfinite(before) & torch.isfinite(after)
-    # Round-off grows with the energy and, as terms cancel, with the molecule; half the digits leave room for clashes.
-    changed = (after - before).abs() > torch.finfo(dtype).eps ** 0.5 * (x.shape[1] + before.abs())
-    return bool((changed & finite).any()) if finite.any() else None
 
+    def rounding(shift: float, u: Tensor) -> Tensor:
+        # Grows with places, energies and, as terms cancel, the molecule; half the digits leave room for clashes.
+        return torch.finfo(dtype).eps ** 0.5 * max(1.0, shift) * (x.shape[1] + u.abs())
 
-def rotate(positions: Tensor, rotations: Tensor) -> Tensor:
-    """Positions `(n, n_atoms, 3)` turned about the origin by `(n, 3, 3)`."""
-    return positions @ rotations.to(positions).transpose(1, 2)
+    found = placement(energy, x, rounding)
+    return None if found is None else found.counts

@@ -10,7 +10,7 @@ import torch
 from openmm import app, unit
 from torch import nn
 
-from openmm_regflow.coordinates.cartesian import random_rotations
+from openmm_regflow.rigid import random_rotations
 from openmm_regflow.units import GAS_CONSTANT
 
 TEMPERATURE = 300.0

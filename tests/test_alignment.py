@@ -3,8 +3,9 @@
 import torch
 from openmm import app
 
-from openmm_regflow.coordinates import align, identical_atoms, random_rotations, rotated_squared_distances
+from openmm_regflow.coordinates import align, identical_atoms, rotated_squared_distances
 from openmm_regflow.coordinates.alignment import best_rotations
+from openmm_regflow.rigid import random_rotations
 from openmm_regflow.systems import load_system
 
 

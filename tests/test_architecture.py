@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "openmm_regflow"
 
 ARRAYS = ["errors", "_version", "elements", "allocation", "files", "device", "ranks", "compiling", "products", "graphs"]
-ARRAYS += ["reweighting", "metrics", "plots"]
+ARRAYS += ["reweighting", "metrics", "plots", "rigid"]
 LEARNING = [
     "networks",
     "bijections",

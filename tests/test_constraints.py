@@ -26,7 +26,6 @@ from openmm_regflow import flows
 from openmm_regflow.check import HybridMonteCarlo, jacobian_log_determinant, kernel_test, run_checks
 from openmm_regflow.cli import main
 from openmm_regflow.constraints import Constraints, fixed_bonds
-from openmm_regflow.coordinates.cartesian import random_rotations
 from openmm_regflow.ensemble import ReducedPotential
 from openmm_regflow.errors import IncompatibleFlowError, InputError, UnsupportedForceError
 from openmm_regflow.metrics import integrated_autocorrelation_time
@@ -34,6 +33,7 @@ from openmm_regflow.moves import FlowMove, NCMCFlowMove
 from openmm_regflow.potentials import TorchPotential
 from openmm_regflow.proposals import FlowProposal, SubsetProposal
 from openmm_regflow.recipes import RunConfig, print_config
+from openmm_regflow.rigid import random_rotations
 from openmm_regflow.sampling import FlowSimulation, run_chain
 from openmm_regflow.systems import MolecularSystem, load_system
 from openmm_regflow.units import GAS_CONSTANT

@@ -6,8 +6,9 @@ import pytest
 import torch
 from openmm import app
 
-from openmm_regflow.coordinates import CartesianMap, InternalMap, build_zmatrix, random_rotations, topology_tables
+from openmm_regflow.coordinates import CartesianMap, InternalMap, build_zmatrix, topology_tables
 from openmm_regflow.errors import InputError
+from openmm_regflow.rigid import random_rotations
 from openmm_regflow.systems import load_system
 
 PEPTIDES = ["alanine-dipeptide", "alanine-tripeptide", "alanine-tetrapeptide"]

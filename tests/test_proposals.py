@@ -124,6 +124,18 @@ def test_frame_is_found_out(proposal):
     torch.testing.assert_close(fixed.log_q(x), flow.log_prob(x))
 
 
+@pytest.mark.parametrize("side", ["x", "-x", "y", "-y", "z", "-z"])
+def test_a_wall_far_away_is_found_whatever_force_makes_it(side, molecule):
+    """A force that is not known for it by its type, felt on one side alone and beyond a few nanometres."""
+    system = openmm.XmlSerializer.clone(molecule.system)
+    wall = openmm.CustomCompoundBondForce(1, f"1000*max(0, {side}1-5)^2")
+    wall.addBond([0], [])
+    system.addForce(wall)
+    flow = cartesian_gaussian(molecule)
+    assert FlowProposal(flow, OpenMMPotential(system), TEMPERATURE).frame == "fixed"
+    assert FlowProposal(flow, OpenMMPotential(molecule.system), TEMPERATURE).frame == "free"
+
+
 def test_internal_flow_in_an_external_field_is_refused():
     molecule = Chain()
     force = openmm.CustomExternalForce("100*x^2")

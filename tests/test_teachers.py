@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from openmm_regflow.bijections import wrap
-from openmm_regflow.coordinates import random_rotations
 from openmm_regflow.errors import InputError
+from openmm_regflow.rigid import random_rotations
 from openmm_regflow.teachers import VectorField, divergence, integrate, interpolate
 
 CIRCULAR = torch.tensor([False, False, False, True, True])

@@ -14,8 +14,9 @@ from openmm_regflow import tfep
 from openmm_regflow.errors import InputError
 from openmm_regflow.flows import coordinates_for
 from openmm_regflow.potentials import OpenMMPotential, TorchPotential
+from openmm_regflow.rigid import Placement
 from openmm_regflow.systems import load_system
-from openmm_regflow.tfep.compatibility import Placement, placement_of
+from openmm_regflow.tfep.compatibility import placement_of
 from openmm_regflow.units import thermal_energy
 
 KT = thermal_energy(TEMPERATURE)

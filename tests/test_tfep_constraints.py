@@ -13,9 +13,9 @@ from test_tfep_states import MOLECULE, states
 
 from openmm_regflow import flows, tfep
 from openmm_regflow.constraints import fixed_bonds
-from openmm_regflow.coordinates.cartesian import random_rotations
 from openmm_regflow.errors import InputError
 from openmm_regflow.potentials import TorchPotential
+from openmm_regflow.rigid import random_rotations
 from openmm_regflow.training import TrainConfig
 
 

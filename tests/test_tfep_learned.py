@@ -7,10 +7,10 @@ import torch
 
 from openmm_regflow import tfep
 from openmm_regflow.coordinates import CartesianMap
-from openmm_regflow.coordinates.cartesian import random_rotations
 from openmm_regflow.errors import InputError, InsufficientDataError
 from openmm_regflow.flows import coordinates_for
 from openmm_regflow.objectives import wrapped_difference
+from openmm_regflow.rigid import random_rotations
 from openmm_regflow.systems import load_system
 from openmm_regflow.targets import optimal_transport_pairs
 from openmm_regflow.tfep.learned import aligned_pairs, reflow_between, transport_pairs

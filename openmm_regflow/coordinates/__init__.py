@@ -2,7 +2,7 @@
 
 from openmm_regflow.coordinates.alignment import align, identical_atoms, rotated_squared_distances
 from openmm_regflow.coordinates.base import CoordinateMap
-from openmm_regflow.coordinates.cartesian import CartesianMap, random_rotations
+from openmm_regflow.coordinates.cartesian import CartesianMap
 from openmm_regflow.coordinates.internal import InternalMap
 from openmm_regflow.coordinates.zmatrix import Rotor, ZMatrix, build_zmatrix, topology_tables
 
@@ -15,7 +15,6 @@ __all__ = [
     "align",
     "build_zmatrix",
     "identical_atoms",
-    "random_rotations",
     "rotated_squared_distances",
     "topology_tables",
 ]

@@ -9,20 +9,7 @@ from torch import Tensor
 
 from openmm_regflow.coordinates.base import CoordinateMap
 from openmm_regflow.errors import InputError
-
-
-def random_rotations(
-    n: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float64, device: Any = "cpu"
-) -> Tensor:
-    """Rotation matrices `(n, 3, 3)`, uniform on SO(3), from normalised Gaussian quaternions."""
-    q = torch.randn(n, 4, generator=generator, dtype=dtype, device=device)
-    w, x, y, z = (q / q.norm(dim=-1, keepdim=True)).unbind(-1)
-    rows = [
-        1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w),
-        2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w),
-        2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y),
-    ]  # fmt: skip
-    return torch.stack(rows, dim=-1).view(n, 3, 3)
+from openmm_regflow.rigid import random_rotations
 
 
 class CartesianMap(CoordinateMap):

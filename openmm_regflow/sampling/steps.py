@@ -12,10 +12,10 @@ import torch
 from openmm import unit
 from torch import Tensor
 
-from openmm_regflow.coordinates.cartesian import random_rotations
 from openmm_regflow.device import choose_way, write_positions
 from openmm_regflow.errors import InputError
-from openmm_regflow.proposals import FlowProposal, ProposalBatch, rotate
+from openmm_regflow.proposals import FlowProposal, ProposalBatch
+from openmm_regflow.rigid import random_rotations, rotate
 from openmm_regflow.sampling.kernels import FlowStatistics, ProposalPool, flow_kernel
 from openmm_regflow.units import GAS_CONSTANT, positions_nm, temperature_kelvin
 

@@ -23,6 +23,7 @@ from typing import Any, Self
 
 import numpy as np
 import openmm
+import torch
 from openmm import unit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -32,6 +33,7 @@ from openmm_regflow.errors import CorruptFileError, InputError, InsufficientData
 from openmm_regflow.files import read_json, write_json
 from openmm_regflow.fingerprints import compare_fingerprints, fingerprint
 from openmm_regflow.potentials import platform_names
+from openmm_regflow.rigid import placement
 from openmm_regflow.systems import MolecularSystem
 from openmm_regflow.units import GAS_CONSTANT
 
@@ -459,13 +461,17 @@ def is_free(system: openmm.System, positions: np.ndarray) -> bool:
         positions: `(n_atoms, 3)` [nm].
     """
     context = openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatform("Reference"))
-    energies = []
-    # Far, too, and every way: a flat-bottomed restraint does nothing near its centre, and a wall nothing on one side.
-    ways = np.concatenate([np.eye(3), -np.eye(3)])
-    for shift in (np.zeros(3), *(0.1 * ways), *(30.0 * ways)):
-        context.setPositions(np.asarray(positions) + shift)
-        energies.append(context.getState(energy=True).getPotentialEnergy()._value)
-    return bool(np.ptp(energies) <= 1e-6 * (1.0 + abs(energies[0])))
+
+    def energy(x: torch.Tensor) -> torch.Tensor:
+        found = []
+        for frame in x.numpy():
+            context.setPositions(frame)
+            found.append(context.getState(energy=True).getPotentialEnergy()._value)
+        return torch.as_tensor(found)
+
+    x = torch.as_tensor(np.asarray(positions, dtype=np.float64))[None]
+    found = placement(energy, x, lambda shift, energies: 1e-6 * (1.0 + energies.abs()))
+    return found is not None and not found.place
 
 
 def load_run(output: str | Path) -> TemperingRun:

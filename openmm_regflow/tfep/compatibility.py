@@ -6,71 +6,38 @@ them. Nothing of that may enter a free energy, and no check of overlap would see
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from openmm_regflow.coordinates import random_rotations
 from openmm_regflow.errors import InputError
-from openmm_regflow.proposals import rotate
+from openmm_regflow.rigid import N_TRIED, SHIFTS, Placement, placement
 
 #: Relative difference at which the lengths of a constraint, or masses, in two Systems count as one.
 SAME = 1e-9
-#: [nm] A molecule is moved by a little, which a weak field shows, and beyond the flat bottom of a restraint.
-_SHIFTS = (0.3, 10.0)
-#: Directions of the shifts: a wall, a plane or a tube is felt in one of them.
-_WAYS = torch.cat([torch.eye(3), -torch.eye(3)]).double()
-#: How many samples are tried: one in each direction.
-N_TRIED = len(_WAYS)
 #: [kT] per root of the number of atoms, and relative to the energy: what rounding in single precision stays below.
 _ROUNDING = {0.0: (2e-4, 1e-5), 0.3: (2e-4, 1e-5), 10.0: (5e-3, 1e-3)}
 #: [kT] What the mesh and the box of PME make of moving and turning a small molecule.
 _MESH = 0.03
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Whether more than 0.03 kT of a state's energy depend on place and orientation of the whole molecule."""
-
-    place: bool
-    orientation: bool
-
-
 def placement_of(state: Any, x: Tensor) -> Placement | None:
-    """Find out from samples of the state, moved and turned as a whole.
+    """Whether more than 0.03 kT of a state's energy depend on place and orientation of the whole molecule.
 
     Args:
         state: with ``reduced(x) -> (n,)`` [kT].
-        x: `(n, n_atoms, 3)` [nm]; rows of other shapes are moved by one number and never turned.
+        x: `(n, n_atoms, 3)` [nm] samples of it; rows of other shapes are moved by one number and never turned.
 
     Returns:
         what was found; None where no sample has a finite energy.
     """
-    molecular = x.dim() == 3 and x.shape[2] == 3
-    x = x[torch.arange(N_TRIED) % len(x)]
-    ways = _WAYS.to(x)[:, None, :] if molecular else 1.0
-    with torch.no_grad():
-        before = state.reduced(x)
-        here = np.isfinite(before)
-        if not here.any():
-            return None
 
-        def changes(moved: Tensor, shift: float) -> bool:
-            own, relative = _ROUNDING[shift]
-            with np.errstate(invalid="ignore"):
-                change = np.abs(state.reduced(moved) - before)
-                return bool((change > _MESH + own * x.shape[1] ** 0.5 + relative * np.abs(before))[here].any())
+    def allowed(shift: float, u: Tensor) -> Tensor:
+        own, relative = _ROUNDING[shift]
+        return _MESH + own * x.shape[1] ** 0.5 + relative * u.abs()
 
-        place = any(changes(x + shift * ways, shift) for shift in _SHIFTS)
-        if not molecular:
-            return Placement(place, False)
-        centre = x.mean(1, keepdim=True)
-        generator = torch.Generator(device=x.device).manual_seed(0)
-        turned = rotate(x - centre, random_rotations(len(x), generator, device=x.device)) + centre
-        return Placement(place, changes(turned, 0.0))
+    return placement(lambda moved: torch.as_tensor(state.reduced(moved)), x[:N_TRIED], allowed)
 
 
 def check_states(maps: Sequence[Any], start: Tensor, states: Sequence[Any], samples: Sequence[Tensor]) -> None:
@@ -164,7 +131,7 @@ def _refuse_forgetting(one: Any, x: Tensor) -> None:
         )
 
 
-def _refuse_free_centre(one: Any, x: Tensor, shift: float = _SHIFTS[0]) -> None:
+def _refuse_free_centre(one: Any, x: Tensor, shift: float = SHIFTS[0]) -> None:
     """Refuse a map that changes how the centre of a free molecule is spread.
 
     A map that neither carries the centre along nor leaves it out turns a difference of these spreads into a free

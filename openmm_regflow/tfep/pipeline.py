@@ -19,7 +19,8 @@ from torch import Tensor
 from openmm_regflow import metrics
 from openmm_regflow.errors import InputError, InsufficientDataError
 from openmm_regflow.reweighting import Seed
-from openmm_regflow.tfep.compatibility import N_TRIED, check_states
+from openmm_regflow.rigid import N_TRIED
+from openmm_regflow.tfep.compatibility import check_states
 from openmm_regflow.tfep.estimators import estimate
 from openmm_regflow.tfep.results import TargetedFreeEnergy
 from openmm_regflow.units import temperature_kelvin, thermal_energy
