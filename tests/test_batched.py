@@ -13,12 +13,14 @@ from openmm_regflow import metrics
 from openmm_regflow.errors import InputError, InsufficientDataError
 from openmm_regflow.simulate import (
     BatchedSettings,
+    TemperingSettings,
     analyse,
     batched,
     batched_tempering,
     load_batched,
     load_runs,
     mbar_weights,
+    parallel_tempering,
     torsion_bias,
     torsion_bias_system,
 )
@@ -179,6 +181,34 @@ def test_resumed_run_is_the_same_run(tmp_path, monkeypatch):
             assert all(np.array_equal(left[k], right[k]) for k in left.files)
     runs = load_runs(tmp_path / "parts", burn_in=2)
     assert len(runs) == 2 and runs[0].positions.shape == (4, 3, 4, 3)
+
+
+def test_an_interruption_costs_no_scrambling_and_a_minute_at_most(tmp_path, monkeypatch):
+    molecule, settings = butane_like(), BatchedSettings.create(**SHORT)
+    (whole,) = batched_tempering(molecule, tmp_path / "whole", settings)
+
+    def stopping(at):
+        def progress(done, total):
+            if done == at:
+                raise KeyboardInterrupt
+
+        return progress
+
+    monkeypatch.setattr(batched, "CHUNK_SECONDS", 0.0)
+    for at in (0, 3):
+        with pytest.raises(KeyboardInterrupt):
+            batched_tempering(molecule, tmp_path / "parts", settings, progress=stopping(at))
+        monkeypatch.setattr(batched, "_scrambled", None)  # once is enough
+    with pytest.raises(InputError, match=r"seed was 3, is 4"):
+        batched_tempering(molecule, tmp_path / "parts", settings.model_copy(update={"seed": 4}))
+    with pytest.raises(InputError, match="of the batched engine"):
+        parallel_tempering(molecule, tmp_path / "parts", TemperingSettings())
+    parts = batched_tempering(molecule, tmp_path / "parts", settings)
+    assert [path.name for path in parts] == [f"chunk-{k:07d}.npz" for k in range(6)]
+    with np.load(whole) as left:
+        columns = [[np.load(path)[name] for path in parts] for name in ("positions", "states", "energies")]
+        for name, rows in zip(("positions", "states", "energies"), columns):
+            assert np.array_equal(left[name], np.concatenate(rows))
 
 
 def test_another_seed_is_another_run(tmp_path):

@@ -6,8 +6,10 @@ The integrator is OpenMM's LangevinMiddle (Zhang et al., J. Phys. Chem. A 123, 6
 neighbours with velocities rescaled (Sugita & Okamoto, Chem. Phys. Lett. 314, 141, 1999, equation 11).
 """
 
+import time
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,6 +28,7 @@ from openmm_regflow.potentials import TorchPotential
 from openmm_regflow.simulate.tempering import (
     CHUNKS,
     RECORD,
+    START,
     STORAGE,
     Progress,
     TemperingRun,
@@ -39,8 +42,10 @@ from openmm_regflow.simulate.tempering import (
 from openmm_regflow.systems import MolecularSystem
 from openmm_regflow.units import GAS_CONSTANT
 
-#: Iterations written at a time: what an interruption loses at most.
-CHUNK = 50
+#: Iterations, and seconds, after which they are written: what an interruption loses at most.
+CHUNK, CHUNK_SECONDS = 50, 60.0
+#: What an iteration starts from, by its names in a file.
+NOW = ("x", "v", "last_states")
 
 
 class BatchedSettings(BaseModel):
@@ -194,31 +199,43 @@ def batched_tempering(
     chunks, others = _sound_chunks(folder)
     for path in others:  # simulated again; nothing is lost if they were only out of reach
         path.replace(path.with_suffix(".torn"))
-    if chunks:
-        with np.load(chunks[-1], allow_pickle=False) as last:
-            x, v, states = (torch.as_tensor(last[k]).to(settings.device) for k in ("x", "v", "last_states"))
-    else:
-        x, v, states = _scrambled(molecule, ladder, settings)
+    last = chunks[-1] if chunks else folder / START
+    if not last.exists():
+        _write(last, _now(*_scrambled(molecule, ladder, settings)))
+    with np.load(last, allow_pickle=False) as file:
+        x, v, states = (torch.as_tensor(file[k]).to(settings.device) for k in NOW)
     done = sum(_length(path) for path in chunks)
     progress(min(done, settings.n_iterations), settings.n_iterations)
     while done < settings.n_iterations:
         rows: list[tuple[np.ndarray, ...]] = []
+        begun = time.monotonic()
         for iteration in range(done, min(done + CHUNK, settings.n_iterations)):
             generator = _generator(settings.seed, iteration + 1, settings.device)
             x, v, states, row = _iterate(ladder, x, v, states, settings, generator)
             rows.append(row)
             progress(iteration + 1, settings.n_iterations)
+            if time.monotonic() - begun >= CHUNK_SECONDS:
+                break
         path = folder / f"chunk-{done:07d}.npz"
         names = ("positions", "states", "energies", "bias", "swapped")
         columns = {name: np.stack(column) for name, column in zip(names, zip(*rows))}
-        now = {"x": x.cpu().numpy(), "v": v.cpu().numpy(), "last_states": states.cpu().numpy()}
-        partial = path.with_suffix(".part")
-        with open(partial, "wb") as file:
-            np.savez(file, allow_pickle=False, **columns, **now)
-        partial.replace(path)
+        _write(path, columns | _now(x, v, states))
         chunks.append(path)
         done += len(rows)
     return chunks
+
+
+def _now(x: Tensor, v: Tensor, states: Tensor) -> dict[str, np.ndarray]:
+    """The arrays of `NOW`."""
+    return dict(zip(NOW, (part.cpu().numpy() for part in (x, v, states))))
+
+
+def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays to a file that is whole or not there."""
+    partial = path.with_suffix(".part")
+    with open(partial, "wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+    partial.replace(path)
 
 
 def _iterate(
@@ -300,7 +317,7 @@ def load_batched(output: str | Path) -> list[TemperingRun]:
     record = read_record(folder / RECORD)
     chunks, _ = _sound_chunks(folder)
     if not chunks:
-        raise InsufficientDataError(f"{folder} holds no finished part of a run yet; wait for {CHUNK} iterations")
+        raise InsufficientDataError(f"{folder} holds no finished part of a run yet; wait for its first iterations")
     parts: dict[str, list[np.ndarray]] = {k: [] for k in ("positions", "states", "energies", "bias", "swapped")}
     for path in chunks:
         with np.load(path, allow_pickle=False) as file:
@@ -338,7 +355,7 @@ def _record(molecule: MolecularSystem, bias: openmm.System | None, settings: Bat
 def _check(path: Path, molecule: MolecularSystem, bias: openmm.System | None, settings: BatchedSettings) -> None:
     """Writes the record of a new run; refuses to continue another one."""
     now = _record(molecule, bias, settings)
-    begun = any(path.parent.glob(CHUNKS)) or (path.parent / STORAGE).exists()
+    begun = any(path.parent.glob(CHUNKS)) or any((path.parent / name).exists() for name in (START, STORAGE))
     if not (path.exists() and begun):
         write_json(path, now)
         return

@@ -43,7 +43,7 @@ Progress = Callable[[int, int], None]
 STORAGE = "tempering.nc"
 RECORD = "run.json"
 #: Names of what the batched engine writes.
-CHUNKS = "chunk-*.npz"
+CHUNKS, START = "chunk-*.npz", "start.npz"
 
 
 def no_progress(done: int, total: int) -> None:
@@ -160,7 +160,7 @@ def parallel_tempering(
     storage = folder / STORAGE
     if storage.exists() and not resume:
         raise InputError(f"{folder} already holds a run; resume it or choose another output folder")
-    if any(folder.glob(CHUNKS)):
+    if any(folder.glob(CHUNKS)) or (folder / START).exists():
         raise InputError(f"{folder} holds a run of the batched engine; go on with it, or choose another folder")
     _quiet()
     if storage.exists():
