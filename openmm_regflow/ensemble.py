@@ -1,5 +1,6 @@
 """What training asks of a molecule's Boltzmann ensemble: its reduced potential, a kernel that moves frames, a watch."""
 
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -8,11 +9,13 @@ from torch import Tensor
 
 from openmm_regflow import metrics
 from openmm_regflow.constraints import Constraints
+from openmm_regflow.errors import InputError
 from openmm_regflow.frames import Mover
 from openmm_regflow.potentials import TorchPotential
+from openmm_regflow.refusals import check_particles
 from openmm_regflow.sampling import HamiltonianMonteCarlo, system_masses
 from openmm_regflow.sampling.hamiltonian import HYDROGEN_MASS
-from openmm_regflow.simulate.tempering import with_hydrogen_mass
+from openmm_regflow.simulate.tempering import placement_in, with_hydrogen_mass
 from openmm_regflow.systems import MolecularSystem
 from openmm_regflow.units import thermal_energy
 
@@ -51,6 +54,40 @@ class ReducedPotential:
                 (slope,) = torch.autograd.grad(metric.sum(), x)
             u, gradient = u - metric.detach(), gradient - slope
         return u, gradient
+
+
+def check_trainable(molecule: MolecularSystem) -> None:
+    """Refuse, before anything is trained, what no flow can be of; warn of what its proposals will not cover.
+
+    Raises:
+        UnsupportedForceError: virtual sites, or particles without mass.
+    """
+    check_particles(molecule.system)
+    if molecule.system.usesPeriodicBoundaryConditions():
+        warnings.warn(
+            "the System is periodic: a flow of it can move a part of a box (--atoms, SubsetProposal), but not a whole "
+            "System; for that build it with nonbondedMethod=NoCutoff or CutoffNonPeriodic",
+            stacklevel=2,
+        )
+
+
+def is_held(molecule: MolecularSystem) -> bool:
+    """Whether forces hold a molecule in its place, so that a flow has to learn place and orientation.
+
+    In a periodic box a flow serves as a part, whose frame is that of its surroundings: False.
+
+    Raises:
+        InputError: a field turns the molecule and nothing holds it, so that its place has no distribution.
+    """
+    if molecule.system.usesPeriodicBoundaryConditions():
+        return False
+    found = placement_in(molecule.system, molecule.positions)
+    if found.orientation and not found.place:
+        raise InputError(
+            "a field turns the molecule, and nothing holds it in its place, which has no distribution then; restrain "
+            "its centre, or remove the field"
+        )
+    return found.place
 
 
 def frame_mover(

@@ -423,7 +423,7 @@ def origin(flow: Flow) -> dict[str, str]:
         return {k: v for k, v in module.state_dict().items() if v.numel()}
 
     config = dict(flow.coordinates.config())
-    lengths = {k: torch.tensor(config.pop(k)) for k in ("scale", "com_std") if k in config}
+    lengths = {k: torch.tensor(config.pop(k)) for k in ("scale", "com_std", "place") if k in config}
     found = {
         "coordinates": sha(config, fitted(flow.coordinates) | lengths),
         "prior": sha([flow.prior.kind, flow.prior.circular.tolist()], fitted(flow.prior)),
@@ -438,14 +438,18 @@ def origin(flow: Flow) -> dict[str, str]:
 def coordinates_from_config(config: Mapping[str, Any]) -> CoordinateMap:
     """A coordinate map from what its ``config()`` returned (fitted tensors come with the state dict)."""
     if config["kind"] == "cartesian":
-        return CartesianMap(config["n_atoms"], config["scale"], config["com_std"])
+        return CartesianMap(config["n_atoms"], config["scale"], config["com_std"], config.get("place"))
     if config["kind"] == "internal":
         return InternalMap.from_config(config)
     raise InputError(f"unknown coordinates {config['kind']!r}; known: cartesian, internal")
 
 
 def coordinates_for(
-    topology: Any, data: Any, kind: str = "internal", fixed: Sequence[tuple[int, int, float]] = ()
+    topology: Any,
+    data: Any,
+    kind: str = "internal",
+    fixed: Sequence[tuple[int, int, float]] = (),
+    held: bool = False,
 ) -> CoordinateMap:
     """Coordinates for a molecule, fitted to data.
 
@@ -454,18 +458,30 @@ def coordinates_for(
         data: positions `(n, n_atoms, 3)` [nm], tensor or array.
         kind: "internal" or "cartesian".
         fixed: ``(i, j, length [nm])`` of bonds of constrained length, see ``constraints.fixed_bonds``; internal only.
+        held: forces hold the molecule in its place (``ensemble.is_held``); Cartesian only.
 
     Raises:
-        InputError: unknown coordinates, data that do not fit, or fixed bonds that the coordinates cannot hold.
+        InputError: unknown coordinates, data that do not fit, or fixed bonds or a place that the coordinates cannot
+            hold.
     """
     data = torch.as_tensor(data)
     n_atoms = sum(1 for _ in topology.atoms()) if topology is not None else data.shape[1] if data.ndim > 1 else 0
     if data.ndim != 3 or not n_atoms or tuple(data.shape[1:]) != (n_atoms, 3):
         raise InputError(f"positions have shape {tuple(data.shape)}; (n, {n_atoms}, 3) in nm fit this molecule")
+    if fixed and n_atoms < 4:
+        raise InputError(
+            f"{n_atoms} atoms with {len(fixed)} bonds at fixed length are not covered: internal coordinates need four "
+            "atoms, Cartesian ones free bonds; build the System with constraints=None"
+        )
+    if kind == "internal" and held:
+        raise InputError(
+            "forces hold the molecule in its place, and internal coordinates know no place; set coordinates to "
+            '"cartesian", or remove the external force'
+        )
     if kind == "cartesian" and fixed:
         raise InputError(f"Cartesian coordinates cannot hold {len(fixed)} bonds at fixed length; use kind='internal'")
     if kind == "cartesian":
-        return CartesianMap.fit(data)
+        return CartesianMap.fit(data, held)
     if kind == "internal":
         return InternalMap.fit(build_zmatrix(*topology_tables(topology)), data, fixed=fixed)
     raise InputError(f"unknown coordinates {kind!r}; known: cartesian, internal")

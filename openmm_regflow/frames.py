@@ -5,6 +5,7 @@ hundred fast ones, and a flow learns them by heart. A kernel that leaves the ens
 coordinates anew at the price of some tens of energies a frame; the slow ones stay as the trajectory had them.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ Mover = Callable[[Tensor, torch.Generator], tuple[Tensor, int]]
 #: Indicator function of a set of conformations: positions `(n, n_atoms, 3)` [nm] -> `(n,)`.
 Indicator = Callable[[Tensor], Tensor]
 KIND = "openmm_regflow.frames"
+#: Seconds after which unfinished chains are written: what an interruption loses at most.
+KEEP_SECONDS = 10.0
 #: What the random numbers are for, in their seed.
 COPIES = 1004
 
@@ -98,13 +101,14 @@ def more_frames(
 
     The chains start in the ensemble if the frames are drawn from it, so that no burn-in is needed; copies of one frame
     share its slow coordinates and are no independent samples of them. Under ``torchrun`` each rank moves a part of the
-    chains; every rank gets all frames, rank 0 alone reads, writes and reports.
+    chains; every rank gets all frames, rank 0 alone reports and writes them.
 
     Args:
         x: `(n, n_atoms, 3)` [nm], from the target of ``mover``.
         mover: a Markov kernel of the target.
         config: settings.
-        path: file that keeps the result; frames made earlier from the same `x`, settings and target are read instead.
+        path: file that keeps the result; frames made earlier from the same `x`, settings and target are read instead,
+            and unfinished chains, kept beside it, go on as they would have.
         progress: called after every copy of a part of the chains, with copies done, copies in total, and energies.
         target: what ``mover`` leaves invariant, as ``FlowMetadata.target`` has it; None if nobody says.
 
@@ -124,14 +128,19 @@ def more_frames(
 
     def chains(j: int, rows: slice) -> tuple[Tensor, ...]:
         nonlocal spent
-        generator, now, copies = ranks.stream(config.seed, 0, COPIES, j), x[rows], [x[rows]]
-        for k in range(1, config.copies):
+        generator = ranks.stream(config.seed, 0, COPIES, j)
+        unfinished = _Unfinished(path, j, made_of)
+        copies, before = unfinished.take_up(x[rows], generator)
+        for k in range(len(copies), config.copies):
+            now = copies[-1]
             for _ in range(config.moves):
                 now, energies = mover(now, generator)
-                spent += energies
+                before += energies
             copies.append(now)
+            unfinished.keep(copies, generator, before)
             if progress and peers.main:
-                progress((j * total + k) // n_own, total, {"energies": spent * peers.size})
+                progress((j * total + k) // n_own, total, {"energies": (spent + before) * peers.size})
+        spent += before
         return (torch.stack(copies, dim=1),)
 
     (histories,) = peers.by_parts(len(x), chains)
@@ -139,7 +148,45 @@ def more_frames(
     if path is not None and peers.main:
         header = {"format": KIND, "format_version": 1, "made of": made_of, "energies": energies}
         write_safetensors(Path(path), {"x": frames.cpu().contiguous()}, header)
+    for j, _ in peers.mine(len(x)):
+        _Unfinished(path, j, made_of).forget()
     return frames, energies
+
+
+class _Unfinished:
+    """A file for the chains of one part, beside that of all frames; nothing is kept where that has no path."""
+
+    def __init__(self, path: str | Path | None, part: int, made_of: Mapping[str, Any]) -> None:
+        self.path = None if path is None else Path(path).with_suffix(f".part-{part:02d}")
+        self.made_of, self.written = made_of, time.monotonic()
+
+    def take_up(self, x: Tensor, generator: torch.Generator) -> tuple[list[Tensor], int]:
+        """Copies so far, from `x` `(n, n_atoms, 3)` on, and their energies; the generator goes on from there."""
+        if self.path is None:
+            return [x], 0
+        try:
+            header, tensors = read_safetensors(self.path, KIND, 1)
+        except (InputError, CorruptFileError):  # none, or a torn one
+            return [x], 0
+        if header["made of"] != self.made_of:
+            return [x], 0
+        generator.set_state(tensors["generator"])
+        return list(tensors["x"].to(x)), header["energies"]
+
+    def keep(self, copies: list[Tensor], generator: torch.Generator, energies: int) -> None:
+        """Write the chains, if that was some seconds ago."""
+        if self.path is None or time.monotonic() - self.written < KEEP_SECONDS:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        header = {"format": KIND, "format_version": 1, "made of": self.made_of, "energies": energies}
+        tensors = {"x": torch.stack(copies).cpu(), "generator": generator.get_state()}
+        write_safetensors(self.path, tensors, header)
+        self.written = time.monotonic()
+
+    def forget(self) -> None:
+        """All frames are written."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
 
 
 def frames_of_run(path: str | Path, target: Mapping[str, Any]) -> Tensor:

@@ -117,6 +117,25 @@ def frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def score(module: Bijection, prior: Prior, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of a flow's log-density by the features; nothing is recorded for its parameters.
+
+    Args:
+        module: the flow's bijection.
+        prior: of the latent.
+        y: features `(n, dim)`.
+
+    Returns:
+        grad_y log q `(n, dim)`, log q `(n,)`, latents `(n, dim)`.
+    """
+    with torch.enable_grad(), frozen(module):
+        y = y.detach().requires_grad_()
+        z, log_det = module.inverse(y)
+        log_q = prior.log_prob(z) + log_det
+        (own,) = torch.autograd.grad(log_q.sum(), y)
+    return own, log_q.detach(), z.detach()
+
+
 def path_gradient(module: Bijection, prior: Prior, y: Tensor, slope: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Path gradient of the forward KL.
 
@@ -140,13 +159,9 @@ def path_gradient(module: Bijection, prior: Prior, y: Tensor, slope: Tensor, wei
     Returns:
         a number whose value says nothing and whose gradient is meant, and log q of the features `(n,)`.
     """
-    y = y.detach().requires_grad_()
-    with frozen(module):
-        z, log_det = module.inverse(y)
-        log_q = prior.log_prob(z) + log_det
-        (own,) = torch.autograd.grad(log_q.sum(), y)
-    out, _ = module(z.detach())
-    return -(weight * ((slope - own) * out).sum(1)).mean(), log_q.detach()
+    own, log_q, z = score(module, prior, y)
+    out, _ = module(z)
+    return -(weight * ((slope - own) * out).sum(1)).mean(), log_q
 
 
 def _mixed(value: Tensor, share: float, pull: Tensor, plain: Tensor | None) -> Tensor:

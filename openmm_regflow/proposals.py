@@ -252,6 +252,11 @@ class FlowProposal:
     def frame(self) -> Frame:
         """``"free"`` where rigid motions leave the energy unchanged, else ``"fixed"``."""
         frame = self._frame if self._frame != "auto" else _find_frame(self)
+        if frame == "free" and getattr(getattr(self.flow, "coordinates", None), "held", False):
+            raise IncompatibleFlowError(
+                "the flow was trained for a molecule that forces hold in its place, and nothing holds this one; train "
+                "a flow for this System"
+            )
         if frame == "fixed" and self.flow.rotation_invariant:
             raise UnsupportedForceError(
                 "the energy changes when the molecule moves as a whole, but a flow on internal coordinates "

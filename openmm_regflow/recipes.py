@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -56,6 +56,8 @@ Stage = Callable[[str, int], Progress]
 ORIENTATIONS = 1005
 #: Validation frames below which nothing can be told; fewer are taken where the user has no more.
 LEAST_VALIDATION = 50
+#: In TOML, which has no null: a setting without a value.
+UNSET = "none"
 TEACHER_KIND = "openmm_regflow.teacher"
 TORSION_KEYS = ("torsion_layers", "torsion_hidden", "torsion_depth", "torsions_alone")
 SPLINE_KEYS = ("n_bins", "line_bins", "bound", "harmonics", *TORSION_KEYS)
@@ -86,17 +88,17 @@ class FlowConfig(_Section):
     depth: int = Field(1, ge=1)
     n_bins: int = Field(8, ge=2, description="spline only")
     line_bins: int | None = Field(
-        None, ge=0, description="spline only: bins of linear features, 0: shift and scale; null: see torsion_layers"
+        None, ge=0, description='spline only: bins of linear features, 0: shift and scale; "none": see torsion_layers'
     )
     bound: float = Field(5.0, gt=0, description="spline only")
     torsion_layers: int | None = Field(
         None,
         ge=0,
-        description="spline, internal only: couplings of torsions alone; the n_layers then move the rest; null: as "
+        description='spline, internal only: couplings of torsions alone; the n_layers then move the rest; "none": as '
         "many, and no bins for lines, where there are two torsions and two lines, else 0, and n_bins for lines",
     )
-    torsion_hidden: int | None = Field(None, ge=1, description="width of their conditioners; null: hidden")
-    torsion_depth: int | None = Field(None, ge=1, description="residual blocks of their conditioners; null: depth")
+    torsion_hidden: int | None = Field(None, ge=1, description='width of their conditioners; "none": hidden')
+    torsion_depth: int | None = Field(None, ge=1, description='residual blocks of their conditioners; "none": depth')
     torsions_alone: bool = Field(True, description="couplings of torsions see no latents of lines")
     harmonics: int = Field(3, ge=1, description="spline only: multiples of a torsion that conditioners see")
     prior: Literal["normal", "harmonic"] = Field(
@@ -185,7 +187,7 @@ def load_config(path: str | Path) -> RunConfig:
     """
     try:
         with open(path, "rb") as handle:
-            return RunConfig.model_validate(tomllib.load(handle))
+            return RunConfig.model_validate(_without_words(RunConfig, tomllib.load(handle)))
     except FileNotFoundError as error:
         raise InputError(
             f"no configuration file {path}; `openmm-regflow train --print-config` shows a complete one"
@@ -200,15 +202,31 @@ def load_config(path: str | Path) -> RunConfig:
         ) from error
 
 
+def _without_words(model: type[BaseModel], table: dict[str, Any]) -> dict[str, Any]:
+    """A table whose settings without a value, "none" in TOML, are None."""
+
+    def value(key: str, given: Any) -> Any:
+        info = model.model_fields.get(key)
+        if info is None:
+            return given
+        if isinstance(given, dict) and isinstance(info.default, BaseModel):
+            return _without_words(type(info.default), given)
+        return None if given == UNSET and type(None) in get_args(info.annotation) else given
+
+    return {key: value(key, given) for key, given in table.items()}
+
+
 def print_config(config: RunConfig) -> str:
-    """The configuration as TOML that `load_config` reads back; settings without a value as comments."""
+    """The configuration as TOML that `load_config` reads back; a setting without a value is "none"."""
 
     def toml(value: Any) -> str:
-        return str(value) if value in (math.inf, -math.inf) else json.dumps(value)
+        if value in (math.inf, -math.inf):
+            return str(value)
+        return json.dumps(UNSET if value is None else value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
     def lines(table: dict[str, Any], prefix: str) -> list[str]:
         plain = {k: v for k, v in table.items() if not isinstance(v, dict)}
-        out = [f"# {k} =   (not set)" if v is None else f"{k} = {toml(v)}" for k, v in plain.items()]
+        out = [f"{k} = {toml(v)}" for k, v in plain.items()]
         for key, value in table.items():
             if isinstance(value, dict):
                 name = f"{prefix}{key}"
@@ -275,6 +293,7 @@ def fit(
     mover: Mover | None = None,
     watch: list[Indicator] | None = None,
     fixed: Sequence[tuple[int, int, float]] = (),
+    held: bool = False,
 ) -> FitResult:
     """Train a flow on positions.
 
@@ -283,7 +302,7 @@ def fit(
 
     Args:
         topology: with atoms() and bonds(), e.g. ``openmm.app.Topology``.
-        x_train: `(n, n_atoms, 3)` [nm].
+        x_train: `(n, n_atoms, 3)` [nm], tensor or array.
         x_validation: `(m, n_atoms, 3)` [nm], from independent runs; picks the teacher's best weights and stops the
             likelihood phase.
         config: all settings.
@@ -297,6 +316,7 @@ def fit(
         watch: indicator functions whose weighted populations the refinement reports, so that a lost mode is seen, and
             of which ``rare_share`` speaks.
         fixed: ``(i, j, length [nm])`` of bonds of constrained length, see ``constraints.fixed_bonds``.
+        held: forces hold the molecule in its place, so that its frames are not turned (``ensemble.is_held``).
 
     Raises:
         InputError: bad data, or a refinement without a potential.
@@ -313,9 +333,10 @@ def fit(
         raise InputError(
             "frames.copies is above 1 or refinement.anchor_moves above 0, but no kernel was given; pass mover"
         )
-    check_config(config)
+    x_train, x_validation = torch.as_tensor(x_train), torch.as_tensor(x_validation)
+    check_config(config, held)
     check_data(x_train, x_validation, config, watch)
-    coordinates = flows.coordinates_for(topology, x_train, config.coordinates, fixed)
+    coordinates = flows.coordinates_for(topology, x_train, config.coordinates, fixed, held)
     if not bool(coordinates.covers(x_validation).double().mean() > 0.5):
         raise InputError(
             "the validation frames have hydrogens of a methyl numbered the other way round than the training frames; "
@@ -324,14 +345,21 @@ def fit(
     flow = _student(coordinates, x_train, config.flow, metadata).to(device).fuse(config.compile)
     result = FitResult(flow, None)
     made_of = {"frames": digest({"train": x_train, "validation": x_validation}), **flow.metadata.target}
+    # Before frames are made, which takes energies: what others made may not fit, and settings of a network neither.
+    source: Pairs | VectorField | None = None
+    if config.objective == "regflow" and config.pairs.folder is not None:
+        source = _given_pairs(flow, config.pairs)
+        made_of["pairs"] = digest({"z": source.z, "y": source.y})
+    elif config.objective == "regflow" and config.pairs.source in ("reflow", "stream"):
+        source = _new_teacher(flow, config.teacher)
     work = _Workspace(Path(folder) if folder else None, config, stage, made_of)
     if mover is not None and config.frames.copies > 1:
         x_train = _more_frames(x_train.to(device), mover, config.frames, work, result)
     share, seed = config.frames.rare_share, config.frames.seed
     x, held_out = lifted(x_train, watch, share, seed), lifted(x_validation, watch, share, seed)
     if config.objective == "regflow":
-        batches, held = _pair_batches(flow, topology, x, held_out, config, work, result)
-        _regression(flow, batches, held, config.regression, work, result)
+        batches, judging = _pair_batches(flow, source, topology, x, held_out, config, work, result)
+        _regression(flow, batches, judging, config.regression, work, result)
     if config.likelihood.enabled or config.objective == "mle":
         _likelihood(flow, x, held_out, config.likelihood, work, result, reduced_potential)
     if config.refinement.enabled and reduced_potential is not None:
@@ -437,12 +465,17 @@ def needs_mover(config: RunConfig) -> bool:
     return config.frames.copies > 1 or bool(config.refinement.enabled and config.refinement.anchor_moves)
 
 
-def check_config(config: RunConfig) -> None:
+def check_config(config: RunConfig, held: bool = False) -> None:
     """Refuse settings that contradict each other, before anything is computed.
 
+    Args:
+        config: all settings.
+        held: forces hold the molecule in its place.
+
     Raises:
-        InputError: a choice for Cartesian coordinates in internal ones, alignment without exact transport, or another
-            setting that the source of the pairs would leave without effect.
+        InputError: a choice for free molecules where forces hold it, or for Cartesian coordinates in internal ones,
+            alignment without exact transport, or another setting that the source of the pairs would leave without
+            effect.
     """
     wants = {
         'flow.prior = "harmonic"': config.flow.prior == "harmonic",
@@ -453,6 +486,8 @@ def check_config(config: RunConfig) -> None:
     for name, wanted in wants.items():
         if wanted and config.coordinates != "cartesian":
             raise InputError(f'{name} needs coordinates = "cartesian"; internal coordinates have no orientation')
+        if wanted and held:
+            raise InputError(f"{name} is for free molecules, and forces hold this one in its place; leave it out")
     if config.pairs.align and config.pairs.source != "ot":
         raise InputError(f'pairs.align = true needs pairs.source = "ot", not "{config.pairs.source}"')
     if config.teacher.align and config.teacher.couple:
@@ -553,19 +588,46 @@ def _student(coordinates: CoordinateMap, x: Tensor, config: FlowConfig, metadata
     return flows.build(coordinates, config.architecture(coordinates.circular), metadata, factor)
 
 
+def _given_pairs(flow: Flow, c: PairsConfig) -> Pairs:
+    """The pairs of ``pairs.folder``, if they are of this flow."""
+    assert c.folder is not None
+    pairs = load_pairs(c.folder, c.n)
+    if c.log_det != "none" and pairs.log_det is None:
+        raise InputError(f'{c.folder} holds pairs without log-determinants; set pairs.log_det = "none"')
+    check_pairs(pairs, flow.prior, flows.origin(flow))
+    return pairs
+
+
+def _new_teacher(flow: Flow, t: TeacherConfig) -> VectorField:
+    """A teacher that knows nothing yet."""
+    circular = flow.prior.circular.cpu()
+    factor = None if flow.prior.factor is None else flow.prior.factor.cpu()
+    teacher = VectorField(circular, t.kind, t.hidden, t.depth, t.seed, factor).to(flow.device)
+    teacher.origin = flows.origin(flow)
+    return teacher
+
+
 def _pair_batches(
-    flow: Flow, topology: Any, x: Tensor, held_out: Tensor, config: RunConfig, work: _Workspace, result: FitResult
+    flow: Flow,
+    source: Pairs | VectorField | None,
+    topology: Any,
+    x: Tensor,
+    held_out: Tensor,
+    config: RunConfig,
+    work: _Workspace,
+    result: FitResult,
 ) -> tuple[Batches | StreamedPairs, Batch | None]:
-    """Where the regression gets its batches, and the pairs that are held out from it."""
+    """Where the regression gets its batches, and the pairs that are held out from it.
+
+    They are given, or come from a teacher that is trained here, or (None) from transport.
+    """
     c, train_config = config.pairs, config.regression.train
-    if c.source in ("ot", "hierarchical"):
+    if isinstance(source, Pairs):
+        pairs = source
+    elif source is None:
         pairs = _transport_pairs(flow, topology, x, c, result)
-    elif c.folder is not None:
-        pairs = load_pairs(c.folder, c.n)
-        if c.log_det != "none" and pairs.log_det is None:
-            raise InputError(f'{c.folder} holds pairs without log-determinants; set pairs.log_det = "none"')
     else:
-        teacher = _teacher(flow, x, held_out, config, work, result)
+        teacher = _taught(source, flow, x, held_out, config, work, result)
         if c.source == "stream":
             keywords: dict[str, Any] = {"seed": c.seed, "n_steps": c.n_steps, "method": c.method, "log_det": c.log_det}
             return StreamedPairs(teacher, train_config.batch_size, **keywords), None
@@ -595,14 +657,13 @@ def _transport_pairs(flow: Flow, topology: Any, x: Tensor, c: PairsConfig, resul
     return pairs
 
 
-def _teacher(
-    flow: Flow, x: Tensor, held_out: Tensor, config: RunConfig, work: _Workspace, result: FitResult
-) -> VectorField:
-    t, circular = config.teacher, flow.prior.circular
-    factor = None if flow.prior.factor is None else flow.prior.factor.cpu()
-    teacher = VectorField(circular.cpu(), t.kind, t.hidden, t.depth, t.seed, factor).to(flow.device)
-    teacher.origin = flows.origin(flow)
-    couple = aligned_coupling if t.align else minibatch_coupling(circular) if t.couple else None
+def _taught(
+    teacher: VectorField, flow: Flow, x: Tensor, held_out: Tensor, config: RunConfig, work: _Workspace,
+    result: FitResult,
+) -> VectorField:  # fmt: skip
+    """The teacher after its training by flow matching."""
+    t = config.teacher
+    couple = aligned_coupling if t.align else minibatch_coupling(flow.prior.circular) if t.couple else None
     loss = FlowMatchingLoss(flow.prior, couple)
     # A teacher that learns its frames by heart has a rugged map, which no student can follow.
     y = features(flow.coordinates, held_out, torch.Generator().manual_seed(t.seed))

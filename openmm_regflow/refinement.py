@@ -32,13 +32,15 @@ from openmm_regflow.files import digest, read_safetensors, write_safetensors
 from openmm_regflow.flows import Flow, origin
 from openmm_regflow.frames import Indicator, Mover, rare_frames
 from openmm_regflow.graphs import Gradients
-from openmm_regflow.objectives import GeneralisedKLLoss
+from openmm_regflow.objectives import GeneralisedKLLoss, score
 from openmm_regflow.pools import Anchors, Pool, draw
-from openmm_regflow.slopes import differentiable
+from openmm_regflow.slopes import CPU_PART, DEVICE_PART, differentiable
 from openmm_regflow.training import Batch, Batches, adamw, average_into, cosine, pack_optimizer, unpack_optimizer
 
 CHECKPOINT_KIND = "openmm_regflow.refinement"
 CHECKPOINT_VERSION = 3
+#: Key of a flow's metadata: how many refinements it has had.
+REFINEMENTS = "refinements"
 #: Steps of linear warm-up, once: the optimiser's moments are then those of the pools.
 WARMUP = 30
 
@@ -145,7 +147,9 @@ class _Learner:
         w = torch.as_tensor(weights, dtype=flow.dtype, device=pool.y.device)[fine]
         # Density of the features, as the loss compares it.
         log_r_y = (pool.log_r - pool.log_volume)[fine].to(flow.dtype)
-        data = (pool.y[fine], log_r_y, w) + (() if pool.slope is None else (pool.slope[fine],))
+        data: Batch = (pool.y[fine], log_r_y, w)
+        if pool.slope is not None:
+            data += (self._tilted(pool.slope[fine], data[0], power),)
         size = min(c.batch_size, len(w))
         size -= size % self.peers.unit(self.loss.every)
         if not size:
@@ -156,6 +160,18 @@ class _Learner:
             turn = (k + step / batches.per_epoch) / c.rounds
             rate = factor * c.learning_rate * cosine(turn, c.final_rate) * min(1.0, (self.steps + 1) / WARMUP)
             self._step(batches(step, torch.Generator()), rate)
+
+    def _tilted(self, slope: Tensor, y: Tensor, power: float) -> Tensor:
+        """Slopes of ``p (p/q)^power``, q being the flow that drew the samples, from those of p, `(n, dim)`."""
+        if not power:
+            return slope
+
+        def own(j: int, rows: slice) -> tuple[Tensor, ...]:
+            pieces = y[rows].split(CPU_PART if y.device.type == "cpu" else DEVICE_PART)
+            return (torch.cat([score(self.flow.bijection, self.flow.prior, piece)[0] for piece in pieces]),)
+
+        (found,) = self.peers.by_parts(len(y), own)
+        return (1.0 + power) * slope - power * found
 
     def _step(self, batch: Batch, rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -292,8 +308,10 @@ def refine(
         differentiable(reduced_potential)
     path = Path(checkpoint) if checkpoint is not None and peers.main else None
     made_of = _made_of(flow, data) if path else {}
-    # A second refinement with the same seed sees other samples: this flow has learned those of the first.
-    seed = ranks.seed_of(config.seed, peers.share(int(digest(flow.bijection.state_dict())[:15], 16)))
+    # A second refinement with the same seed sees other samples: this flow has learned those of the first. (Not by the
+    # weights, which several processes round otherwise than one.)
+    known = flow.metadata.training
+    seed = ranks.seed_of(config.seed, known.get(REFINEMENTS, 0))
     lift = _lift(watch, data, config.rare_share)
     state = _Progress(made_of)
 
@@ -334,6 +352,7 @@ def refine(
             state.save(path, learner)
     flow.bijection.load_state_dict(state.best)
     flow.bijection.eval()
+    flow.metadata = replace(flow.metadata, training=known | {REFINEMENTS: known.get(REFINEMENTS, 0) + 1})
     return state.records
 
 

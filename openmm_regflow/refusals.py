@@ -131,6 +131,16 @@ def check_supported(system: openmm.System, flow: Any = None) -> None:
         check(system, flow)
 
 
+def check_particles(system: openmm.System) -> None:
+    """Refuse particles whose positions have no density of their own.
+
+    Raises:
+        UnsupportedForceError: virtual sites, or particles without mass.
+    """
+    _refuse_virtual_sites(system)
+    _refuse_frozen_atoms(system)
+
+
 def check_constraints(
     found: Sequence[tuple[int, int, float]], fixed: Sequence[tuple[int, int, float]], where: str = "System"
 ) -> None:

@@ -471,6 +471,9 @@ def load_pairs(folder: str | Path, n: int | None = None) -> Pairs:
         raise InputError(f"{folder} holds no pairs (no manifest.json); make them with `openmm-regflow pairs`")
     settings = read_json(manifest, DAMAGED)
     held = settings.pop("n", 0)
+    size = settings.get("shard_size")
+    if not all(type(number) is int and number >= least for number, least in ((held, 0), (size, 1))):
+        raise CorruptFileError(f"{manifest} says n = {held!r} and shard_size = {size!r}; {DAMAGED}")
     store = PairStore(Path(folder), settings, held)
     shards = [int(path.stem.split("-")[1]) for path in Path(folder).glob("pairs-*.safetensors")]
     if not shards:

@@ -4,6 +4,7 @@ Flow matching on straight (optimal-transport) paths: Lipman et al. 2023, arXiv 2
 sigma_min = 0; on circles the straight path is the geodesic (Chen & Lipman 2024, arXiv 2302.03660).
 """
 
+import threading
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -22,6 +23,8 @@ Fixed = Literal["euler", "midpoint", "rk4"]
 Adaptive = Literal["bosh3", "dopri5", "dopri8"]
 Method = Literal[Fixed, Adaptive]
 FIXED, ADAPTIVE = get_args(Fixed), get_args(Adaptive)
+#: torch has one level of forward derivatives for all threads of a process.
+_FORWARD = threading.Lock()
 
 
 class VectorField(nn.Module):
@@ -191,15 +194,21 @@ def divergence(field: nn.Module, t: Tensor, x: Tensor, probe: Tensor | None) -> 
         probe: `(n, dim)` of independent entries with unit variance (Hutchinson 1989; FFJORD, arXiv 1810.01367).
     """
     if probe is not None:
-        velocity, along = torch.func.jvp(lambda v: field(t, v), (x,), (probe,))[:2]
+        velocity, along = _along(field, t, x, probe)
         return velocity, (along * probe).sum(-1)
     total = x.new_zeros(x.shape[0])
     for i in range(x.shape[1]):
         direction = torch.zeros_like(x)
         direction[:, i] = 1.0
-        velocity, along = torch.func.jvp(lambda v: field(t, v), (x,), (direction,))[:2]
+        velocity, along = _along(field, t, x, direction)
         total = total + along[:, i]
     return velocity, total
+
+
+def _along(field: nn.Module, t: Tensor, x: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+    """Velocity and its derivative along a direction, both `(n, dim)`, by one thread at a time."""
+    with _FORWARD:
+        return torch.func.jvp(lambda v: field(t, v), (x,), (direction,))[:2]
 
 
 def check_integration(method: str, log_det: str, n_steps: int) -> None:

@@ -283,9 +283,12 @@ class _Run:
     def _sane(self, value: float) -> bool:
         if not math.isfinite(value):
             return False
+        level, spread = self.typical, self.spread
+        if math.isinf(level) and self.recent:  # the first few steps are judged by those before them
+            level, spread = float(np.median(self.recent)), float(np.std(self.recent))
         # Twenty typical magnitudes above the running level, or twenty of its own fluctuations where it is about zero,
         # is no fluctuation of a batch mean.
-        return value - self.typical < 20.0 * max(abs(self.typical), self.spread, LEAST_LEVEL)
+        return value - level < 20.0 * max(abs(level), spread, LEAST_LEVEL)
 
     def _average(self) -> None:
         # The usual bias correction: early averages forget faster.

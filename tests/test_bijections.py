@@ -150,6 +150,21 @@ def test_circles_have_no_seam():
     assert wrap_where(a - b, CIRCULAR).abs().max() < 1e-6 and (da - db).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("one", [spline, fused.spline], ids=["plain", "fused"])
+def test_the_slope_at_the_seam_is_that_beside_it(one, inverse):
+    """Exactly at -pi and pi, where automatic derivatives of a wrong branch agree with its wrong value."""
+    g = torch.Generator().manual_seed(0)
+    raw, ends = torch.randn(17, 5, 4, generator=g).double(), torch.randn(5, 4, generator=g).double()
+    around = (-math.pi, -math.pi + 1e-9, math.pi - 1e-9, math.pi)
+    angles = torch.tensor(around, dtype=torch.float64).expand(5, 4)
+    raw, ends = raw[..., :1].expand(-1, -1, 4), ends[:, :1].expand(-1, 4)  # one map, four points
+    with torch.compiler.set_stance("force_eager"):
+        _, log_slope = one(raw, ends, angles, math.pi, inverse)
+    assert (log_slope - log_slope[:, :1]).abs().max() < 1e-6
+    assert log_slope.abs().min() > 1e-2  # the identity would have zero
+
+
 def wrap_where(delta, circular):
     return torch.where(circular, wrap(delta), delta)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from analytic_molecules import MASSES, TEMPERATURE, Chain, z_scores
 
+from openmm_regflow import frames, ranks
 from openmm_regflow.errors import CorruptFileError, InputError
 from openmm_regflow.frames import FramesConfig, frames_of_run, lifted, more_frames
 from openmm_regflow.potentials import TorchPotential
@@ -57,13 +58,39 @@ def test_frames_are_kept_and_belong_to_their_trajectory(tmp_path):
 
     again, same = more_frames(x, must_not_move, FramesConfig(copies=2), path)
     assert torch.equal(made, again) and same == energies
-    for frames, config in ((x + 1, FramesConfig(copies=2)), (x, FramesConfig(copies=3))):
+    for others, config in ((x + 1, FramesConfig(copies=2)), (x, FramesConfig(copies=3))):
         with pytest.raises(CorruptFileError, match="another trajectory, target or of other settings"):
-            more_frames(frames, mover(), config, path)
+            more_frames(others, mover(), config, path)
     path.unlink()
     more_frames(x, mover(), FramesConfig(copies=2), path, target={"temperature": TEMPERATURE})
     with pytest.raises(CorruptFileError, match="target"):
         more_frames(x, mover(), FramesConfig(copies=2), path, target={"temperature": 2 * TEMPERATURE})
+
+
+@pytest.mark.parametrize("stop", [3, 7])
+def test_an_interruption_costs_no_copies(tmp_path, monkeypatch, stop):
+    """Two parts of the chains, of which the first is finished or not, go on as if nothing had been."""
+    monkeypatch.setattr(frames, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(ranks, "LEAST_ROWS", 10)
+    x, path = CHAIN.sample(20, torch.Generator().manual_seed(2)), tmp_path / "frames.safetensors"
+    config = FramesConfig(copies=6)
+    whole, energies = more_frames(x, mover(), config)
+    calls = 0
+
+    def counted(x, generator):
+        nonlocal calls
+        calls += 1
+        if calls > 2 * stop:
+            raise KeyboardInterrupt
+        return mover()(x, generator)
+
+    with pytest.raises(KeyboardInterrupt):
+        more_frames(x, counted, config, path)
+    calls = -100
+    again, same = more_frames(x, counted, config, path)
+    assert torch.equal(again, whole) and same == energies
+    assert calls == -100 + 20 - 2 * stop
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_frames_of_a_run_are_those_of_its_target(tmp_path):

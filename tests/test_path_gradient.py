@@ -1,5 +1,7 @@
 """Path gradients and the slopes that they compare, on targets whose density is known: other flows."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from openmm_regflow.constraints import fixed_bonds
 from openmm_regflow.ensemble import ReducedPotential
 from openmm_regflow.errors import InputError
 from openmm_regflow.objectives import GeneralisedKLLoss, LikelihoodLoss, path_gradient
-from openmm_regflow.refinement import RefineConfig, refine
+from openmm_regflow.refinement import RefineConfig, _Learner, refine, truncate
 from openmm_regflow.slopes import slopes
 from openmm_regflow.systems import load_system
 
@@ -46,7 +48,7 @@ def coordinates_of(kind, constraints=None):
 
 
 def pair(kind="internal"):
-    """A target, and a flow that is off by a tenth of a nat, in float64."""
+    """A target, and a flow that is off by four nat, in float64."""
     _, _, coordinates = coordinates_of(kind)
     target = shaken(flows.spline(coordinates, n_layers=2, hidden=8).double(), 0.05)
     return target, shaken(flows.spline(coordinates, n_layers=2, hidden=8).double(), 0.07, seed=2)
@@ -154,6 +156,31 @@ def test_a_share_of_the_path_is_a_share_of_its_gradient():
     assert torch.allclose(alone, path, atol=1e-9 * float(path.abs().max()))
     z, log_det = flow.bijection.inverse(y)
     assert torch.allclose(log_q, flow.prior.log_prob(z) + log_det)
+
+
+@pytest.mark.parametrize("tail", [0.0, 0.5, 0.9])
+def test_the_path_follows_the_tail(tail):
+    """Towards p (p/q)^tail as the weights do: as long as the plain gradient that it stands for, not 1/(1 + tail) of it.
+
+    Along the plain gradient of another pool, whose noise has nothing to do with this one's.
+    """
+    flow = pair()[1]
+    target = shaken(copy.deepcopy(flow), 0.007, seed=3)  # weights without a heavy tail, of which means are means
+    learner = _Learner(flow, RefineConfig(batch_size=500))
+
+    def data(n, seed):
+        pool = pools.draw(flow, n, FlowPotential(target), seed=(seed,), sloped=True)
+        w = torch.as_tensor(truncate(pool.log_w + tail * pool.log_ratio()))
+        return pool.y, pool.log_r - pool.log_volume, w, learner._tilted(pool.slope, pool.y, tail)
+
+    far = GeneralisedKLLoss(flow.prior).of(flow.bijection, data(10_000, 2))[0]
+    direction = torch.autograd.grad(far, list(flow.bijection.parameters()))
+    rows = data(20_000, 1)
+    batches = [tuple(t[k::100] for t in rows) for k in range(100)]
+    plain, path = (directional(flow, GeneralisedKLLoss(flow.prior, share), batches, direction) for share in (0.0, 1.0))
+    error = (path - plain).std() / len(batches) ** 0.5
+    assert abs((path - plain).mean()) < 4 * error
+    assert tail == 0 or plain.mean() * (1 - 1 / (1 + tail)) > 6 * error  # what was too short would be seen
 
 
 SETTINGS = {"rounds": 3, "pool": 4000, "batch_size": 200, "learning_rate": 3e-3, "ema": 0.9, "anchors": 1000}

@@ -136,6 +136,13 @@ def test_a_wall_far_away_is_found_whatever_force_makes_it(side, molecule):
     assert FlowProposal(flow, OpenMMPotential(molecule.system), TEMPERATURE).frame == "free"
 
 
+def test_a_flow_of_a_held_molecule_is_refused_where_nothing_holds_one(molecule):
+    x = molecule.sample(1000, generator())
+    flow = flows.real_nvp(flows.coordinates_for(None, x, "cartesian", held=True), n_layers=2, hidden=8)
+    with pytest.raises(IncompatibleFlowError, match="nothing holds this one"):
+        FlowProposal(flow, TorchPotential(molecule.system), TEMPERATURE).sample(2)
+
+
 def test_internal_flow_in_an_external_field_is_refused():
     molecule = Chain()
     force = openmm.CustomExternalForce("100*x^2")

@@ -16,6 +16,7 @@ from torch import multiprocessing
 
 from openmm_regflow import flows, ranks
 from openmm_regflow.bijections import Composition, SplineCoupling
+from openmm_regflow.coordinates import CartesianMap
 from openmm_regflow.errors import InputError
 from openmm_regflow.flows import Prior
 from openmm_regflow.frames import FramesConfig, more_frames
@@ -43,6 +44,10 @@ def student():
         return Composition(
             [SplineCoupling(m, CIRCULAR, partial(ResidualMLP, hidden=8, depth=1)) for m in (mask, ~mask)]
         ).double()
+
+
+def any_flow():
+    return flows.real_nvp(CartesianMap(2), n_layers=2, hidden=4)
 
 
 def teacher():
@@ -85,7 +90,7 @@ def work(rank, size, folder):
     with pytest.raises(InputError, match=r"batch_size is 18.*a multiple of 8"):
         train(student(), RegFlowLoss(CIRCULAR, forward_backward=1e-3), eighteen, CONFIG)
     with pytest.raises(InputError, match=r"batch_size is 18.*a multiple of 8"):
-        refine(None, None, RefineConfig(batch_size=18, path=0.5))
+        refine(any_flow(), None, RefineConfig(batch_size=18, path=0.5))
     torch.save(result, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -158,7 +163,7 @@ def refine_in(rank, size, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
     torch.save(refining(folder, astray=0.1 * rank), folder / f"{rank}.pt")
     with pytest.raises(InputError, match="multiple of 3"):
-        refine(None, None, RefineConfig(batch_size=100))
+        refine(any_flow(), None, RefineConfig(batch_size=100))
     dist.destroy_process_group()
 
 

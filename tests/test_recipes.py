@@ -4,16 +4,19 @@ import json
 
 import pytest
 import torch
+from analytic_molecules import TEMPERATURE, Well
 
-from openmm_regflow import flows, products, recipes
+from openmm_regflow import flows, products, recipes, reweighting
 from openmm_regflow.errors import CorruptFileError, IncompatibleFlowError, InputError
 from openmm_regflow.flows import FlowMetadata
 from openmm_regflow.objectives import LikelihoodLoss
 from openmm_regflow.potentials import TorchPotential
+from openmm_regflow.proposals import FlowProposal
 from openmm_regflow.recipes import RunConfig
 from openmm_regflow.systems import load_system
 from openmm_regflow.targets import reflow_pairs
-from openmm_regflow.teachers import ADAPTIVE, FIXED
+from openmm_regflow.teachers import ADAPTIVE, FIXED, VectorField
+from openmm_regflow.units import thermal_energy
 
 
 def config(**changes):
@@ -226,6 +229,43 @@ def test_what_a_late_stage_would_refuse_is_refused_first(data, changes, words, t
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"pairs": {"folder": "/nowhere"}}, InputError),
+        ({"pairs": {"folder": "of another", "n": 64}}, IncompatibleFlowError),
+        ({"teacher": {"kind": "transformer", "hidden": 18}}, InputError),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_frames_are_made(data, changes, error, tmp_path):
+    """They take energies, and their folder belongs to one configuration."""
+    if changes.get("pairs", {}).get("folder") == "of another":
+        reflow_pairs(VectorField(torch.zeros(3, dtype=torch.bool), hidden=8), 64, n_steps=1, folder=tmp_path / "p")
+        changes = {"pairs": changes["pairs"] | {"folder": str(tmp_path / "p")}}
+
+    def must_not_move(x, generator):
+        raise AssertionError("energies were spent")
+
+    settings = config(frames={"copies": 3}, **changes)
+    with pytest.raises(error):
+        recipes.fit(*data, settings, mover=must_not_move, folder=tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
+def test_frames_in_one_place_are_named(data):
+    x = data[1].clone()
+    x[5] = 0.0
+    with pytest.raises(InputError, match="frame 5 has no internal coordinates"):
+        recipes.fit(data[0], x, data[2], config())
+
+
+def test_arrays_do_as_well_as_tensors(data):
+    topology, x, held_out = data
+    kinds = ((x, held_out), (x.numpy(), held_out.numpy()))
+    found = [recipes.fit(topology, *frames, config(objective="mle")) for frames in kinds]
+    assert found[0].histories["likelihood"].loss == found[1].histories["likelihood"].loss
+
+
 def test_infinite_settings_are_printed_as_toml(tmp_path):
     settings = config(likelihood={"train": {"clip": float("inf")}})
     (tmp_path / "a.toml").write_text(recipes.print_config(settings))
@@ -394,6 +434,12 @@ def test_pairs_from_a_folder(data, tmp_path):
         with pytest.raises(InputError, match=words):
             recipes.fit(*data, config(pairs=changes), stage=lambda name, total: heard.append(name))
     assert not heard
+    recipes.fit(*data, given, metadata=metadata, folder=tmp_path / "run")
+    for path in (tmp_path / "pairs").iterdir():
+        path.unlink()
+    reflow_pairs(teacher, 256, seed=2, n_steps=2, folder=tmp_path / "pairs")
+    with pytest.raises(IncompatibleFlowError, match="differs in its pairs"):
+        recipes.fit(*data, given, metadata=metadata, folder=tmp_path / "run")
 
 
 def test_the_same_fit_has_the_same_origin(data):
@@ -438,22 +484,74 @@ def test_layout_that_fits_the_molecule(circles, changes, expected):
 
 
 def test_settings_without_a_value_are_shown(tmp_path):
-    """As comments, each in its section, and the file reads back as what was printed."""
+    """As "none", each in its section, and the file reads back as what was printed."""
     text = recipes.print_config(RunConfig())
     missing = {"line_bins": "flow", "folder": "pairs", "patience": "teacher.train", "seconds": "regression.train"}
     for key, section in missing.items():
         own = text.split(f"[{section}]\n")[1].split("\n\n")[0]
-        assert f"# {key} =" in own
+        assert f'{key} = "none"' in own
     shown = sum(len(table) for table in _tables(RunConfig().model_dump()))
     assert sum(" = " in line for line in text.splitlines()) == shown
     (tmp_path / "run.toml").write_text(text)
     assert recipes.load_config(tmp_path / "run.toml") == RunConfig()
 
 
+@pytest.mark.parametrize(
+    "changes", [{"likelihood": {"train": {"patience": None}}}, {"pairs": {"folder": "/data/\U0001f600\x7f\"\\ü"}}]
+)
+def test_what_is_printed_reads_back(changes, tmp_path):
+    """A value that the section's default has and this run has not, and characters that JSON writes in another way."""
+    settings = RunConfig.model_validate(changes)
+    (tmp_path / "run.toml").write_text(recipes.print_config(settings))
+    assert recipes.load_config(tmp_path / "run.toml") == settings != RunConfig()
+
+
 def _tables(table):
     """The plain settings of every section."""
     plain = {k: v for k, v in table.items() if not isinstance(v, dict)}
     return [plain, *(t for v in table.values() if isinstance(v, dict) for t in _tables(v))]
+
+
+@pytest.mark.parametrize("objective", ["mle", "regflow"])
+def test_a_molecule_in_a_field_is_learned_in_its_place(objective, tmp_path):
+    """An atom in a well: its weights are worth something; turned and shifted about they are worth nothing."""
+    well = Well()
+    x = well.sample(4000, torch.Generator().manual_seed(0))
+    potential = TorchPotential(well.system)
+    train = {"steps": 300, "batch_size": 256, "warmup": 10, "learning_rate": 2e-3}
+    settings = RunConfig.model_validate(
+        {
+            "coordinates": "cartesian",
+            "objective": objective,
+            "flow": {"n_layers": 6, "hidden": 32},
+            "teacher": {"hidden": 32, "depth": 2, "train": train},
+            "pairs": {"n": 4000, "n_steps": 4},
+            "regression": {"train": train},
+            "likelihood": {"train": train},
+            "refinement": {"enabled": True, "rounds": 2, "pool": 2000, "batch_size": 200, "anchors": 500},
+        }
+    )
+    kt = thermal_energy(TEMPERATURE)
+    fitted = recipes.fit(None, x[:3500], x[3500:], settings, held=True, reduced_potential=lambda r: potential(r) / kt)
+    fitted.flow.save(tmp_path / "flow.safetensors")
+    flow = flows.Flow.load(tmp_path / "flow.safetensors")
+    assert flow.coordinates.place == pytest.approx(x[:3500].mean((0, 1)).tolist())
+    batch = FlowProposal(flow, potential, TEMPERATURE).sample(4000, torch.Generator().manual_seed(1))
+    ess = reweighting.effective_sample_size(batch.log_weights)
+    assert ess > 0.3
+    assert ess > 0.5 * max(pool.ess for pool in fitted.rounds)  # and the refinement speaks of the same weights
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"coordinates": "internal"}, "hold the molecule in its place"),
+        ({"coordinates": "cartesian", "teacher": {"kind": "equivariant"}}, "is for free molecules"),
+    ],
+)
+def test_choices_for_free_molecules_are_refused_in_a_field(data, changes, words):
+    with pytest.raises(InputError, match=words):
+        recipes.fit(*data, config(**changes), held=True)
 
 
 @pytest.mark.parametrize("method", [*FIXED, *ADAPTIVE])

@@ -103,13 +103,17 @@ def test_a_second_refinement_sees_other_samples(coordinates, monkeypatch):
     monkeypatch.setattr("openmm_regflow.refinement.draw", noted)
     flow, potential = pair(coordinates)
     refine(flow, potential, config(1e-9, rounds=1))
-    with torch.no_grad():
-        next(flow.bijection.parameters()).add_(1e-7)
     refine(flow, potential, config(1e-9, rounds=1))
     refine(pair(coordinates)[0], potential, config(1e-9, rounds=1))
-    first, _, second, _, again, _ = (pool.y for pool in seen)
+    rounded, _ = pair(coordinates)
+    with torch.no_grad():
+        next(rounded.bijection.parameters()).add_(1e-7)  # as another number of processes leaves it
+    refine(rounded, potential, config(1e-9, rounds=1))
+    first, _, second, _, again, _, nearly, _ = (pool.y for pool in seen)
     assert torch.equal(first, again)
     assert (first - second).abs().min(1).values.median() > 1e-3
+    assert 0 < (first - nearly).abs().max() < 1e-3
+    assert flow.metadata.training["refinements"] == 2
 
 
 def test_a_pool_with_hardly_a_possible_sample_goes_on(coordinates):

@@ -98,6 +98,26 @@ def test_pairs_do_not_depend_on_executor_or_folder(teacher, tmp_path):
     assert len(torch.unique(plain.z[:, 0])) == 300
 
 
+@pytest.mark.parametrize("log_det", ["exact", "hutchinson"])
+def test_log_determinants_by_threads(teacher, log_det):
+    """torch has one level of forward derivatives for all threads; a thread that leaves it takes it from the others."""
+    settings = {"shard_size": 16, "n_steps": 4, "seed": 5, "log_det": log_det}
+    plain = reflow_pairs(teacher, 512, **settings)
+    with ThreadPoolExecutor(4) as pool:
+        threaded = reflow_pairs(teacher, 512, **settings, executor=pool)
+    assert torch.equal(plain.y, threaded.y) and torch.equal(plain.log_det, threaded.log_det)
+    assert torch.equal(plain.log_det, reflow_pairs(teacher, 512, **settings).log_det)
+
+
+@pytest.mark.parametrize("damage", [{"n": "x"}, {"shard_size": None}, {"shard_size": 0}])
+def test_a_manifest_of_nonsense_is_named(teacher, tmp_path, damage):
+    reflow_pairs(teacher, 64, shard_size=64, n_steps=2, folder=tmp_path)
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | damage))
+    with pytest.raises(CorruptFileError, match="make the pairs again"):
+        load_pairs(tmp_path)
+
+
 def test_pairs_from_spawned_processes(teacher, tmp_path):
     """A real pool of two processes that share nothing: shard k is what it is anywhere."""
     plain = reflow_pairs(teacher, 150, shard_size=64, n_steps=4, seed=5, log_det="exact")

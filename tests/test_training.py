@@ -152,6 +152,19 @@ def test_an_explosion_is_seen_at_any_level(scale):
     assert history.rollbacks == 1
 
 
+@pytest.mark.parametrize("at", [1, 5, 19, 20])
+def test_an_explosion_is_seen_from_the_start(at):
+    calls = iter(range(10_000))
+
+    def jumps(module, batch, generator):
+        value, parts = loss(module, batch, generator)
+        return value * (5e4 if next(calls) == at else 1.0), parts
+
+    with pytest.warns(UserWarning, match="went back to step 0"):
+        history = train(network(), jumps, Batches(problem(), 32), CONFIG)
+    assert history.rollbacks == 1 and max(history.loss) < 100
+
+
 @pytest.mark.filterwarnings("ignore:the loss became")
 def test_divergence_rolls_back_and_then_gives_up():
     calls = iter(range(10_000))

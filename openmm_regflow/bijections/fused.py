@@ -84,7 +84,7 @@ def _value(raw: Tensor, ends: Tensor, v: Tensor, half: float, inverse: bool) -> 
     below = s + curvature * q
     log_slope = (s * s * (d1 * xi * xi + 2.0 * s * q + d0 * rest * rest) / (below * below)).log()
     value = x0 + xi * w if inverse else y0 + h * (s * xi * xi + d0 * q) / below
-    outside = v.abs() >= half
+    outside = v.abs() > half
     return (
         torch.where(outside, v, (2.0 * value - 1.0) * half),
         torch.where(outside, torch.zeros_like(v), -log_slope if inverse else log_slope),
@@ -108,7 +108,7 @@ def _derivative(
     top = d1 * xi * xi + 2.0 * s * q + d0 * rest * rest
     i_below, i_top, i_w = 1.0 / below, 1.0 / top, 1.0 / w
     log_slope_xi = 2.0 * (d1 * xi + s * tilt - d0 * rest) * i_top - 2.0 * curvature * tilt * i_below
-    outside = x.abs() >= half
+    outside = x.abs() > half
     none = torch.zeros_like(x)
     g, g_log = torch.where(outside, none, g_value * (2.0 * half)), torch.where(outside, none, g_log_slope)
     slope = s * s * top * i_below * i_below

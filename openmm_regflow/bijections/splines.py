@@ -105,7 +105,7 @@ def spline(raw: Tensor, ends: Tensor, v: Tensor, half: float, inverse: bool) -> 
     end = slopes(ends)[None]
     knots = bins(widths), bins(heights), torch.cat([end, slopes(inner), end])
     value, log_slope = rational_quadratic((v / half + 1.0) / 2.0, *knots, inverse=inverse)
-    outside = v.abs() >= half
+    outside = v.abs() > half
     return (
         torch.where(outside, v, (2.0 * value - 1.0) * half),
         torch.where(outside, torch.zeros_like(v), log_slope),

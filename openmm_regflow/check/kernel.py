@@ -58,7 +58,7 @@ class HybridMonteCarlo:
     makes any time step exact.
 
     Args:
-        system: without a barostat.
+        system: of which barostats, thermostats and a CMMotionRemover do nothing.
         temperature: [K].
         timestep: [ps].
         platform: of OpenMM.
@@ -93,9 +93,12 @@ class HybridMonteCarlo:
         self.n_accepted, self.n_proposed = 0, 0
 
     def _add_steps(self) -> None:
-        """Velocity Verlet; positions and velocities obey the constraints after every step."""
+        """Velocity Verlet; positions and velocities obey the constraints after every step.
+
+        Without ``addUpdateContextState``: what a CMMotionRemover, a thermostat or a barostat does is no dynamics, and
+        the Metropolis test would take its changes of energy for errors of the integrator.
+        """
         integrator = self._integrator
-        integrator.addUpdateContextState()
         integrator.addComputePerDof("v", "v + 0.5*dt*f/m")
         integrator.addComputePerDof("x", "x + dt*v")
         integrator.addComputePerDof("drift", "x")
@@ -296,9 +299,6 @@ def _held(system: openmm.System, proposal: FlowProposal) -> openmm.System:
     for k in reversed(range(held.getNumConstraints())):
         if not {*held.getConstraintParameters(k)[:2]} <= set(subset):
             held.removeConstraint(k)
-    for k in reversed(range(held.getNumForces())):
-        if type(held.getForce(k)).__name__ in ("CMMotionRemover", "AndersenThermostat", *BAROSTATS):
-            held.removeForce(k)
     return held
 
 

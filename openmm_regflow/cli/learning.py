@@ -75,12 +75,13 @@ def _train(
     from openmm_regflow import recipes
     from openmm_regflow.constraints import fixed_bonds
     from openmm_regflow.device import resolve_device
-    from openmm_regflow.ensemble import ReducedPotential, frame_mover, phi_positive
+    from openmm_regflow.ensemble import ReducedPotential, check_trainable, frame_mover, is_held, phi_positive
     from openmm_regflow.flows import FlowMetadata
     from openmm_regflow.systems import load_system
 
     where = resolve_device(device)
     mol = load_system(system)
+    check_trainable(mol)
     frames = given_frames(mol, data, "train")
     held_out = given_frames(mol, validation, "validation")
     provenance = {"config": settings.model_dump(), "data": str(data or f"{mol.name}: train"), "frames": len(frames)}
@@ -107,6 +108,7 @@ def _train(
                 else None,
                 watch=phi_positive(mol),
                 fixed=fixed_bonds(mol.system),
+                held=is_held(mol),
             )
         if peers.main:
             _write_training(output, result)
@@ -184,7 +186,8 @@ def _refine(
     """`refine` on one rank; one of them writes and prints."""
     import torch
 
-    from openmm_regflow.ensemble import ReducedPotential, frame_mover, phi_positive
+    from openmm_regflow.ensemble import ReducedPotential, frame_mover, is_held, phi_positive
+    from openmm_regflow.errors import IncompatibleFlowError
     from openmm_regflow.flows import FlowMetadata
     from openmm_regflow.frames import frames_of_run
     from openmm_regflow.recipes import features
@@ -192,6 +195,10 @@ def _refine(
 
     system, mol, proposal = open_proposal(flow, system, device)
     opened = proposal.flow
+    if is_held(mol) and not opened.coordinates.held:  # the other way round the proposal refuses it
+        raise IncompatibleFlowError(
+            f"forces hold {mol.name} in its place, and the flow takes it as free; train one for this System"
+        )
     target = FlowMetadata(mol.name, mol.fingerprint, mol.temperature).target
     if data is not None and data.suffix == ".safetensors":
         frames = frames_of_run(data, target)

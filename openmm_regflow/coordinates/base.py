@@ -20,12 +20,18 @@ class CoordinateMap(nn.Module):
         circular: `(dim,)` bool, True where a feature is an angle in [-pi, pi).
         rotation_invariant: True if turning or shifting the molecule does not change the features.
         com_std: standard deviation of the centre of geometry [nm], 0 if the features do not carry it.
+        held: True if features hold place and orientation of a molecule that forces keep where it is.
     """
 
     circular: Tensor
     n_atoms: int
     rotation_invariant: bool
     com_std: float
+
+    @property
+    def held(self) -> bool:
+        """False but for Cartesian features of molecules in external fields."""
+        return False
 
     @property
     def dim(self) -> int:

@@ -224,6 +224,12 @@ class InternalMap(CoordinateMap):
         zmatrix = _order_rotors(zmatrix, x)
         plain = cls(zmatrix, list(range(n_rows)), torch.zeros(dim), torch.eye(dim - n_rows), fixed)
         raw = plain.raw(plain.canonical(x))
+        broken = ~torch.isfinite(raw).all(1)
+        if bool(broken.any()):
+            raise InputError(
+                f"frame {int(broken.nonzero()[0])} has no internal coordinates, with atoms in one place or in a line "
+                f"({int(broken.sum())} of {len(x)} frames are so); remove it before fitting"
+            )
         torsions = raw[:, 2 * n_rows + 3 :]
         cosine, sine = torsions.cos().mean(0), torsions.sin().mean(0)
         resultant = torch.hypot(cosine, sine).clamp(1e-12, 1.0)

@@ -33,7 +33,7 @@ from openmm_regflow.errors import CorruptFileError, InputError, InsufficientData
 from openmm_regflow.files import read_json, write_json
 from openmm_regflow.fingerprints import compare_fingerprints, fingerprint
 from openmm_regflow.potentials import platform_names
-from openmm_regflow.rigid import placement
+from openmm_regflow.rigid import Placement, placement
 from openmm_regflow.systems import MolecularSystem
 from openmm_regflow.units import GAS_CONSTANT
 
@@ -460,6 +460,19 @@ def is_free(system: openmm.System, positions: np.ndarray) -> bool:
         system: of the molecule, or of a bias.
         positions: `(n_atoms, 3)` [nm].
     """
+    return not placement_in(system, positions).place
+
+
+def placement_in(system: openmm.System, positions: np.ndarray) -> Placement:
+    """Whether the energy of a System depends on place and orientation of the whole molecule.
+
+    Args:
+        system: of the molecule, or of a bias.
+        positions: `(n_atoms, 3)` [nm].
+
+    Raises:
+        InputError: positions of no finite energy.
+    """
     context = openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatform("Reference"))
 
     def energy(x: torch.Tensor) -> torch.Tensor:
@@ -471,7 +484,9 @@ def is_free(system: openmm.System, positions: np.ndarray) -> bool:
 
     x = torch.as_tensor(np.asarray(positions, dtype=np.float64))[None]
     found = placement(energy, x, lambda shift, energies: 1e-6 * (1.0 + energies.abs()))
-    return found is not None and not found.place
+    if found is None:
+        raise InputError("the structure's energy is not finite, so nothing can be told from it; repair the structure")
+    return found
 
 
 def load_run(output: str | Path) -> TemperingRun:
