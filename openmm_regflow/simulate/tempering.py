@@ -464,7 +464,7 @@ def is_free(system: openmm.System, positions: np.ndarray) -> bool:
 
 
 def placement_in(system: openmm.System, positions: np.ndarray) -> Placement:
-    """Whether the energy of a System depends on place and orientation of the whole molecule.
+    """Whether more than some hundredths of a kJ/mol depend on place and orientation of the whole molecule.
 
     Args:
         system: of the molecule, or of a bias.
@@ -483,7 +483,8 @@ def placement_in(system: openmm.System, positions: np.ndarray) -> Placement:
         return torch.as_tensor(found)
 
     x = torch.as_tensor(np.asarray(positions, dtype=np.float64))[None]
-    found = placement(energy, x, lambda shift, energies: 1e-6 * (1.0 + energies.abs()))
+    # What a force in single precision makes of ten nanometres (a PythonForce) holds no molecule.
+    found = placement(energy, x, lambda shift, energies: 0.02 * max(1.0, shift) + 1e-6 * energies.abs())
     if found is None:
         raise InputError("the structure's energy is not finite, so nothing can be told from it; repair the structure")
     return found
