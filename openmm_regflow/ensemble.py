@@ -13,12 +13,15 @@ from openmm_regflow.errors import InputError
 from openmm_regflow.frames import Mover
 from openmm_regflow.potentials import TorchPotential
 from openmm_regflow.refusals import check_particles
+from openmm_regflow.rigid import N_TRIED, SHIFTS, WAYS
 from openmm_regflow.sampling import HamiltonianMonteCarlo, system_masses
 from openmm_regflow.sampling.hamiltonian import HYDROGEN_MASS
-from openmm_regflow.simulate.tempering import placement_in, with_hydrogen_mass
+from openmm_regflow.simulate.tempering import placement_in, reference_energies, with_hydrogen_mass
 from openmm_regflow.systems import MolecularSystem
 from openmm_regflow.units import thermal_energy
 
+#: [kT] A molecule is held where its energy rises by this much, thirty nanometres away in every direction.
+HOLDS = 10.0
 #: Frames that a kernel's time step is tuned on.
 TUNED_ON = 200
 
@@ -71,23 +74,38 @@ def check_trainable(molecule: MolecularSystem) -> None:
         )
 
 
-def is_held(molecule: MolecularSystem) -> bool:
+def is_held(molecule: MolecularSystem, frames: np.ndarray | Tensor) -> bool:
     """Whether forces hold a molecule in its place, so that a flow has to learn place and orientation.
 
     In a periodic box a flow serves as a part, whose frame is that of its surroundings: False.
 
+    Args:
+        molecule: its System and temperature.
+        frames: of its ensemble `(n, n_atoms, 3)` [nm]; some are looked at.
+
     Raises:
-        InputError: a field turns the molecule and nothing holds it, so that its place has no distribution.
+        InputError: no frame has a finite energy, or the place has no distribution: a field turns or pushes the molecule
+            and nothing holds it from every side.
     """
-    if molecule.system.usesPeriodicBoundaryConditions():
+    system = molecule.system
+    if system.usesPeriodicBoundaryConditions():
         return False
-    found = placement_in(molecule.system, molecule.positions)
-    if found.orientation and not found.place:
+    rows = np.linspace(0, len(frames) - 1, min(N_TRIED, len(frames))).astype(int)
+    x = torch.as_tensor(frames)[rows].cpu().double()
+    found = placement_in(system, x.numpy())
+    if found is None:
+        raise InputError("none of the frames has a finite energy; give frames of this System, in nm")
+    if not found.counts:
+        return False
+    energies = reference_energies(system)
+    here = energies(x)
+    rise = torch.stack([energies(x + max(SHIFTS) * way) - here for way in WAYS])[:, torch.isfinite(here)]
+    if not found.place or not bool((rise > HOLDS * thermal_energy(molecule.temperature)).all()):
         raise InputError(
-            "a field turns the molecule, and nothing holds it in its place, which has no distribution then; restrain "
-            "its centre, or remove the field"
+            "a field turns or pushes the molecule, and nothing holds it from every side, so that its place has no "
+            "distribution; restrain its centre, or remove the field"
         )
-    return found.place
+    return True
 
 
 def frame_mover(

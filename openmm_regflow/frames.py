@@ -120,24 +120,24 @@ def more_frames(
     """
     made_of = {"frames": digest({"x": x}), "config": config.model_dump(exclude={"rare_share"})}
     made_of |= {"target": dict(target)} if target else {}
-    peers = ranks.current()
+    peers, unfinished = ranks.current(), _Unfinished(path, made_of)
     kept = peers.first(lambda: _kept(path, made_of) if path is not None else None)
     if kept is not None:
+        unfinished.forget(len(x))
         return kept
     spent, n_own, total = 0, len(peers.mine(len(x))), config.copies - 1
 
     def chains(j: int, rows: slice) -> tuple[Tensor, ...]:
         nonlocal spent
         generator = ranks.stream(config.seed, 0, COPIES, j)
-        unfinished = _Unfinished(path, j, made_of)
-        copies, before = unfinished.take_up(x[rows], generator)
+        copies, before = unfinished.take_up(j, x[rows], generator)
         for k in range(len(copies), config.copies):
             now = copies[-1]
             for _ in range(config.moves):
                 now, energies = mover(now, generator)
                 before += energies
             copies.append(now)
-            unfinished.keep(copies, generator, before)
+            unfinished.keep(j, copies, generator, before, len(copies) == config.copies and len(ranks.parts(len(x))) > 1)
             if progress and peers.main:
                 progress((j * total + k) // n_own, total, {"energies": (spent + before) * peers.size})
         spent += before
@@ -145,27 +145,31 @@ def more_frames(
 
     (histories,) = peers.by_parts(len(x), chains)
     frames, energies = histories.transpose(0, 1).flatten(0, 1), sum(peers.gather(spent))
-    if path is not None and peers.main:
+    if path is not None:
         header = {"format": KIND, "format_version": 1, "made of": made_of, "energies": energies}
-        write_safetensors(Path(path), {"x": frames.cpu().contiguous()}, header)
-    for j, _ in peers.mine(len(x)):
-        _Unfinished(path, j, made_of).forget()
+        # What the others have kept is theirs until this is written.
+        peers.first(lambda: write_safetensors(Path(path), {"x": frames.cpu().contiguous()}, header))
+    unfinished.forget(len(x))
     return frames, energies
 
 
 class _Unfinished:
-    """A file for the chains of one part, beside that of all frames; nothing is kept where that has no path."""
+    """Files for the chains of each part, beside that of all frames; nothing is kept where that has no path."""
 
-    def __init__(self, path: str | Path | None, part: int, made_of: Mapping[str, Any]) -> None:
-        self.path = None if path is None else Path(path).with_suffix(f".part-{part:02d}")
+    def __init__(self, path: str | Path | None, made_of: Mapping[str, Any]) -> None:
+        self.path = None if path is None else Path(path)
         self.made_of, self.written = made_of, time.monotonic()
 
-    def take_up(self, x: Tensor, generator: torch.Generator) -> tuple[list[Tensor], int]:
+    def _of(self, part: int) -> Path:
+        assert self.path is not None
+        return self.path.with_suffix(f".part-{part:02d}")
+
+    def take_up(self, part: int, x: Tensor, generator: torch.Generator) -> tuple[list[Tensor], int]:
         """Copies so far, from `x` `(n, n_atoms, 3)` on, and their energies; the generator goes on from there."""
         if self.path is None:
             return [x], 0
         try:
-            header, tensors = read_safetensors(self.path, KIND, 1)
+            header, tensors = read_safetensors(self._of(part), KIND, 1)
         except (InputError, CorruptFileError):  # none, or a torn one
             return [x], 0
         if header["made of"] != self.made_of:
@@ -173,20 +177,23 @@ class _Unfinished:
         generator.set_state(tensors["generator"])
         return list(tensors["x"].to(x)), header["energies"]
 
-    def keep(self, copies: list[Tensor], generator: torch.Generator, energies: int) -> None:
-        """Write the chains, if that was some seconds ago."""
-        if self.path is None or time.monotonic() - self.written < KEEP_SECONDS:
+    def keep(
+        self, part: int, copies: list[Tensor], generator: torch.Generator, energies: int, finished: bool
+    ) -> None:
+        """Write the chains of a part that is finished, or if anything was written some seconds ago."""
+        if self.path is None or not (finished or time.monotonic() - self.written >= KEEP_SECONDS):
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         header = {"format": KIND, "format_version": 1, "made of": self.made_of, "energies": energies}
         tensors = {"x": torch.stack(copies).cpu(), "generator": generator.get_state()}
-        write_safetensors(self.path, tensors, header)
+        write_safetensors(self._of(part), tensors, header)
         self.written = time.monotonic()
 
-    def forget(self) -> None:
-        """All frames are written."""
+    def forget(self, n: int) -> None:
+        """All frames, of n chains, are written."""
         if self.path is not None:
-            self.path.unlink(missing_ok=True)
+            for part in range(len(ranks.parts(n))):
+                self._of(part).unlink(missing_ok=True)
 
 
 def frames_of_run(path: str | Path, target: Mapping[str, Any]) -> Tensor:

@@ -268,7 +268,8 @@ class FlowProposal:
         """This proposal with another flow of the same kind, checked like the first one."""
         other = copy.copy(self)
         other.flow = flow
-        other.__dict__.pop("_bonds", None)
+        for known in ("_bonds", "frame"):
+            other.__dict__.pop(known, None)
         other._check()
         return other
 
@@ -620,8 +621,10 @@ def _find_frame(proposal: FlowProposal) -> Frame:
     generator = torch.Generator(device=proposal.device).manual_seed(0)
     with torch.no_grad():
         x = proposal.flow.sample(16, generator=generator)[0].double()
-    # A callable of the user's may compute in single precision, whatever it returns.
-    dtype = getattr(potential, "dtype", torch.float64 if isinstance(potential, OpenMMPotential) else torch.float32)
+    # A callable of the user's may compute in single precision, whatever it returns, and a PythonForce, too.
+    own = proposal.system is not None and any("Python" in type(f).__name__ for f in proposal.system.getForces())
+    exact = isinstance(potential, OpenMMPotential) and not own
+    dtype = getattr(potential, "dtype", torch.float64 if exact else torch.float32)
     return "fixed" if _frame_counts(judge._energies, x, dtype) else "free"
 
 

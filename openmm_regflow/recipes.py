@@ -349,7 +349,8 @@ def fit(
     source: Pairs | VectorField | None = None
     if config.objective == "regflow" and config.pairs.folder is not None:
         source = _given_pairs(flow, config.pairs)
-        made_of["pairs"] = digest({"z": source.z, "y": source.y})
+        log_det = {} if source.log_det is None else {"log_det": source.log_det}
+        made_of["pairs"] = digest({"z": source.z, "y": source.y} | log_det)
     elif config.objective == "regflow" and config.pairs.source in ("reflow", "stream"):
         source = _new_teacher(flow, config.teacher)
     work = _Workspace(Path(folder) if folder else None, config, stage, made_of)
@@ -418,7 +419,7 @@ class _Workspace:
             ) from error
         if not same:
             raise IncompatibleFlowError(f"{folder} holds a run of another configuration; choose another folder")
-        differing = " and ".join(name for name, value in made_of.items() if found.get(name) != value)
+        differing = " and ".join(name for name, value in made_of.items() if found.get(name, value) != value)
         if differing:
             raise IncompatibleFlowError(f"{folder} holds a run that differs in its {differing}; choose another folder")
 

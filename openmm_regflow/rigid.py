@@ -1,6 +1,6 @@
 """A molecule moved and turned as a whole, and whether its energy notices."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 #: [nm] A molecule is moved by a little, which a weak field shows, and beyond the flat bottom of a restraint.
-SHIFTS = (0.3, 10.0)
+SHIFTS = (0.3, 10.0, 30.0)
 #: Directions of the shifts: a wall, a plane or a tube is felt in one of them.
-_WAYS = torch.cat([torch.eye(3), -torch.eye(3)]).double()
+WAYS = torch.cat([torch.eye(3), -torch.eye(3)]).double()
 #: Samples that are enough: one in each direction.
-N_TRIED = len(_WAYS)
+N_TRIED = len(WAYS)
 #: An energy beyond this may stop being a number by rounding alone.
 _ABSURD = 1e6
 
@@ -31,7 +31,10 @@ class Placement:
 
 
 def placement(
-    energy: Callable[[Tensor], Tensor], x: Tensor, allowed: Callable[[float, Tensor], Tensor]
+    energy: Callable[[Tensor], Tensor],
+    x: Tensor,
+    allowed: Callable[[float, Tensor], Tensor],
+    shifts: Sequence[float] = SHIFTS,
 ) -> Placement | None:
     """Find out from samples, each moved another way, near and far, and turned.
 
@@ -40,6 +43,7 @@ def placement(
             last, so that a Context is left at one of them.
         x: `(n, n_atoms, 3)` [nm]; rows of other shapes are moved by one number and never turned.
         allowed: change of an energy that counts as none, `(n,)`, given the shift [nm] (0: turned) and the energies.
+        shifts: [nm].
 
     Returns:
         what was found; None where no sample has a finite energy.
@@ -47,8 +51,8 @@ def placement(
     molecular = x.dim() == 3 and x.shape[2] == 3
     rows = torch.arange(max(N_TRIED, len(x)), device=x.device)
     x = x[rows % len(x)]
-    ways = _WAYS.to(x)[rows % N_TRIED, None, :] if molecular else 1.0
-    moved = {shift: x + shift * ways for shift in SHIFTS}
+    ways = WAYS.to(x)[rows % N_TRIED, None, :] if molecular else 1.0
+    moved = {shift: x + shift * ways for shift in shifts}
     if molecular:
         centre, generator = x.mean(1, keepdim=True), torch.Generator().manual_seed(0)
         moved[0.0] = rotate(x - centre, random_rotations(len(x), generator)) + centre
@@ -63,7 +67,7 @@ def placement(
         return bool((~((now - before).abs() <= allowed(shift, before)) & known).any())
 
     found = {shift: changes(shift, now) for shift, now in zip(moved, after)}
-    return Placement(any(found[shift] for shift in SHIFTS), found.get(0.0, False))
+    return Placement(any(found[shift] for shift in shifts), found.get(0.0, False))
 
 
 def rotate(positions: Tensor, rotations: Tensor) -> Tensor:

@@ -203,12 +203,25 @@ def test_an_interruption_costs_no_scrambling_and_a_minute_at_most(tmp_path, monk
         batched_tempering(molecule, tmp_path / "parts", settings.model_copy(update={"seed": 4}))
     with pytest.raises(InputError, match="of the batched engine"):
         parallel_tempering(molecule, tmp_path / "parts", TemperingSettings())
+    (tmp_path / "parts" / "start.npz").write_bytes(b"")  # no longer needed
     parts = batched_tempering(molecule, tmp_path / "parts", settings)
     assert [path.name for path in parts] == [f"chunk-{k:07d}.npz" for k in range(6)]
     with np.load(whole) as left:
         columns = [[np.load(path)[name] for path in parts] for name in ("positions", "states", "energies")]
         for name, rows in zip(("positions", "states", "energies"), columns):
             assert np.array_equal(left[name], np.concatenate(rows))
+
+
+def test_damaged_starting_points_are_made_again(tmp_path):
+    molecule, settings = butane_like(), BatchedSettings.create(**SHORT)
+    for name, damaged in (("a", b""), ("b", b"x" * 300)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "start.npz").write_bytes(damaged)
+        (tmp_path / name / "run.json").write_text(json.dumps(batched._record(molecule, None, settings)))
+        (chunk,) = batched_tempering(molecule, tmp_path / name, settings)
+        (whole,) = batched_tempering(molecule, tmp_path / f"{name}-whole", settings)
+        with np.load(chunk) as left, np.load(whole) as right:
+            assert np.array_equal(left["positions"], right["positions"])
 
 
 def test_another_seed_is_another_run(tmp_path):

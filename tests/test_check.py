@@ -75,6 +75,12 @@ def test_a_structure_in_a_line_says_nothing_of_a_flow():
     assert words.passed and "atoms 2-1-0 lie in a line" in words.result, report.rows()
 
 
+def test_a_flow_of_a_held_molecule_fails_where_nothing_holds_one():
+    coordinates = flows.coordinates_for(None, TARGET.sample(2000, generator(1)), "cartesian", held=True)
+    report = run_checks(flows.real_nvp(coordinates, n_layers=2), molecule(), n=100)
+    assert finding(report, "frame").passed is False and finding(report, "kernel").passed is None
+
+
 def test_flows_on_cartesian_coordinates_pass():
     """Free and in an external field, where the frame counts."""
     target = Chain(3, bond_width=0.04, angle_width=0.5)

@@ -25,10 +25,32 @@ def molecule(field=None, atoms=(0,)):
 
 
 @pytest.mark.parametrize(
-    ("field", "held"), [(None, False), ("5*x^2", True), ("1000*max(0, sqrt(x^2+y^2+z^2)-6)^2", True)]
+    ("field", "held"),
+    [
+        (None, False),
+        ("5*(x^2+y^2+z^2)", True),
+        ("1000*max(0, sqrt(x^2+y^2+z^2)-6)^2", True),
+        ("1000*max(0, sqrt(x^2+y^2+z^2)-20)^2", True),
+    ],
 )
 def test_whether_forces_hold_a_molecule(field, held):
-    assert ensemble.is_held(molecule(field)) is held
+    mol = molecule(field)
+    frames = np.stack([mol.positions, np.zeros_like(mol.positions)])  # one of them nonsense, as a template may be
+    assert ensemble.is_held(mol, frames) is held
+
+
+@pytest.mark.parametrize("field", ["500*z^2", "8*x", "1000*max(0, x-5)^2", "1000*max(0, 5-x)^2"])
+def test_a_place_without_a_distribution_is_refused(field):
+    """A plane, a slope, walls on one side."""
+    mol = molecule(field)
+    with pytest.raises(InputError, match="restrain its centre"):
+        ensemble.is_held(mol, mol.positions[None])
+
+
+def test_frames_that_no_energy_is_of_are_refused():
+    mol = molecule("5*x^2")
+    with pytest.raises(InputError, match="none of the frames has a finite energy"):
+        ensemble.is_held(mol, np.full((3, 4, 3), np.nan))
 
 
 def test_a_field_that_turns_a_molecule_without_a_place_is_refused():
@@ -39,7 +61,7 @@ def test_a_field_that_turns_a_molecule_without_a_place_is_refused():
         chain.system.addForce(force)
     x = chain.sample(1, None)[0].numpy()
     with pytest.raises(InputError, match="restrain its centre"):
-        ensemble.is_held(MolecularSystem("chain", chain_topology(4), chain.system, x, TEMPERATURE))
+        ensemble.is_held(MolecularSystem("chain", chain_topology(4), chain.system, x, TEMPERATURE), x[None])
 
 
 def test_what_no_flow_can_be_of_is_refused():
@@ -63,7 +85,7 @@ def test_of_a_periodic_system_only_a_part_can_be_moved():
     plain.system.addForce(force)
     with pytest.warns(UserWarning, match="can move a part of a box"):
         ensemble.check_trainable(plain)
-    assert not ensemble.is_held(plain)
+    assert not ensemble.is_held(plain, plain.positions[None])
 
 
 def test_train_and_refine_of_a_held_molecule(tmp_path, capsys):

@@ -67,10 +67,13 @@ def test_frames_are_kept_and_belong_to_their_trajectory(tmp_path):
         more_frames(x, mover(), FramesConfig(copies=2), path, target={"temperature": 2 * TEMPERATURE})
 
 
-@pytest.mark.parametrize("stop", [3, 7])
-def test_an_interruption_costs_no_copies(tmp_path, monkeypatch, stop):
-    """Two parts of the chains, of which the first is finished or not, go on as if nothing had been."""
-    monkeypatch.setattr(frames, "KEEP_SECONDS", 0.0)
+@pytest.mark.parametrize(("stop", "seconds", "lost"), [(3, 0.0, 0), (7, 0.0, 0), (7, 1e9, 4), (3, 1e9, 6)])
+def test_an_interruption_costs_no_copies(tmp_path, monkeypatch, stop, seconds, lost):
+    """Two parts of the chains, of which the first is finished or not, go on as if nothing had been.
+
+    A finished part is kept however little time it took, others after some seconds.
+    """
+    monkeypatch.setattr(frames, "KEEP_SECONDS", seconds)
     monkeypatch.setattr(ranks, "LEAST_ROWS", 10)
     x, path = CHAIN.sample(20, torch.Generator().manual_seed(2)), tmp_path / "frames.safetensors"
     config = FramesConfig(copies=6)
@@ -89,7 +92,7 @@ def test_an_interruption_costs_no_copies(tmp_path, monkeypatch, stop):
     calls = -100
     again, same = more_frames(x, counted, config, path)
     assert torch.equal(again, whole) and same == energies
-    assert calls == -100 + 20 - 2 * stop
+    assert calls == -100 + 20 - 2 * stop + lost
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 

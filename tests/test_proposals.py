@@ -141,6 +141,10 @@ def test_a_flow_of_a_held_molecule_is_refused_where_nothing_holds_one(molecule):
     flow = flows.real_nvp(flows.coordinates_for(None, x, "cartesian", held=True), n_layers=2, hidden=8)
     with pytest.raises(IncompatibleFlowError, match="nothing holds this one"):
         FlowProposal(flow, TorchPotential(molecule.system), TEMPERATURE).sample(2)
+    free = FlowProposal(cartesian_gaussian(molecule), TorchPotential(molecule.system), TEMPERATURE)
+    assert free.frame == "free"
+    with pytest.raises(IncompatibleFlowError, match="nothing holds this one"):
+        free.with_flow(flow).sample(2)
 
 
 def test_internal_flow_in_an_external_field_is_refused():

@@ -408,9 +408,10 @@ def held(molecule, energy):
 def test_only_free_molecules_are_centred(short_run, dipeptide):
     assert simulate.is_free(dipeptide.system, dipeptide.positions)
     flat = held(dipeptide, "100*step(r-2)*(r-2)^2; r=sqrt(x^2+y^2+z^2)")
+    wide = held(dipeptide, "100*step(r-20)*(r-20)^2; r=sqrt(x^2+y^2+z^2)")
     spring = held(dipeptide, "100*(x-1)^2")
     walls = [held(dipeptide, f"1000*max(0, {side}-6)^2") for side in ("x", "-x", "y", "-y", "z", "-z")]
-    assert not any(simulate.is_free(m.system, m.positions) for m in (flat, spring, *walls))
+    assert not any(simulate.is_free(m.system, m.positions) for m in (flat, wide, spring, *walls))
     run = load_run(short_run)
     moved = replace(run, positions=run.positions - run.positions.mean(2, keepdims=True) + np.float32(1.0))
     for molecule, centre in ((dipeptide, 0.0), (flat, 1.0), (spring, 1.0)):

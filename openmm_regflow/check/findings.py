@@ -80,8 +80,10 @@ def run_checks(
     findings.append(_log_determinant(exact, molecule.system, seed, subset))
     findings.append(_stored_precision(flow, exact, seed))
     if allowed:
-        findings.append(_energies(proposal, molecule, seed))
-        findings.append(_frame(proposal))
+        frame = _frame(proposal)
+        if frame.passed:
+            findings.append(_energies(proposal, molecule, seed))
+        findings.append(frame)
     if CheckReport(tuple(findings)).passed:
         findings.append(kernel_test(proposal, molecule, n, seed, progress))
     else:
@@ -106,7 +108,7 @@ def _frame(proposal: FlowProposal) -> Finding:
     }
     try:
         return Finding("frame", words[proposal.frame], True)
-    except UnsupportedForceError as error:
+    except (UnsupportedForceError, IncompatibleFlowError) as error:
         return Finding("frame", str(error), False)
 
 

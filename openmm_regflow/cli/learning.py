@@ -84,6 +84,7 @@ def _train(
     check_trainable(mol)
     frames = given_frames(mol, data, "train")
     held_out = given_frames(mol, validation, "validation")
+    held = is_held(mol, frames)
     provenance = {"config": settings.model_dump(), "data": str(data or f"{mol.name}: train"), "frames": len(frames)}
     metadata = FlowMetadata(mol.name, mol.fingerprint, mol.temperature, provenance)
     described = {"system": system, "config": settings.model_dump(), "data": str(data), "validation": str(validation)}
@@ -108,7 +109,7 @@ def _train(
                 else None,
                 watch=phi_positive(mol),
                 fixed=fixed_bonds(mol.system),
-                held=is_held(mol),
+                held=held,
             )
         if peers.main:
             _write_training(output, result)
@@ -195,15 +196,16 @@ def _refine(
 
     system, mol, proposal = open_proposal(flow, system, device)
     opened = proposal.flow
-    if is_held(mol) and not opened.coordinates.held:  # the other way round the proposal refuses it
-        raise IncompatibleFlowError(
-            f"forces hold {mol.name} in its place, and the flow takes it as free; train one for this System"
-        )
     target = FlowMetadata(mol.name, mol.fingerprint, mol.temperature).target
     if data is not None and data.suffix == ".safetensors":
         frames = frames_of_run(data, target)
     else:
         frames = torch.as_tensor(given_frames(mol, data, "train"))
+    if is_held(mol, frames) != opened.coordinates.held:
+        held, free = f"forces hold {mol.name} in its place", "the flow takes it as free"
+        if opened.coordinates.held:
+            held, free = "the flow is of a molecule in its place", f"nothing holds {mol.name}"
+        raise IncompatibleFlowError(f"{held}, and {free}; train a flow for this System")
     described = {"flow": str(flow), "system": system, "data": str(data), "compile": compile}
     described |= {"config": settings.model_dump(), "target": target}
     with ExitStack() as stack:

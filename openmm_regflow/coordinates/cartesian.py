@@ -33,6 +33,7 @@ class CartesianMap(CoordinateMap):
     """
 
     rotation_invariant = False
+    origin: Tensor
 
     def __init__(
         self,
@@ -49,6 +50,8 @@ class CartesianMap(CoordinateMap):
         self.scale = float(scale)
         self.com_std = float(com_std)
         self.place = None if place is None else tuple(map(float, place))
+        origin = torch.tensor(place or (0.0, 0.0, 0.0), dtype=torch.float64)
+        self.register_buffer("origin", origin, persistent=False)
         self.register_buffer("circular", torch.zeros(3 * n_atoms, dtype=torch.bool), persistent=False)
         self.log_det = -3 * n_atoms * math.log(self.scale)
 
@@ -75,17 +78,16 @@ class CartesianMap(CoordinateMap):
         """Whether features hold place and orientation of a molecule that forces keep where it is."""
         return self.place is not None
 
-    def _origin(self, like: Tensor) -> Tensor | float:
-        return 0.0 if self.place is None else like.new_tensor(self.place)
 
     def to_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Positions `(n, n_atoms, 3)` [nm] -> features `(n, 3 n_atoms)`, log-determinant `(n,)`."""
-        return (x - self._origin(x)).flatten(1) / self.scale, x.new_full((x.shape[0],), self.log_det)
+        x = x - self.origin.to(x) if self.held else x
+        return x.flatten(1) / self.scale, x.new_full((x.shape[0],), self.log_det)
 
     def to_positions(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Features `(n, 3 n_atoms)` -> positions `(n, n_atoms, 3)` [nm], log-determinant `(n,)`."""
         x = (y * self.scale).view(-1, self.n_atoms, 3)
-        return x + self._origin(x), y.new_full((y.shape[0],), -self.log_det)
+        return x + self.origin.to(x) if self.held else x, y.new_full((y.shape[0],), -self.log_det)
 
     def frame_log_density(self, x: Tensor) -> Tensor:
         """Log-density `(n,)` of the centre of geometry, N(0, com_std^2) in each of three components; 0 if held."""

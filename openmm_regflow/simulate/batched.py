@@ -6,6 +6,7 @@ The integrator is OpenMM's LangevinMiddle (Zhang et al., J. Phys. Chem. A 123, 6
 neighbours with velocities rescaled (Sugita & Okamoto, Chem. Phys. Lett. 314, 141, 1999, equation 11).
 """
 
+import os
 import time
 import zipfile
 import zlib
@@ -200,10 +201,12 @@ def batched_tempering(
     for path in others:  # simulated again; nothing is lost if they were only out of reach
         path.replace(path.with_suffix(".torn"))
     last = chunks[-1] if chunks else folder / START
-    if not last.exists():
+    now = _read_now(last)
+    if now is None:  # only the starting points can be missing or damaged
         _write(last, _now(*_scrambled(molecule, ladder, settings)))
-    with np.load(last, allow_pickle=False) as file:
-        x, v, states = (torch.as_tensor(file[k]).to(settings.device) for k in NOW)
+        now = _read_now(last)
+    assert now is not None
+    x, v, states = (torch.as_tensor(part).to(settings.device) for part in now)
     done = sum(_length(path) for path in chunks)
     progress(min(done, settings.n_iterations), settings.n_iterations)
     while done < settings.n_iterations:
@@ -230,11 +233,22 @@ def _now(x: Tensor, v: Tensor, states: Tensor) -> dict[str, np.ndarray]:
     return dict(zip(NOW, (part.cpu().numpy() for part in (x, v, states))))
 
 
+def _read_now(path: Path) -> tuple[np.ndarray, ...] | None:
+    """The arrays of `NOW` in a file; None if it is not there or not whole."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return tuple(file[name] for name in NOW)
+    except (FileNotFoundError, zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError):
+        return None
+
+
 def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays to a file that is whole or not there."""
     partial = path.with_suffix(".part")
     with open(partial, "wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
 
 

@@ -460,34 +460,40 @@ def is_free(system: openmm.System, positions: np.ndarray) -> bool:
         system: of the molecule, or of a bias.
         positions: `(n_atoms, 3)` [nm].
     """
-    return not placement_in(system, positions).place
+    found = placement_in(system, positions[None])
+    return found is not None and not found.place
 
 
-def placement_in(system: openmm.System, positions: np.ndarray) -> Placement:
+def placement_in(system: openmm.System, frames: np.ndarray) -> Placement | None:
     """Whether more than some hundredths of a kJ/mol depend on place and orientation of the whole molecule.
 
     Args:
         system: of the molecule, or of a bias.
-        positions: `(n_atoms, 3)` [nm].
+        frames: `(n, n_atoms, 3)` [nm].
 
-    Raises:
-        InputError: positions of no finite energy.
+    Returns:
+        what was found; None where no frame has a finite energy.
     """
+    # What a force in single precision makes of ten nanometres (a PythonForce) holds no molecule.
+    return placement(
+        reference_energies(system),
+        torch.as_tensor(np.asarray(frames, dtype=np.float64)),
+        lambda shift, energies: 0.02 * max(1.0, shift) + 1e-6 * energies.abs(),
+    )
+
+
+def reference_energies(system: openmm.System) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Energies [kJ/mol] `(n,)` of `(n, n_atoms, 3)` [nm], one by one on OpenMM's Reference platform."""
     context = openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatform("Reference"))
 
-    def energy(x: torch.Tensor) -> torch.Tensor:
+    def energies(x: torch.Tensor) -> torch.Tensor:
         found = []
         for frame in x.numpy():
             context.setPositions(frame)
             found.append(context.getState(energy=True).getPotentialEnergy()._value)
-        return torch.as_tensor(found)
+        return torch.as_tensor(found, dtype=torch.float64)
 
-    x = torch.as_tensor(np.asarray(positions, dtype=np.float64))[None]
-    # What a force in single precision makes of ten nanometres (a PythonForce) holds no molecule.
-    found = placement(energy, x, lambda shift, energies: 0.02 * max(1.0, shift) + 1e-6 * energies.abs())
-    if found is None:
-        raise InputError("the structure's energy is not finite, so nothing can be told from it; repair the structure")
-    return found
+    return energies
 
 
 def load_run(output: str | Path) -> TemperingRun:

@@ -16,6 +16,8 @@ from openmm_regflow.rigid import N_TRIED, SHIFTS, Placement, placement
 
 #: Relative difference at which the lengths of a constraint, or masses, in two Systems count as one.
 SAME = 1e-9
+#: [nm] Beyond the second, rounding in single precision is more than what is looked for.
+_SHIFTS = SHIFTS[:2]
 #: [kT] per root of the number of atoms, and relative to the energy: what rounding in single precision stays below.
 _ROUNDING = {0.0: (2e-4, 1e-5), 0.3: (2e-4, 1e-5), 10.0: (5e-3, 1e-3)}
 #: [kT] What the mesh and the box of PME make of moving and turning a small molecule.
@@ -37,7 +39,7 @@ def placement_of(state: Any, x: Tensor) -> Placement | None:
         own, relative = _ROUNDING[shift]
         return _MESH + own * x.shape[1] ** 0.5 + relative * u.abs()
 
-    return placement(lambda moved: torch.as_tensor(state.reduced(moved)), x[:N_TRIED], allowed)
+    return placement(lambda moved: torch.as_tensor(state.reduced(moved)), x[:N_TRIED], allowed, _SHIFTS)
 
 
 def check_states(maps: Sequence[Any], start: Tensor, states: Sequence[Any], samples: Sequence[Tensor]) -> None:
