@@ -10,7 +10,7 @@ from openmm import app
 from scipy.integrate import quad
 
 from openmm_regflow import metrics
-from openmm_regflow.errors import InputError, InsufficientDataError
+from openmm_regflow.errors import CorruptFileError, InputError, InsufficientDataError
 from openmm_regflow.simulate import (
     BatchedSettings,
     TemperingSettings,
@@ -222,6 +222,17 @@ def test_damaged_starting_points_are_made_again(tmp_path):
         (whole,) = batched_tempering(molecule, tmp_path / f"{name}-whole", settings)
         with np.load(chunk) as left, np.load(whole) as right:
             assert np.array_equal(left["positions"], right["positions"])
+
+
+def test_a_chunk_that_cannot_be_gone_on_from_stays_as_it_is(tmp_path):
+    molecule, settings = butane_like(), BatchedSettings.create(**SHORT)
+    (chunk,) = batched_tempering(molecule, tmp_path, settings)
+    with np.load(chunk) as file:
+        np.savez(chunk, **{name: file[name] for name in file.files if name != "v"})
+    before = chunk.read_bytes()
+    with pytest.raises(CorruptFileError, match="remove it"):
+        batched_tempering(molecule, tmp_path, settings.model_copy(update={"n_iterations": 8}))
+    assert chunk.read_bytes() == before
 
 
 def test_another_seed_is_another_run(tmp_path):

@@ -192,6 +192,7 @@ def batched_tempering(
 
     Raises:
         InputError: unwritable folder, a run of another System or of other settings, or dynamics that blow up.
+        CorruptFileError: the last chunk does not say from where to go on.
     """
     settings = settings or BatchedSettings()
     folder = writable_folder(Path(output))
@@ -202,10 +203,11 @@ def batched_tempering(
         path.replace(path.with_suffix(".torn"))
     last = chunks[-1] if chunks else folder / START
     now = _read_now(last)
-    if now is None:  # only the starting points can be missing or damaged
-        _write(last, _now(*_scrambled(molecule, ladder, settings)))
-        now = _read_now(last)
-    assert now is not None
+    if now is None and chunks:
+        raise CorruptFileError(f"{last} is damaged; remove it, and its iterations are simulated again")
+    if now is None:
+        now = tuple(_now(*_scrambled(molecule, ladder, settings)).values())
+        _write(last, dict(zip(NOW, now)))
     x, v, states = (torch.as_tensor(part).to(settings.device) for part in now)
     done = sum(_length(path) for path in chunks)
     progress(min(done, settings.n_iterations), settings.n_iterations)

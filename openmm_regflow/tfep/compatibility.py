@@ -71,7 +71,7 @@ def check_states(maps: Sequence[Any], start: Tensor, states: Sequence[Any], samp
             "sample decides; restrain atoms to each other rather than to a place, or hold both states"
         )
     for one in maps:
-        if any(each.place or each.orientation for each in known):
+        if any(each.counts for each in known):
             _refuse_forgetting(one, start[:N_TRIED])
         if not known[0].place:
             _refuse_free_centre(one, start[:N_TRIED])
