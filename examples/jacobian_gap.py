@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import openmm_regflow as rf
-from openmm_regflow import flows, recipes, reweighting
+from openmm_regflow import flows, recipes, reweighting, teachers
 from openmm_regflow.ensemble import ReducedPotential, frame_mover, phi_positive
 from openmm_regflow.files import write_json
 from openmm_regflow.frames import FramesConfig, more_frames
@@ -110,7 +110,7 @@ class Bench:
         """A residual MLP trained by flow matching on frames; read if it exists."""
         path = self.folder / f"teacher-{name}.safetensors"
         if path.exists():
-            return recipes.load_teacher(path)
+            return teachers.load_teacher(path)
         field = VectorField(self.circular, "mlp", 256, 3, 0)
         loss, y = FlowMatchingLoss(self.flow().prior), self.features(self.held_out)
 
@@ -119,7 +119,7 @@ class Bench:
             return sum(float(loss(module, (y,), g)[0]) for _ in range(5))
 
         train(field, loss, Batches((self.features(x),), 512), TEACHER, validation=judge)
-        recipes.save_teacher(path, field)
+        teachers.save_teacher(path, field)
         return field
 
     def pairs(self, name: str, x: torch.Tensor) -> Pairs:

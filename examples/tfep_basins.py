@@ -24,7 +24,6 @@ import openmm_regflow as rf
 from openmm_regflow import metrics, tfep
 from openmm_regflow.files import write_json
 from openmm_regflow.flows import coordinates_for
-from openmm_regflow.recipes import load_teacher
 from openmm_regflow.simulate import (
     BatchedSettings,
     batched_tempering,
@@ -32,7 +31,7 @@ from openmm_regflow.simulate import (
     load_batched,
     torsion_bias_system,
 )
-from openmm_regflow.teachers import integrate
+from openmm_regflow.teachers import integrate, load_teacher
 from openmm_regflow.training import TrainConfig
 
 LADDER = {"n_copies": 32, "max_temperature": 400.0, "scramble_steps": 10_000}

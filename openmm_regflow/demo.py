@@ -40,11 +40,11 @@ from openmm_regflow.recipes import (
     TeacherConfig,
     fit,
     needs_mover,
-    save_teacher,
 )
 from openmm_regflow.refinement import RefineConfig
 from openmm_regflow.report import Figure, Table, write_report
 from openmm_regflow.systems import MolecularSystem, load_system
+from openmm_regflow.teachers import save_teacher
 from openmm_regflow.tfep import TargetedFreeEnergy
 from openmm_regflow.training import Progress, TrainConfig, write_history
 

@@ -19,7 +19,7 @@ from openmm_regflow import ranks
 from openmm_regflow.bijections import wrap
 from openmm_regflow.coordinates import align, rotated_squared_distances
 from openmm_regflow.errors import CorruptFileError, DivergenceError, IncompatibleFlowError, InputError
-from openmm_regflow.files import read_json, read_safetensors, write_json, write_safetensors
+from openmm_regflow.files import digest, read_json, read_safetensors, write_json, write_safetensors
 from openmm_regflow.flows import Prior
 from openmm_regflow.teachers import VectorField, check_integration, integrate
 
@@ -48,6 +48,10 @@ class Pairs:
 
     def __len__(self) -> int:
         return self.z.shape[0]
+
+    def digest(self) -> str:
+        """SHA-256 of the numbers."""
+        return digest({"z": self.z, "y": self.y} | ({} if self.log_det is None else {"log_det": self.log_det}))
 
 
 def check_pairs(pairs: Pairs, prior: Prior, origin: Mapping[str, str] | None = None) -> None:

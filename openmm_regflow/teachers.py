@@ -6,6 +6,7 @@ sigma_min = 0; on circles the straight path is the geodesic (Chen & Lipman 2024,
 
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from openmm_regflow.bijections import wrap
 from openmm_regflow.errors import InputError
+from openmm_regflow.files import read_safetensors, write_safetensors
 from openmm_regflow.flows import Prior
 from openmm_regflow.networks import MLP, ResidualMLP, TimeEmbedding, TransformerBlock, zero_
 from openmm_regflow.products import Linear
@@ -23,6 +25,8 @@ Fixed = Literal["euler", "midpoint", "rk4"]
 Adaptive = Literal["bosh3", "dopri5", "dopri8"]
 Method = Literal[Fixed, Adaptive]
 FIXED, ADAPTIVE = get_args(Fixed), get_args(Adaptive)
+#: In the header of a teacher's file.
+KIND = "openmm_regflow.teacher"
 #: torch has one level of forward derivatives for all threads of a process.
 _FORWARD = threading.Lock()
 
@@ -282,3 +286,25 @@ def field_from_architecture(
 ) -> VectorField:
     """Rebuild a vector field from its ``architecture`` (weights come with the state dict)."""
     return VectorField(circular, **architecture, factor=factor)
+
+
+def save_teacher(path: str | Path, teacher: VectorField) -> None:
+    """Write a teacher as safetensors."""
+    header = {"format": KIND, "format_version": 1, "architecture": teacher.architecture}
+    header["origin"] = teacher.origin
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in teacher.state_dict().items()}
+    write_safetensors(Path(path), tensors | {"circular": teacher.circular.cpu()}, header)
+
+
+def load_teacher(path: str | Path, device: str | torch.device = "cpu") -> VectorField:
+    """Read a teacher.
+
+    Raises:
+        InputError: no such file.
+        CorruptFileError: damaged, or no teacher of this package.
+    """
+    header, tensors = read_safetensors(Path(path), KIND, 1)
+    teacher = field_from_architecture(tensors.pop("circular"), header["architecture"], tensors.get("prior.factor"))
+    teacher.load_state_dict(tensors)
+    teacher.origin = header.get("origin", {})
+    return teacher.to(device).eval()

@@ -26,9 +26,9 @@ from openmm_regflow.flows import FlowMetadata
 from openmm_regflow.moves import FlowMove
 from openmm_regflow.potentials import TorchPotential
 from openmm_regflow.proposals import FlowProposal
-from openmm_regflow.recipes import RunConfig, print_config, save_teacher
+from openmm_regflow.recipes import RunConfig, print_config
 from openmm_regflow.systems import load_system
-from openmm_regflow.teachers import VectorField
+from openmm_regflow.teachers import VectorField, save_teacher
 
 COMMANDS = [
     "systems", "simulate", "pairs", "train", "refine", "sample", "evaluate", "check", "mcmc", "tfep", "benchmark",

@@ -3,10 +3,11 @@
 import json
 
 import pytest
+import tomlkit
 import torch
 from analytic_molecules import TEMPERATURE, Well
 
-from openmm_regflow import flows, products, recipes, reweighting
+from openmm_regflow import flows, products, recipes, reweighting, teachers
 from openmm_regflow.errors import CorruptFileError, IncompatibleFlowError, InputError
 from openmm_regflow.flows import FlowMetadata
 from openmm_regflow.objectives import LikelihoodLoss
@@ -117,8 +118,8 @@ def test_equivariant_teacher_with_a_harmonic_prior(data, tmp_path):
     short = {"steps": 4, "batch_size": 16}
     teacher = {"kind": "equivariant", "hidden": 4, "depth": 1, "train": short}
     result = recipes.fit(*data, config(**CARTESIAN, teacher=teacher, pairs={"n": 64, "n_steps": 1}))
-    recipes.save_teacher(tmp_path / "t.safetensors", result.field)
-    again = recipes.load_teacher(tmp_path / "t.safetensors")
+    teachers.save_teacher(tmp_path / "t.safetensors", result.field)
+    again = teachers.load_teacher(tmp_path / "t.safetensors")
     assert again.prior.kind == "harmonic" and torch.equal(again.prior.factor, result.field.prior.factor)
 
 
@@ -410,8 +411,8 @@ def test_pairs_from_a_folder(data, tmp_path):
     """Made apart by the teacher of an earlier run: the same flow as in one go, and no teacher; other pairs refused."""
     metadata = FlowMetadata("a", {"sha256": "1"}, 300.0)
     whole = recipes.fit(*data, config(), metadata=metadata)
-    recipes.save_teacher(tmp_path / "t.safetensors", whole.field)
-    teacher = recipes.load_teacher(tmp_path / "t.safetensors")
+    teachers.save_teacher(tmp_path / "t.safetensors", whole.field)
+    teacher = teachers.load_teacher(tmp_path / "t.safetensors")
     assert teacher.origin == flows.origin(whole.flow)
     assert set(teacher.origin) == {"name", "system", "coordinates", "prior"}
     reflow_pairs(teacher, 256, seed=1, n_steps=2, folder=tmp_path / "pairs")
@@ -494,6 +495,18 @@ def test_settings_without_a_value_are_shown(tmp_path):
     assert sum(" = " in line for line in text.splitlines()) == shown
     (tmp_path / "run.toml").write_text(text)
     assert recipes.load_config(tmp_path / "run.toml") == RunConfig()
+
+
+def test_settings_say_what_they_mean_and_may_be():
+    """Beside each one; what may be anything of its type, and is called what it is, needs no remark."""
+    shown = tomlkit.parse(recipes.print_config(RunConfig()))
+    remarks = {key: item.trivia.comment for key, item in shown["teacher"]["train"].items()}
+    assert remarks["clip"] == "# largest gradient norm"
+    assert remarks["precision"].startswith("# float32 | mixed | bfloat16; mixed: gradients by")
+    assert remarks["seed"] == remarks["learning_rate"] == ""
+    assert shown["pairs"]["log_det"].trivia.comment == "# none | exact | hutchinson"
+    for word in shown["flow"]["name"].trivia.comment.removeprefix("# ").split(" | "):
+        assert recipes.FlowConfig(name=word).name == word
 
 
 @pytest.mark.parametrize(
@@ -590,8 +603,8 @@ def test_negative_seeds_are_refused(tmp_path, place):
 
 def test_teacher_file(data, tmp_path):
     result = recipes.fit(*data, config())
-    recipes.save_teacher(tmp_path / "t.safetensors", result.field)
-    again = recipes.load_teacher(tmp_path / "t.safetensors")
+    teachers.save_teacher(tmp_path / "t.safetensors", result.field)
+    again = teachers.load_teacher(tmp_path / "t.safetensors")
     x = torch.zeros(3, result.flow.dim)
     t = torch.full((3,), 0.5)
     assert torch.equal(again(t, x), result.field(t, x))

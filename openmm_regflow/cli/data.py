@@ -144,8 +144,8 @@ def pairs(
     from multiprocessing import get_context
 
     from openmm_regflow.device import resolve_device
-    from openmm_regflow.recipes import load_teacher
     from openmm_regflow.targets import reflow_pairs
+    from openmm_regflow.teachers import load_teacher
 
     where = resolve_device(device)
     if workers > 1 and where.type == "cuda":

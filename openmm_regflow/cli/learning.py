@@ -118,7 +118,7 @@ def _train(
 def _write_training(output: Path, result: Any) -> None:
     """The flow and what else came out of `train`."""
     from openmm_regflow.files import write_json
-    from openmm_regflow.recipes import save_teacher
+    from openmm_regflow.teachers import save_teacher
     from openmm_regflow.training import write_history
 
     result.flow.save(output / "flow.safetensors")
