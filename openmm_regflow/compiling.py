@@ -1,11 +1,15 @@
 """Functions that `torch.compile` makes quicker, and that run as they are, after one warning, where it cannot."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from openmm_regflow.errors import first_line, warn_once
+
+#: Held during a first call: torch records and compiles in one thread at a time, and fails in the others.
+_FIRST = threading.RLock()
 
 
 class WithFallback:
@@ -33,6 +37,12 @@ class WithFallback:
 
     def __call__(self, *arguments: Any) -> Any:
         """The function's value."""
+        if self.worked or self.failed:
+            return self._value(*arguments)
+        with _FIRST:
+            return self._value(*arguments)
+
+    def _value(self, *arguments: Any) -> Any:
         if not self.failed:
             try:
                 result = self.quick(*arguments)
@@ -53,8 +63,8 @@ class WithFallback:
         reason = first_line(error)
         # A missing compiler is said once, not for every function.
         warn_once(
-            f"could not compile {self.name} ({reason}); running eagerly, several times slower. A C++ compiler on the "
-            "path (or in the variable CXX) is needed.",
+            f"could not compile {self.name} ({reason}); running eagerly, several times slower. It takes a C++ compiler "
+            "on the path (or in the variable CXX).",
             reason,
             stacklevel=4,
         )

@@ -68,7 +68,7 @@ def check_trainable(molecule: MolecularSystem) -> None:
     check_particles(molecule.system)
     if molecule.system.usesPeriodicBoundaryConditions():
         warnings.warn(
-            "the System is periodic: a flow of it can move a part of a box (--atoms, SubsetProposal), but not a whole "
+            "the System is periodic: a flow of it can move a part of a box (SubsetProposal), but not a whole "
             "System; for that build it with nonbondedMethod=NoCutoff or CutoffNonPeriodic",
             stacklevel=2,
         )

@@ -96,7 +96,10 @@ class Evaluation:
         return {k: _jsonable(v) for k, v in asdict(self).items()}
 
     def rows(self) -> list[tuple[str, str]]:
-        """(name, value with error and unit) pairs for a printed table; undefined figures are left out."""
+        """(name, value with error and unit) pairs for a printed table.
+
+        What does not apply to the molecule is left out; a figure for which there are too few data is a dash.
+        """
         rows = [
             ("samples (finite energy)", f"{self.n} ({self.n_finite})"),
             ("ESS", f"{100 * self.ess:.3g} ± {100 * self.ess_error:.2g} %"),
@@ -107,15 +110,19 @@ class Evaluation:
         ]
         if self.t_w2 is not None:
             figures = f"{self._both('t_w2')} / {_number(self.t_w2_floor)}"
+            if self.t_w2_floor is not None and self.t_w2_floor > 2 * self.t_w2:
+                figures += " (the halves of the reference differ by more: it has not converged)"
             rows.append((f"T-W2 plain / reweighted / floor [rad, {self.t_w2_points} points]", figures))
         if self.wrong_chirality is not None:
             error = 100 * (self.wrong_chirality_error or 0.0)
             rows.append(("wrong chirality", f"{100 * self.wrong_chirality:.3g} ± {error:.2g} %"))
-        for name in ("delta_f_phi", "delta_f_phi_reweighted", "delta_f_phi_reference"):
-            value = getattr(self, name)
-            if value is not None:
-                words = {"delta_f_phi": "plain", "delta_f_phi_reweighted": "reweighted"}.get(name, "reference")
-                rows.append((f"ΔF(φ>0) − ΔF(φ<0), {words} [kT]", f"{value[0]:.2f} ± {value[1]:.2f}"))
+        both = (("plain", self.delta_f_phi), ("reweighted", self.delta_f_phi_reweighted))
+        values = (*both, ("reference", self.delta_f_phi_reference))
+        if any(value is not None for _, value in values):
+            for words, value in values:
+                figures = "– (one of the sides has too few samples)"
+                figures = figures if value is None else f"{value[0]:.2f} ± {value[1]:.2f}"
+                rows.append((f"F(φ>0) − F(φ<0), {words} [kT]", figures))
         rows.append(("mean energy with the top 0.2 % clipped, less without [kT]", _number(self.clip_bias)))
         return [*rows, ("verdict", self.verdict)]
 

@@ -1,5 +1,7 @@
 """What a flow's samples of a molecule become: figures against a reference, a trajectory, plots, a free energy."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from openmm_regflow.errors import InputError
 from openmm_regflow.evaluation import Evaluation, evaluate
 from openmm_regflow.files import write_json
 from openmm_regflow.proposals import FlowProposal, ProposalBatch
+from openmm_regflow.recipes import Stage
 from openmm_regflow.sampling import Annealed, annealed_samples
 from openmm_regflow.systems import MolecularSystem
 from openmm_regflow.tfep import TargetedFreeEnergy
@@ -19,6 +22,15 @@ from openmm_regflow.tfep import TargetedFreeEnergy
 #: Points on either side of the exact T-W2: the cost matrix grows with the square, the solver faster.
 TORSION_POINTS = 4000
 Rows = list[tuple[str, ...]]
+
+
+@contextmanager
+def timed(stage: Stage | None, name: str, total: int = 1) -> Iterator[None]:
+    """A stage that is shown while its block runs and is done with it."""
+    progress = stage(name, total) if stage else None
+    yield
+    if progress:
+        progress(total, total, {})
 
 
 def drawn(proposal: FlowProposal, n: int, seed: int, refine_samples: int = 0) -> tuple[ProposalBatch, Annealed | None]:
@@ -56,6 +68,7 @@ def write_evaluation(
     n: int,
     seed: int,
     refine_samples: int = 0,
+    stage: Stage | None = None,
 ) -> Rows:
     """Draw samples, write metrics.json, the samples and the plots; the table of figures.
 
@@ -67,13 +80,17 @@ def write_evaluation(
         n: samples.
         seed: of samples and bootstrap.
         refine_samples: annealing steps of every sample.
+        stage: makes the progress callback of each stage.
     """
-    batch, annealed = drawn(proposal, n, seed, refine_samples)
-    evaluation = evaluate_batch(batch, proposal, molecule, reference, seed)
+    with timed(stage, "samples", n):
+        batch, annealed = drawn(proposal, n, seed, refine_samples)
+    with timed(stage, "figures"):
+        evaluation = evaluate_batch(batch, proposal, molecule, reference, seed)
     record = evaluation.to_dict() | ({"annealed": annealed.to_dict()} if annealed else {})
     write_json(folder / "metrics.json", record)
-    draw_samples(folder, molecule, batch, reference, proposal)
-    write_batch(folder, batch, molecule, density=annealed is None)
+    with timed(stage, "plots"):
+        draw_samples(folder, molecule, batch, reference, proposal)
+        write_batch(folder, batch, molecule, density=annealed is None)
     return [*evaluation.rows(), *(annealed.rows() if annealed else [])]
 
 

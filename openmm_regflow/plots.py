@@ -209,7 +209,7 @@ def weights(log_weights: Any, *, bins: int = 80, title: str = "Importance weight
     fraction = np.arange(1, finite.size + 1) / log_w_n.size
     right.plot(fraction, share / share[-1], color=REWEIGHTED)
     right.plot(fraction, fraction * log_w_n.size / finite.size, color="0.5", linestyle=":", linewidth=1.2)
-    right.text(0.97, 0.06, "dotted: equal weights", transform=right.transAxes, ha="right", fontsize=8.5, color="0.35")
+    right.text(0.03, 0.92, "dotted: equal weights", transform=right.transAxes, fontsize=8.5, color="0.35")
     right.set(xscale="log", xlabel="fraction of samples, largest weights first", ylabel="share of the weight")
     right.set(ylim=(0, 1.02), xlim=(1 / log_w_n.size, 1))
     ess = effective_sample_size(log_w_n)

@@ -11,11 +11,20 @@ from openmm_regflow.bonds import bonded_pairs
 from openmm_regflow.constraints import fixed_bonds
 from openmm_regflow.errors import IncompatibleFlowError, InputError, UnsupportedForceError
 from openmm_regflow.fingerprints import compare_fingerprints, fingerprint
+from openmm_regflow.potentials import parameters_of
 
 #: Relative difference of a constraint's length and the flow's fixed bond that counts as equal (nine digits).
 LENGTH_TOLERANCE = 1e-9
+BAROSTATS = (
+    "MonteCarloBarostat", "MonteCarloAnisotropicBarostat", "MonteCarloMembraneBarostat", "MonteCarloFlexibleBarostat",
+)  # fmt: skip
 #: Name of something that a System may have, how many it has, and the check that refuses it.
 Feature = tuple[str, Callable[[openmm.System], int], Callable[[openmm.System, Any], None]]
+
+
+def barostats_of(system: openmm.System) -> list[str]:
+    """Names of the forces that change a System's volume."""
+    return [force.__class__.__name__ for force in system.getForces() if force.__class__.__name__ in BAROSTATS]
 
 
 def check_subset(subset: Sequence[int], n_atoms: int, n_flow: int) -> None:
@@ -227,15 +236,7 @@ def external_forces(system: openmm.System) -> list[openmm.CustomExternalForce]:
 
 def has_global_parameters(system: openmm.System) -> bool:
     """Whether a Context can change this System's energies through parameters."""
-    return any(map(_has_parameters, system.getForces()))
-
-
-def _has_parameters(force: openmm.Force) -> bool:
-    if isinstance(force, openmm.AmoebaVdwForce):
-        return bool(force.getAlchemicalMethod() != force.NoAlchemical)
-    if hasattr(force, "getNumGlobalParameters"):
-        return bool(force.getNumGlobalParameters())
-    return hasattr(force, "getGlobalParameters") and bool(dict(force.getGlobalParameters()))  # PythonForce
+    return any(map(parameters_of, system.getForces()))
 
 
 def check_flow(

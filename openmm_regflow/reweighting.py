@@ -498,7 +498,8 @@ def verdict(log_weights: Any) -> str:
         k_hat = pareto_k(log_w_n)
     except InsufficientDataError:
         positive = int(np.isfinite(log_w_n).sum())
-        return f"do not trust: only {positive} of {n} weights are positive, too few to judge the tail"
+        many = f"{n} samples" if positive == n else f"{positive} of {n} weights are positive"
+        return f"do not trust: only {many}, too few to judge the tail"
     figures = f"k-hat {k_hat:.2f}, ESS {100 * ess:.3g} % of n = {n} ({ess * n:.0f} effective samples)"
     # k-hat from n samples is itself limited: 1 - 1/log10(n) is the sample-size-specific threshold.
     limit = min(PARETO_K_LIMIT, 1.0 - 1.0 / math.log10(max(n, 11)))
@@ -539,8 +540,8 @@ def chain_verdict(accepted: Any) -> str:
     longest = longest_stretch(moved)
     expected = max(1.0, math.log(max(n * rate, math.e)) / -math.log1p(-min(rate, 1.0 - 1e-12)))
     figures = f"{100 * rate:.3g} % of n = {n} accepted, longest stuck stretch {longest} (about {expected:.0f} expected)"
-    if longest > n / 10:
-        return f"do not trust: {figures}; one state was held for more than a tenth of the chain"
+    if longest > n / (10 if n >= FEWEST_STEPS else 2):  # in few steps two rejections in a row are a tenth
+        return f"do not trust: {figures}; one state was held for too much of the chain"
     if longest > 10 * expected:
         return f"use with care: {figures}; a state of large weight was hardly left"
     if n < FEWEST_STEPS:

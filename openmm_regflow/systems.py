@@ -21,7 +21,7 @@ from openmm_regflow.bonds import bonded_pairs
 from openmm_regflow.elements import symbol
 from openmm_regflow.errors import InputError
 from openmm_regflow.fingerprints import fingerprint
-from openmm_regflow.trajectories import check_bond_lengths, load_trajectory
+from openmm_regflow.trajectories import check_bond_lengths, load_trajectory, warn_of_temperature
 from openmm_regflow.units import temperature_kelvin, to_float
 
 Split = Literal["train", "validation", "test"]
@@ -162,6 +162,8 @@ class MolecularSystem:
     def load_trajectory(self, path: Path | str, *, stride: int = 1) -> np.ndarray:
         """Frames of this molecule from a file, float32 `(n_frames, n_atoms, 3)` [nm].
 
+        Warns where their bonds show another temperature (see :func:`openmm_regflow.trajectories.bond_temperature`).
+
         Args:
             path: HDF5, DCD, NetCDF; see :func:`openmm_regflow.trajectories.load_trajectory`.
             stride: take every so-many-th frame.
@@ -173,6 +175,7 @@ class MolecularSystem:
         """
         frames = load_trajectory(path, self.topology, stride=stride)
         check_bond_lengths(frames, self.system, self.temperature, str(path))
+        warn_of_temperature(frames, self.system, self.temperature, str(path))
         return frames
 
 

@@ -1,10 +1,16 @@
 """Trajectories from files, and whether their frames can be those of a molecule."""
 
+import ctypes
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import openmm
-from openmm import app
+from openmm import app, unit
 
 from openmm_regflow.bonds import Bonds, bonds_of
 from openmm_regflow.elements import symbol
@@ -20,6 +26,14 @@ _LOOSE = 0.3
 #: [kJ/mol/nm²] Softer terms are restraints or Urey-Bradley terms, and no bonds.
 _STIFF = 5e4
 _ROWS = 10_000
+#: Fewer stiff bonds than this do not make a thermometer; its relative error that is taken for noise; frames enough.
+FEWEST_BONDS = 4
+_OFF_TEMPERATURE = 0.2
+#: Bonds that have less than this part of their thermal energy are constrained.
+_RIGID = 0.01
+_ENOUGH = 2000
+#: Relative difference at which two boxes count as one; trajectories store them in single precision.
+_SAME_BOX = 1e-4
 
 
 def load_trajectory(path: Path | str, topology: app.Topology, *, stride: int = 1) -> np.ndarray:
@@ -83,14 +97,98 @@ def _read_other(path: Path, topology: app.Topology, stride: int) -> np.ndarray:
     import mdtraj
 
     try:
-        trajectory = mdtraj.load(str(path), top=mdtraj.Topology.from_openmm(topology), stride=stride)
+        with _quiet_reader():
+            trajectory = mdtraj.load(str(path), top=mdtraj.Topology.from_openmm(topology), stride=stride)
     except ValueError as error:
-        raise InputError(f"{path} does not fit a molecule of {topology.getNumAtoms()} atoms: {error}") from error
+        raise InputError(
+            f"{path} does not have the {topology.getNumAtoms()} atoms of the system; give data of this molecule"
+        ) from error
     except Exception as error:  # mdtraj's readers raise a dozen unrelated types on damaged files
         raise CorruptFileError(
             f"{path} cannot be read as a trajectory ({type(error).__name__}); copy it again"
         ) from error
     return np.asarray(trajectory.xyz)
+
+
+def check_box(path: Path | str, topology: app.Topology, system: openmm.System) -> None:
+    """Refuse frames whose periodic box changes, or is not that of the System in which they will get energies.
+
+    Without a periodic System nothing is refused; a file without boxes, which cannot tell, is warned of.
+
+    Args:
+        path: trajectory, of a format that :func:`load_trajectory` takes.
+        topology: of its atoms.
+        system: whose default box vectors its energies will have.
+
+    Raises:
+        InputError: another box.
+    """
+    if not system.usesPeriodicBoundaryConditions():
+        return
+    import mdtraj
+
+    own = np.array([v.value_in_unit(unit.nanometer) for v in system.getDefaultPeriodicBoxVectors()])
+    known = {} if Path(path).suffix.lower() in _HDF5 else {"top": mdtraj.Topology.from_openmm(topology)}
+    with _quiet_reader():
+        parts = list(mdtraj.iterload(str(path), chunk=_ROWS, atom_indices=[0], **known))
+    if any(part.unitcell_lengths is None for part in parts):
+        warnings.warn(
+            f"{path} holds no boxes, so that nothing tells whether its frames have that of the System", stacklevel=2
+        )
+        return
+    cells = np.concatenate([np.hstack([part.unitcell_lengths, part.unitcell_angles]) for part in parts])
+    for cell in np.unique(cells.astype(float), axis=0):
+        found = _vectors(cell)
+        if not _same_lattice(found, own):
+            raise InputError(
+                f"a frame of {path} lies in a box of {_edges(found)} nm, the System's is one of {_edges(own)}; "
+                "volumes that change are not covered, and for frames of constant volume "
+                "system.setDefaultPeriodicBoxVectors has to give the System their box"
+            )
+
+
+def _vectors(cell: np.ndarray) -> np.ndarray:
+    """Box vectors `(3, 3)` [nm] as OpenMM has them, from lengths [nm] and angles [degrees]."""
+    from openmm.app.internal.unitcell import computePeriodicBoxVectors
+
+    vectors = computePeriodicBoxVectors(*cell[:3], *np.radians(cell[3:]))
+    return np.array(vectors.value_in_unit(unit.nanometer))
+
+
+def _same_lattice(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two boxes are one, written in two ways: each vector of one a sum of whole vectors of the other."""
+    ratio = one @ np.linalg.inv(other)
+    whole = np.round(ratio)
+    return bool(np.abs(ratio - whole).max() < _SAME_BOX and round(abs(np.linalg.det(whole))) == 1)
+
+
+def _edges(box: np.ndarray) -> str:
+    """A rectangular box by its lengths, another by its vectors."""
+    if np.allclose(box, np.diag(np.diag(box)), atol=1e-6):
+        return " x ".join(f"{edge:.4g}" for edge in np.diag(box))
+    return str(np.round(box, 4).tolist())
+
+
+@contextmanager
+def _quiet_reader() -> Iterator[None]:
+    """Within, what C code prints to standard output is dropped: mdtraj's reader of DCD files greets with every file."""
+    try:
+        kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+        flush = ctypes.CDLL(None).fflush
+    except (OSError, TypeError):  # no standard output, or a system that names its C library in another way
+        yield
+        return
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    flush(None)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        flush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def check_molecule(elements: list[str], expected: list[str], place: str) -> None:
@@ -151,6 +249,55 @@ def check_bond_lengths(positions: np.ndarray, system: openmm.System, temperature
             f"{place}: {n_wrong} of {len(positions)} frames cannot be this molecule; first frame {first[0]}, where the "
             f"bonded atoms {first[1]} and {first[2]} are {first[3]:.3g} nm apart and belong {first[4]:.3g} nm apart; "
             + _remedy(ratio)
+        )
+
+
+def bond_temperature(positions: np.ndarray, system: openmm.System) -> float | None:
+    """Temperature [K] that the spread of stiff bonds shows: ``k var(d) / R``, the median over them.
+
+    Equipartition in a harmonic bond, which little else bends: within three per cent for the peptides of this package.
+
+    Args:
+        positions: [nm] `(n_frames, n_atoms, 3)`.
+        system: of the molecule.
+
+    Returns:
+        None with fewer than `FEWEST_BONDS` harmonic bonds that no constraint holds, or fewer than a hundred frames.
+    """
+    bonds = bonds_of(system)
+    pairs, same = np.unique(np.sort(bonds.pairs, axis=1), axis=0, return_inverse=True)
+    stiffness = np.bincount(same.ravel(), bonds.stiffness, len(pairs))  # a bond may be in several forces
+    still = np.array([system.getParticleMass(i)._value == 0 for i in range(system.getNumParticles())], dtype=bool)
+    used = (stiffness > _STIFF) & np.isfinite(stiffness) & ~still[pairs].all(axis=1)
+    if used.sum() < FEWEST_BONDS or len(positions) < 100:
+        return None
+    some = np.asarray(positions)[:: max(1, len(positions) // _ENOUGH)]
+    first, second = (some[:, pairs[used, k]].astype(np.float64) for k in (0, 1))
+    variance = np.linalg.norm(first - second, axis=2).var(axis=0)
+    return float(np.median(stiffness[used] * variance) / thermal_energy(1.0))
+
+
+def warn_of_temperature(positions: np.ndarray, system: openmm.System, temperature: float, place: str) -> None:
+    """Warn of frames whose stiff bonds show another temperature than that of the system (`bond_temperature`).
+
+    Args:
+        positions: [nm] `(n_frames, n_atoms, 3)`.
+        system: of the molecule.
+        temperature: [K].
+        place: what to name in the message.
+    """
+    found = bond_temperature(positions, system)
+    if found is not None and found < _RIGID * temperature:
+        warnings.warn(
+            f"the bonds in {place} do not spread: frames of dynamics with constraints, which the system has not; load "
+            "it with the same constraints, or sample without them",
+            stacklevel=3,
+        )
+    elif found is not None and abs(found / temperature - 1) > _OFF_TEMPERATURE:
+        warnings.warn(
+            f"the bonds in {place} spread as at {found:.0f} K, and the system is at {temperature:g} K: frames of "
+            "another temperature or force field, or of too long a time step; a flow learns what it is shown",
+            stacklevel=3,
         )
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from openmm_regflow import flows, outputs
+from openmm_regflow import __version__, flows, outputs
 from openmm_regflow.chains import run_chain
 from openmm_regflow.cli import app, main
 from openmm_regflow.errors import InputError
@@ -27,6 +27,7 @@ from openmm_regflow.moves import FlowMove
 from openmm_regflow.potentials import TorchPotential
 from openmm_regflow.proposals import FlowProposal
 from openmm_regflow.recipes import RunConfig, print_config
+from openmm_regflow.simulate import export_hdf5
 from openmm_regflow.systems import load_system
 from openmm_regflow.teachers import VectorField, save_teacher
 
@@ -148,7 +149,8 @@ def test_train_pairs_sample_mcmc_tfep_evaluate(capsys, tmp_path):
     code, out, _ = run(capsys, "tfep", flow, "-n", 3000, "-o", tmp_path / "tfep")
     assert code == 0 and "kT" in out
     assert json.loads((tmp_path / "tfep" / "tfep.json").read_text())["uncertainty"] > 0
-    code, out, _ = run(capsys, "evaluate", flow, "-n", 1000, "-o", tmp_path / "evaluate")
+    code, out, err = run(capsys, "evaluate", flow, "-n", 1000, "-o", tmp_path / "evaluate")
+    assert [line.split(":")[0] for line in err.splitlines()] == ["samples", "figures", "plots"]  # what took its time
     assert code == 0 and 0 < json.loads((tmp_path / "evaluate" / "metrics.json").read_text())["ess"] <= 1
     assert (tmp_path / "evaluate" / "ramachandran.png").stat().st_size > 10_000
     annealed = ("--refine-samples", 3, "-n", 1000, "-o")
@@ -232,6 +234,71 @@ def test_simulate_resumes(capsys, tmp_path):
     code, out, _ = run(capsys, *short, "--iterations", 2, "--burn-in", 1)
     assert code == 0 and "8 iterations already" in " ".join(out.split())
     assert mdtraj.load(tmp_path / "trajectory.h5").n_frames == 7
+
+
+def test_simulate_says_what_it_left_out(capsys, tmp_path):
+    short = ["simulate", "alanine-dipeptide", "--steps", 10, "--replicas", 2, "--max-temperature", 350, "-o", tmp_path]
+    code, out, _ = run(capsys, *short, "--iterations", 6)
+    said = " ".join(out.split())
+    assert code == 0 and "a burn-in of 100 is more than half of the 6 iterations; 3 are left out" in said
+    assert f"wrote 3 frames to {tmp_path / 'trajectory.h5'}, the first 3 of 6" in said
+    _, out, _ = run(capsys, *short, "--iterations", 6, "--burn-in", 2)
+    assert "more than half" not in out and "wrote 4 frames" in out
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [("--timestep", 2, "did you mean 0.002"), ("--replicas", 1, "--replicas"), ("--iterations", 0, "--iterations")],
+)
+def test_options_of_simulate_are_named_as_given(capsys, tmp_path, option, value, words):
+    code, _, err = run(capsys, "simulate", "alanine-dipeptide", option, value, "-o", tmp_path / "out")
+    assert code == 2 and words in err and not (tmp_path / "out").exists()
+
+
+def test_dynamics_that_explode_end_in_a_line(capsys, tmp_path):
+    hot = ["--timestep", 0.01, "--max-temperature", 1e9, "--steps", 50, "--replicas", 2, "--iterations", 4]
+    assert "the dynamics exploded" in refused(capsys, "simulate", "alanine-dipeptide", *hot, "-o", tmp_path)
+
+
+def test_version(capsys):
+    code, out, _ = run(capsys, "--version")
+    assert code == 0 and out.strip() == __version__
+
+
+def test_held_out_frames_have_to_be_others(capsys, molecule, tmp_path):
+    """Else nothing would tell when a flow learns its frames by heart."""
+    frames = molecule.reference("train")[:400]
+    export_hdf5(frames[:300], molecule.topology, tmp_path / "a.h5")
+    export_hdf5(frames[299:], molecule.topology, tmp_path / "b.h5")
+    err = refused(capsys, "train", "alanine-dipeptide", "--data", tmp_path / "a.h5", "--validation", tmp_path / "b.h5",
+                  "-o", tmp_path / "out")  # fmt: skip
+    assert "1 of 101 validation frames are training frames" in err
+
+
+def test_warnings_come_without_lines_of_code():
+    """In a process of its own: tests hear warnings in another way."""
+    code = (
+        "import warnings\n"
+        "from openmm_regflow.cli.shell import app, command\n"
+        "@command\n"
+        "def trouble():\n"
+        "    warnings.warn('the first\\n  and the second', stacklevel=1)\n"
+        "app(['trouble'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == "warning: the first and the second\n"
+
+
+def test_readers_of_trajectories_are_quiet(molecule, tmp_path):
+    """mdtraj's reader of DCD files prints by itself, from C."""
+    x = mdtraj.Trajectory(molecule.reference("test")[:10], mdtraj.Topology.from_openmm(molecule.topology))
+    x.save_dcd(str(tmp_path / "few.dcd"))
+    code = (
+        "import sys; from openmm_regflow import load_system; from openmm_regflow.cli.shell import given_frames; "
+        "print(given_frames(load_system('alanine-dipeptide'), sys.argv[1], 'test').shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "few.dcd")], capture_output=True, text=True)
+    assert done.stdout == "(10, 22, 3)\n", done.stderr
 
 
 def test_simulate_keeps_to_its_own_folder(capsys, tmp_path):
@@ -600,8 +667,9 @@ def test_a_flow_of_another_molecule_names_the_option(capsys, tmp_path):
 
 def test_a_flow_names_its_system(capsys, tmp_path):
     flow = load_system("alanine-tripeptide").folder / "flow.safetensors"
-    code, _, err = run(capsys, "sample", flow, "-n", 10, "-o", tmp_path / "out")
+    code, out, err = run(capsys, "sample", flow, "-n", 10, "-o", tmp_path / "out")
     assert code == 0, err
+    assert "% of 10 samples" in out and "±" not in out and "only 10 samples" in out
     assert json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["system"] == "alanine-tripeptide"
     loaded = flows.Flow.load(flow)
     for name, word in ((None, "names no system"), ("my-peptide", "no shipped system")):

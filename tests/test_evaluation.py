@@ -1,5 +1,6 @@
 """Evaluation of an analytic flow whose figures are known."""
 
+import dataclasses
 import json
 import math
 
@@ -145,6 +146,17 @@ def test_molecules_without_a_backbone_give_none():
     assert result.t_w2 is result.delta_f_phi is result.wrong_chirality is None
     assert "T-W2" not in dict(result.rows())
     assert dict(result.rows())["verdict"] == result.verdict
+    assert not any("φ" in name for name, _ in result.rows())
+
+
+def test_a_figure_without_data_is_a_dash_and_a_reference_that_has_not_converged_is_named():
+    result = evaluate(WIDTH, n=1000)
+    rows = dict(result.rows())
+    assert rows["F(φ>0) − F(φ<0), reference [kT]"].count("±") == 1
+    assert not any("converged" in text for text in rows.values())
+    poor = dict(dataclasses.replace(result, delta_f_phi_reference=None, t_w2_floor=9.0).rows())
+    assert poor["F(φ>0) − F(φ<0), reference [kT]"].startswith("– (one of the sides")
+    assert any("has not converged" in text for name, text in poor.items() if name.startswith("T-W2"))
 
 
 def test_weights_of_few_of_many_samples_give_every_figure():

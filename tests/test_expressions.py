@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openmm_regflow.errors import InputError
+from openmm_regflow.potentials import OpenMMPotential, TorchPotential
 from openmm_regflow.potentials.expressions import FUNCTIONS, Program, parse, variables
 from openmm_regflow.potentials.tabulated import table
 
@@ -214,3 +215,21 @@ def test_tables_round_halves_as_openmm_does(at):
     expected = context.getState(getEnergy=True).getPotentialEnergy()._value
     found = table(openmm.Discrete1DFunction(values))(torch.tensor([at], dtype=torch.float64))
     assert float(found) == expected or (np.isnan(expected) and torch.isnan(found).all())
+
+
+@pytest.mark.parametrize(("name", "call"), [("neg", "neg(r)"), ("step", "step(r)"), ("select", "select(r, 1, 0)")])
+def test_a_table_may_have_any_name(name, call):
+    """Also one that OpenMM, or this package, has for something else."""
+    values = np.random.default_rng(0).normal(size=8).tolist()
+    several = openmm.Discrete3DFunction(2, 2, 2, values)
+    function = several if name == "select" else openmm.Continuous1DFunction(values, 0.0, 3.0)
+    force = openmm.CustomCompoundBondForce(2, f"{call}; r = distance(p1, p2)")
+    force.addBond([0, 1], [])
+    force.addTabulatedFunction(name, function)
+    system = openmm.System()
+    for _ in range(2):
+        system.addParticle(1.0)
+    system.addForce(force)
+    x = np.zeros((5, 2, 3))
+    x[:, 1, 0] = np.linspace(0.1, 1.3, 5)
+    assert torch.allclose(TorchPotential(system)(x), OpenMMPotential(system, platform="Reference")(x))

@@ -1,5 +1,7 @@
 """TorchPotential force by force: options of every force against OpenMM's Reference platform, and boundary cases."""
 
+import threading
+
 import numpy as np
 import openmm
 import pytest
@@ -7,6 +9,7 @@ import torch
 
 from openmm_regflow.errors import InputError, UnsupportedForceError
 from openmm_regflow.potentials import OpenMMPotential, TorchPotential
+from openmm_regflow.refusals import has_global_parameters
 
 ENERGY_RTOL, ENERGY_ATOL, FORCE_RTOL = 1e-9, 1e-6, 1e-7
 N_ATOMS = 9
@@ -534,10 +537,126 @@ def test_systems_that_no_context_takes_are_refused():
     for kind in (TorchPotential, OpenMMPotential):
         with pytest.raises(InputError, match="different defaults"):
             kind(system)
-    torsion = openmm.PeriodicTorsionForce()
+    torsion, bond, short = openmm.PeriodicTorsionForce(), openmm.HarmonicBondForce(), openmm.NonbondedForce()
     torsion.addTorsion(0, 1, 2, 3, -2, 0.0, 1.0)
-    with pytest.raises(InputError, match="periodicity -2"):
-        TorchPotential(with_force(torsion))
+    bond.addBond(0, N_ATOMS, 0.1, 100.0)
+    short.addParticle(0.0, 0.3, 0.5)  # the other atoms forgotten
+    groups, bare = openmm.CustomNonbondedForce("r"), openmm.CustomBondForce("k*r")
+    for _ in range(N_ATOMS):
+        groups.addParticle([])
+    groups.addInteractionGroup([0, N_ATOMS + 1], [2])
+    bare.addPerBondParameter("k")
+    bare.addBond(0, 1, [])
+    words = {"periodicity must be positive": torsion, "particle index for a bond: 9": bond, "as many particles": short,
+             "not present in system": groups, "cannot write": bare}  # fmt: skip
+    for text, force in words.items():
+        with pytest.raises(InputError, match=text):
+            TorchPotential(with_force(force))
+    bond = openmm.HarmonicBondForce()
+    bond.addBond(0, N_ATOMS, 0.1, 100.0)
+    bond.setForceGroup(3)
+    assert (TorchPotential(with_force(bond), groups=[0])(conformations()) == 0).all()  # it has no part
+
+
+def test_parameters_of_forces_within_forces():
+    """A Context has them, so that they can be set, and so that energies are not taken for those of the System alone."""
+    spring = openmm.CustomBondForce("k*r")
+    spring.addGlobalParameter("k", 2.0)
+    spring.addBond(0, 1, [])
+    variable, transfer = openmm.CustomCVForce("g*a"), openmm.ATMForce("u0")
+    variable.addGlobalParameter("g", 1.0)
+    variable.addCollectiveVariable("a", openmm.XmlSerializer.clone(spring))
+    transfer.addForce(openmm.XmlSerializer.clone(spring))
+    for _ in range(N_ATOMS):
+        transfer.addParticle(openmm.Vec3(0, 0, 0))
+    python = openmm.PythonForce(python_spring, {"k": 2.0})
+    x = conformations()[:3]
+    reach = np.linalg.norm(x[:, 0] - x[:, 1], axis=1)
+    for force in (variable, transfer, python):
+        system = with_force(force)
+        assert has_global_parameters(system)
+        potential = OpenMMPotential(system, platform="Reference")
+        context = openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatform("Reference"))
+        assert potential.parameters == dict(context.getParameters())
+        for k in (2.0, 3.0):
+            potential.set_parameter("k", k)
+            assert potential(x).numpy() == pytest.approx(k * reach, rel=1e-9)
+    assert not has_global_parameters(with_force(nonbonded()))
+
+
+def python_spring(state):
+    """k times the distance of the first two atoms."""
+    x, k = state.getPositions(asNumpy=True)._value, state.getParameters()["k"]
+    d = x[0] - x[1]
+    forces = np.zeros(x.shape)
+    forces[0] = -k * d / np.linalg.norm(d)
+    forces[1] = -forces[0]
+    return k * float(np.linalg.norm(d)), forces
+
+
+def test_offsets_that_platforms_read_differently_are_refused():
+    force = nonbonded()
+    force.addGlobalParameter("a", 0.5)
+    for _ in range(2):
+        force.addParticleParameterOffset("a", 0, 0.1, 0.0, 0.0)
+    with pytest.raises(UnsupportedForceError, match="particle 0 of the NonbondedForce has two offsets"):
+        TorchPotential(with_force(force))
+
+
+def test_a_depth_below_zero_by_an_offset_is_no_number():
+    """As in OpenMM, which takes the root of each particle's."""
+    force = nonbonded()
+    force.addGlobalParameter("a", 0.0)
+    for atom in (3, 5):
+        force.addParticleParameterOffset("a", atom, 0.0, 0.0, 1.0)
+    system, x = with_force(force), conformations()[:2]
+    torch_own, openmm_own = TorchPotential(system), OpenMMPotential(system, platform="Reference")
+    assert torch.isfinite(torch_own(x)).all()
+    for potential in (torch_own, openmm_own):
+        potential.set_parameter("a", -2.0)
+        assert torch.isinf(potential(x)).all()
+
+
+def test_atoms_beyond_all_measure_have_no_energy_on_any_platform():
+    system, x = with_force(nonbonded()), conformations()[:3]
+    x[1, 4, 0] = 1e12
+    for potential in (TorchPotential(system), *(OpenMMPotential(system, platform=p) for p in ("Reference", "CPU"))):
+        assert torch.isfinite(potential(x)).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1.0, 1e6])
+def test_torsions_in_single_precision_at_any_scale(scale):
+    """A torsion knows no lengths; those to the eighth power leave single precision."""
+    force = openmm.PeriodicTorsionForce()
+    force.addTorsion(0, 1, 2, 3, 2, 0.4, 3.0)
+    x = torch.as_tensor(conformations()[:4])
+    system = with_force(force)
+    exact = TorchPotential(system)
+    energy, forces = TorchPotential(system, dtype=torch.float32).energy_and_forces(scale * x.float())
+    assert energy.double().numpy() == pytest.approx(exact(x).numpy(), abs=1e-4)
+    own = exact.energy_and_forces(scale * x)[1]
+    assert (forces - own).abs().max() < 1e-3 * own.abs().max()
+
+
+@pytest.mark.slow
+def test_the_first_calls_of_two_threads_are_compiled():
+    force = openmm.HarmonicBondForce()
+    force.addBond(0, 1, 0.1, 100.0)
+    system, x, found = with_force(force), conformations(), []
+    potential, plain = TorchPotential(system, compile=True), TorchPotential(system).energy_and_forces(x)[1]
+    start = threading.Barrier(2)
+
+    def work():
+        start.wait()
+        found.append(potential.energy_and_forces(x)[1])
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.allclose(forces, plain) for forces in found) and len(found) == 2
+    assert not potential._functions[True].failed
 
 
 def test_parameters_of_forces_without_a_part_are_known():

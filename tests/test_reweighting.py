@@ -285,6 +285,16 @@ def test_a_short_chain_is_not_reliable():
     assert rw.chain_verdict(accepted).startswith("reliable")
     words = rw.chain_verdict(accepted[:20])
     assert words.startswith("use with care") and "only 20 steps" in words
+    words = rw.chain_verdict([True, False, False, True, False] * 2)  # two rejections in a row are no stuck chain
+    assert words.startswith("use with care") and "only 10 steps" in words
+    assert rw.chain_verdict([True, *[False] * 9]).startswith("do not trust")
+
+
+def test_the_verdict_of_few_weights_says_how_few():
+    assert rw.verdict(np.zeros(10)).startswith("do not trust: only 10 samples")
+    log_weights = np.full(1000, -np.inf)
+    log_weights[:10] = 0.0
+    assert rw.verdict(log_weights).startswith("do not trust: only 10 of 1000 weights are positive")
 
 
 # --- the error of the ESS ---

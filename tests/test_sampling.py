@@ -504,16 +504,26 @@ def test_context_is_left_as_it_should_be():
     assert simulation.currentStep == 0 and simulation.context.getState().getTime()._value == 0
 
 
-def test_a_context_with_parameters_is_sampled_with_its_own_energy():
-    """A restraint switched on by a Context parameter, which the proposal's potential does not know."""
+@pytest.mark.parametrize("within", [False, True])
+def test_a_context_with_parameters_is_sampled_with_its_own_energy(within):
+    """A restraint switched on by a Context parameter after the first flow step, which the proposal does not know.
+
+    The parameter is also the Context's where the force is one of a CustomCVForce.
+    """
     molecule = Chain(4)
     extra = openmm.CustomTorsionForce("lambda*cos(theta)")
     extra.addGlobalParameter("lambda", 0.0)
     extra.addTorsion(0, 1, 2, 3, [])
+    if within:
+        variable = openmm.CustomCVForce("tilt")
+        variable.addCollectiveVariable("tilt", extra)
+        extra = variable
     molecule.system.addForce(extra)
     simulation = make_simulation(molecule)
+    proposal = FlowProposal(internal_proposal().flow, OpenMMPotential(molecule.system, "Reference"), TEMPERATURE)
+    mixed = FlowSimulation(simulation, proposal, 8, seed=2)
+    mixed.flow_step()
     simulation.context.setParameter("lambda", 4.0)
-    mixed = FlowSimulation(simulation, internal_proposal(), 8, seed=2)
     frames = recorded(simulation, lambda: mixed.run(1, 2), 1500)
     grid = molecule.torsion
     tilt = np.exp(-4.0 * np.cos(grid.x) / (GAS_CONSTANT * TEMPERATURE))
@@ -600,15 +610,16 @@ def test_alternate_and_reporter(tmp_path):
     mixed = FlowSimulation(simulation, internal_proposal(), seed=2)
     reporter = FlowReporter(tmp_path / "flow.csv", 10, mixed)
     simulation.reporters.append(reporter)
+    simulation.step(10)  # no flow step yet, and no line
     mixed.run(6, 5)
     simulation.reporters.clear()
     reporter.close()
     rows = list(csv.DictReader((tmp_path / "flow.csv").open()))
-    assert [int(row["step"]) for row in rows] == [10, 20, 30]
+    assert [int(row["step"]) for row in rows] == [20, 30, 40]
     assert [int(row["n_proposed"]) for row in rows] == [1, 3, 5]
     totals = alternate(simulation, internal_proposal(), 5, 4, n_proposals=3, seed=1)
     assert totals.n_proposed == 4 and totals.n_proposals == 12
-    assert simulation.currentStep == 50
+    assert simulation.currentStep == 60
 
 
 def test_nan_proposals_never_end_a_run():

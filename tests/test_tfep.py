@@ -326,6 +326,8 @@ def test_mbar_over_three_mapped_states():
         tfep.estimate_states(u_kn[:2, :3], [2, 1])
     with pytest.raises(InputError):
         tfep.estimate_states(u_kn, [1, 2, 3])
+    with pytest.raises(InputError, match="two replicas"):
+        tfep.estimate_states(u_kn, n_k, n_resamples=1)
 
 
 def temperature_ladder_energies(rng, n):
@@ -355,6 +357,49 @@ def test_free_energies_of_a_thousand_kt_are_found():
     columns = np.concatenate([np.arange(n) + k * n for k in order])
     shuffled = tfep.estimate_states(u_kn[order][:, columns], [n] * 4, generator=0)
     np.testing.assert_allclose(shuffled.delta_f, found.delta_f[order], atol=1e-5)
+
+
+def test_states_without_samples_and_errors_of_any_difference():
+    """Springs (1, 2, 4) sampled at the ends: the middle is reached from there, as pymbar has it."""
+    rng, strengths, n_k = np.random.default_rng(0), np.array([1.0, 2.0, 4.0]), [4000, 0, 4000]
+    x = np.concatenate([rng.standard_normal(n) / math.sqrt(k) for n, k in zip(n_k, strengths, strict=True)])
+    result = tfep.estimate_states(0.5 * strengths[:, None] * x**2, n_k, generator=0)
+    expected = 0.5 * np.log(strengths)
+    assert (np.abs(result.delta_f - expected)[1:] < 4 * result.uncertainty[1:]).all()
+    assert np.array_equal(result.uncertainties[0], result.uncertainty)
+    assert result.uncertainties == pytest.approx(result.uncertainties.T) and not result.uncertainties.diagonal().any()
+    assert 0 < result.uncertainties[1, 2] < result.uncertainty[2]  # 1 and 2 are nearer to each other than 0 and 2
+    own = pymbar.MBAR(0.5 * strengths[:, None] * x**2, n_k).compute_free_energy_differences()["dDelta_f"]
+    assert (result.uncertainties >= own * (1 - 1e-6)).all() and (result.uncertainties < 1.5 * own + 1e-12).all()
+    assert result.verdict.startswith("reliable") and "worth 4000 or more" in result.verdict
+
+
+def test_states_that_no_sample_reaches_are_not_trusted():
+    """Far from all samples, one or two of them carry everything, and the overlap matrix does not show it."""
+    x = np.random.default_rng(0).standard_normal(2000)
+    far = tfep.estimate_states(np.array([x**2 / 2, (x - 8) ** 2 / 2]), [2000, 0], generator=0)
+    assert far.verdict.startswith("do not trust")
+    ends = np.concatenate([x, 12 + np.random.default_rng(1).standard_normal(2000)])
+    bridged = tfep.estimate_states(0.5 * (ends - [[0.0], [6.0], [12.0]]) ** 2, [2000, 0, 2000], generator=0)
+    assert bridged.verdict.startswith("do not trust") and np.isinf(bridged.uncertainty[2])  # by a state without samples
+    with pytest.raises(InsufficientDataError, match="no samples at all"):
+        tfep.estimate_states(np.zeros((3, 0)), [0, 0, 0])
+
+
+def test_a_part_of_the_data_that_says_nothing_leaves_a_gap():
+    """A chain that begins with one frame, repeated, has works without a spread at first."""
+    rng = np.random.default_rng(0)
+    works = [np.concatenate([np.full(4, side.mean() + shift), side[4:]]) for side, shift in
+             ((rng.normal(1.0, 1.0, 40), 0.5), (rng.normal(0.0, 1.0, 40), -0.2))]  # fmt: skip
+    one_way = tfep.convergence(works[0], np.full(40, math.inf), [1.0], n_resamples=10)
+    assert np.isnan([one_way[key][0] for key in ("bar", "exp", "exp_reverse")]).all()
+    table = tfep.convergence(*works, n_resamples=10)
+    assert np.isnan(table["bar"][0]) and np.isfinite(table["bar"][1:]).all()
+    with pytest.raises(InputError, match="NaN"):
+        tfep.convergence(np.array([math.nan, 1.0]), works[1])
+    for call in (tfep.convergence, tfep.estimate):
+        with pytest.raises(InputError, match="two replicas"):
+            call(*works, n_resamples=1)
 
 
 def test_convergence_closes_on_the_answer():

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import openmm
@@ -9,6 +10,7 @@ import pytest
 import torch
 from analytic_molecules import TEMPERATURE, Chain, distance
 from openmm import app, unit
+from openmmtools import testsystems
 
 from openmm_regflow import tfep
 from openmm_regflow.errors import InputError
@@ -112,6 +114,37 @@ def test_a_free_state_and_one_held_in_its_place_have_no_difference(held, turned)
     x = [samples(), samples(seed=1)]
     with pytest.raises(InputError, match="changes when the whole molecule is moved"):
         tfep.mapped_energies([tfep.IdentityMap()] * 2, states, x)
+
+
+def dipeptide(frozen=(), constraints=None):
+    molecule = testsystems.AlanineDipeptideVacuum(constraints=constraints)
+    for atom in frozen:
+        molecule.system.setParticleMass(atom, 0.0)
+    return molecule
+
+
+def test_atoms_frozen_in_one_state_alone_are_refused():
+    """Their ensembles have different dimensions, and no check of overlap would see it."""
+    free, frozen = (tfep.state_of(dipeptide(atoms).system, TEMPERATURE) for atoms in ((), (4, 6, 8)))
+    x = torch.as_tensor(dipeptide().positions._value) + 0.001 * torch.randn(40, 22, 3, generator=generator())
+    with pytest.raises(InputError, match="atom 4 has no mass"):
+        tfep.works(tfep.IdentityMap(), free, frozen, x, x)
+    assert tfep.works(tfep.IdentityMap(), frozen, frozen, x, x).forward == pytest.approx(0.0, abs=1e-9)
+    x = torch.as_tensor(dipeptide().positions._value) + 0.001 * torch.randn(200, 22, 3, generator=generator())
+    coordinates_for(dipeptide().topology, x)
+    x[:, [4, 6, 8]] = x[0, [4, 6, 8]].clone()  # bonds and the angle between frozen atoms do not vary
+    with pytest.raises(InputError, match="does not vary"):
+        coordinates_for(dipeptide().topology, x)
+
+
+def test_a_metric_term_of_another_temperature_is_refused():
+    """It is a number of kT in the energy: scaled by a wrong kT it would move delta_f, and nothing would show it."""
+    state = tfep.state_of(dipeptide(constraints=app.HBonds).system, 300.0)
+    with pytest.raises(InputError, match="at 300 K, and the state is at 330 K"):
+        replace(state, temperature=330.0)
+    assert tfep.State(state.potential, 300.0 * unit.kelvin).potential is state.potential
+    plain = tfep.state_of(dipeptide().system, 300.0)
+    assert replace(plain, temperature=330.0).temperature == 330.0
 
 
 def internal_map(x):

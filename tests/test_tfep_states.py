@@ -9,6 +9,7 @@ import numpy as np
 import openmm
 import pytest
 import torch
+from openmmtools import testsystems
 
 from openmm_regflow import tfep
 from openmm_regflow.cli import main
@@ -115,7 +116,9 @@ def test_the_command_compares_with_no_map_where_there_is_one(folder, tmp_path, c
             main(["tfep", *map(str, arguments), "--output", str(tmp_path / "out"), "--overwrite"])
         captured = capsys.readouterr()
         assert end.value.code == 0, captured.err
-        return [line for line in captured.out.splitlines() if line.startswith("without a map: ")]
+        plain = [line for line in captured.out.splitlines() if line.startswith("without a map: ")]
+        assert ("folds: 2/2" in captured.err) == bool(plain)
+        return plain
 
     def said_of_states(kind, settings, sides):
         file.write_text(f'map = "{kind}"\n{settings}\n' + "".join(side.format(*s) for s in zip("ab", sides)))
@@ -235,8 +238,62 @@ def test_toml_is_validated(tmp_path):
         file.write_text(text)
         with pytest.raises(InputError, match=words):
             tfep.load_states(file)
+    inner = "[a.basin]\ntorsion = [4, 6, 8, 10]\nrange = [0, 180]\nturn = 1\n"
+    for text, known in ((good + inner, "torsion, range"), (good.replace("[a]", "[a]\nfold = 1"), "trajectory, storage"),
+                        ("fold = 1\n" + good, "folds, gap")):  # fmt: skip
+        file.write_text(text)
+        with pytest.raises(InputError, match=f"known keys: .*{known}"):
+            tfep.load_states(file)
+    for torsion in ("4, 4, 8, 10", "-1, 4, 8, 10"):
+        side = f"basin = {{ torsion = [{torsion}], range = [0, 180] }}\n[b]"
+        file.write_text(good.replace("[b]", side))
+        with pytest.raises(InputError, match="four different atoms"):
+            tfep.load_states(file)
     with pytest.raises(InputError, match="cannot be read"):
         tfep.load_states(tmp_path / "missing.toml")
+
+
+def test_options_of_a_flow_are_not_taken_for_states(folder, tmp_path, capsys):
+    for given in (["-n", "5"], ["--system", "alanine-dipeptide"], ["--data", "x.h5"]):
+        with pytest.raises(SystemExit) as end:
+            main(["tfep", str(folder / "states.toml"), *given, "--output", str(tmp_path / "out")])
+        assert end.value.code == 2
+        assert f"{given[0]}" in capsys.readouterr().err
+
+
+def test_frames_of_another_volume_are_refused(tmp_path):
+    """A barostat in the System; boxes that change, or that are not the System's; their own box is taken."""
+    fluid = testsystems.LennardJonesFluid(nparticles=20, reduced_density=0.05)
+    folder, edge = tmp_path, float(fluid.system.getDefaultPeriodicBoxVectors()[0][0]._value)
+    x = fluid.positions._value + 0.01 * np.random.default_rng(0).normal(size=(40, 20, 3))
+    topology = mdtraj.Topology.from_openmm(fluid.topology)
+
+    def described(name, edges, barostat=False):
+        system = openmm.XmlSerializer.clone(fluid.system)
+        if barostat:
+            system.addForce(openmm.MonteCarloBarostat(1.0, 120.0))
+        (folder / f"{name}.xml").write_text(openmm.XmlSerializer.serialize(system))
+        angles = np.full((40, 3), 90.0)
+        boxes = {"unitcell_lengths": np.broadcast_to(np.asarray(edges)[:, None], (40, 3)), "unitcell_angles": angles}
+        trajectory = mdtraj.Trajectory(x, topology, **boxes)
+        trajectory.save_dcd(str(folder / f"{name}.dcd"))
+        trajectory[0].save_pdb(str(folder / f"{name}.pdb"))
+        side = {"system": f"{name}.pdb", "system_xml": f"{name}.xml", "trajectory": f"{name}.dcd", "temperature": 120.0}
+        return file_states.StateConfig.model_validate(side)
+
+    bare = described("bare", np.full(40, edge))
+    mdtraj.Trajectory(x, topology).save_dcd(str(folder / "bare.dcd"))
+    with pytest.warns(UserWarning, match="holds no boxes"):
+        file_states.open_state(bare, folder, folder / "run")
+    constant = np.full(40, edge)
+    state, frames, _ = file_states.open_state(described("own", constant), folder, folder / "run")
+    assert np.isfinite(state.reduced(torch.as_tensor(frames))).all()
+    changing = np.linspace(edge, 1.02 * edge, 40)
+    for name, edges in (("changing", changing), ("other", 1.02 * constant)):
+        with pytest.raises(InputError, match=f"lies in a box of .* the System's is one of {edge:.4g}"):
+            file_states.open_state(described(name, edges), folder, folder / "run")
+    with pytest.raises(InputError, match="MonteCarloBarostat"):
+        file_states.open_state(described("pressed", constant, barostat=True), folder, folder / "run")
 
 
 def test_unusable_trajectories_are_refused(folder, tmp_path):

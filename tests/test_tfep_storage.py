@@ -2,16 +2,18 @@
 
 import math
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import openmm
 import pytest
 from openmm import unit
-from openmmtools import alchemy, cache, forces, mcmc, multistate, states
+from openmmtools import alchemy, cache, forces, mcmc, multistate, states, testsystems
 
 from openmm_regflow import tfep
 from openmm_regflow.errors import CorruptFileError, InputError, InsufficientDataError
-from openmm_regflow.simulate import load_multistate
+from openmm_regflow.simulate import MultistateRun, load_multistate
 from openmm_regflow.units import thermal_energy
 
 #: (temperature [K], electrostatics, sterics, restraint)
@@ -161,3 +163,102 @@ def test_bad_storage_is_refused(folder, tmp_path):
         tfep.state_from_storage(run, 0, burn_in=10_000)
     with pytest.raises(InsufficientDataError, match="at least ten"):
         tfep.storage_reference(run, burn_in=10_000)
+
+
+def sampled(path, points, start, kind=multistate.ReplicaExchangeSampler, reporting=None, n=12, **settings):
+    """A short run of any sampler of openmmtools on Reference."""
+    move = mcmc.LangevinDynamicsMove(timestep=2 * unit.femtosecond, n_steps=20, reassign_velocities=True)
+    sampler = kind(mcmc_moves=move, number_of_iterations=n, online_analysis_interval=None, **settings)
+    sampler._have_displayed_citations_before = True
+    n_atoms = points[0].n_particles
+    keywords = {"checkpoint_interval": 4, "analysis_particle_indices": range(n_atoms)} | (reporting or {})
+    reporter = multistate.MultiStateReporter(str(path), **keywords)
+    sampler.create(points, start, reporter)
+    contexts = cache.ContextCache(capacity=None, time_to_live=None, platform=openmm.Platform.getPlatform("Reference"))
+    sampler.energy_context_cache = sampler.sampler_context_cache = contexts
+    sampler.run()
+    reporter.close()
+    return load_multistate(path)
+
+
+def springs(strengths):
+    """One particle on springs [kJ/mol/nm^2]."""
+    points = []
+    for strength in strengths:
+        system, force = openmm.System(), openmm.CustomExternalForce(f"{strength / 2}*(x^2+y^2+z^2)")
+        system.addParticle(40.0)
+        force.addParticle(0, [])
+        system.addForce(force)
+        points.append(states.ThermodynamicState(system, 300 * unit.kelvin))
+    return points, states.SamplerState(np.zeros((1, 3)) * unit.nanometer)
+
+
+def test_energies_that_a_sampler_has_not_computed_are_no_zeros(tmp_path):
+    """openmmtools stores zeros for states that are no neighbours, where ``locality`` leaves them out."""
+    points, start = springs([100, 200, 400, 800])
+    run = sampled(tmp_path / "local.nc", points, [start] * 4, multistate.MultiStateSampler, locality=1)
+    assert np.isnan(run.energies).any()
+    with pytest.raises(InputError, match="locality"):
+        tfep.storage_reference(run)
+    state, x = tfep.state_from_storage(run, 2)
+    assert np.isfinite(state.reduced(x)).all()
+
+
+def test_positions_that_only_the_checkpoint_has(tmp_path):
+    points, start = springs([100, 200])
+    run = sampled(tmp_path / "none.nc", points, start, reporting={"position_interval": 0})
+    assert list(run.stored) == [3, 7, 11]
+    assert len(tfep.state_from_storage(run, 0)[1]) == 3
+
+
+@pytest.fixture(scope="module")
+def squeezed(tmp_path_factory):
+    """A Lennard-Jones fluid at constant volume in another box than that of its System, as after equilibration."""
+    fluid = testsystems.LennardJonesFluid(nparticles=64, reduced_density=0.2)
+    box = [v * 0.9 for v in fluid.system.getDefaultPeriodicBoxVectors()]
+    points = [states.ThermodynamicState(fluid.system, kelvin * unit.kelvin) for kelvin in (120, 130)]
+    start = states.SamplerState(fluid.positions * 0.9, box_vectors=box)
+    return sampled(tmp_path_factory.mktemp("box") / "squeezed.nc", points, start)
+
+
+def test_states_have_the_box_of_the_run(squeezed):
+    for index in (0, 1):
+        state, x = tfep.state_from_storage(squeezed, index)
+        stored = squeezed.energies[squeezed.stored, :, index][squeezed.states[squeezed.stored] == index]
+        assert np.abs(state.reduced(x) - stored).max() < 1e-3
+    boxes = squeezed.boxes.copy()
+    boxes[5] *= 1.01
+    with pytest.raises(InputError, match="boxes of several sizes"):
+        tfep.state_from_storage(replace(squeezed, boxes=boxes), 0)
+    default = np.array([v._value for v in squeezed.thermodynamic_states[0].system.getDefaultPeriodicBoxVectors()])
+    with pytest.raises(InputError, match="off by up to"):  # what one gets by the System's own box
+        tfep.state_from_storage(replace(squeezed, boxes=np.broadcast_to(default, boxes.shape)), 0)
+
+
+def test_walkers_of_one_state_come_one_after_another():
+    """Correlation times are then those of a trajectory; a walker that changes its state leaves what it saw in each."""
+    positions = np.arange(4)[:, None] + 10.0 * np.arange(3)  # 4 iterations, 3 replicas
+    here = np.array([[0, 0, 1], [0, 1, 0], [0, 0, 1], [1, 0, 0]])
+    run = MultistateRun(Path("x"), here, np.zeros((4, 3, 2)), np.arange(4), positions[..., None, None])
+    run.__dict__["thermodynamic_states"] = springs([100, 200])[0]
+    assert run.frames(0).ravel().tolist() == [0, 1, 2, 10, 12, 13, 21, 23]
+    assert run.frames(1).ravel().tolist() == [20, 11, 22, 3]  # one at a time: in time
+    with pytest.raises(InputError, match="no state 2"):
+        run.frames(2)
+
+
+def test_the_error_of_the_reference_sees_a_slow_mode_under_a_bath():
+    """Harmonic states along a slow coordinate, and 60 degrees of freedom more that all states share."""
+    strengths, tau, n, bath = np.array([1.0, 2.0, 4.0]), 25, 1000, 60
+    decay, scores = math.exp(-1 / tau), []
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        x = rng.standard_normal((n, 3))
+        for i in range(1, n):
+            x[i] = decay * x[i - 1] + math.sqrt(1 - decay**2) * x[i]
+        u = 0.5 * strengths * (x / np.sqrt(strengths))[:, :, None] ** 2 + 0.5 * rng.chisquare(bath, (n, 3))[:, :, None]
+        run = MultistateRun(Path("x"), np.tile(np.arange(3), (n, 1)), u, np.arange(n), np.zeros((n, 3, 1, 3)))
+        result = tfep.storage_reference(run, n_resamples=20, generator=seed)
+        scores.append((result.delta_f[1] - 0.5 * math.log(2)) / result.uncertainty[1])
+    error = 1 / math.sqrt(2 * len(scores))  # of the spread of normal scores
+    assert abs(np.std(scores) - 1) < 4 * error  # thinned by the total energy: 4.0

@@ -9,6 +9,7 @@ import numpy as np
 import openmm
 import pytest
 from openmm import app, unit
+from openmm.app.internal.unitcell import computePeriodicBoxVectors
 from test_systems import noisy_frames
 
 from openmm_regflow import flows, metrics
@@ -18,7 +19,13 @@ from openmm_regflow.potentials import TorchPotential
 from openmm_regflow.proposals import FlowProposal
 from openmm_regflow.simulate import export_hdf5
 from openmm_regflow.systems import MolecularSystem, load_system
-from openmm_regflow.trajectories import check_bond_lengths, load_trajectory
+from openmm_regflow.trajectories import (
+    bond_temperature,
+    check_bond_lengths,
+    check_box,
+    load_trajectory,
+    warn_of_temperature,
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +63,9 @@ def test_trajectory_of_another_molecule(tmp_path, dipeptide):
     path = export_hdf5(noisy_frames(other, 3), other.topology, tmp_path / "a.h5")
     with pytest.raises(InputError, match=r"42 atoms, the system 22"):
         load_trajectory(path, dipeptide.topology)
+    mdtraj.load(str(path)).save_dcd(str(tmp_path / "a.dcd"))
+    with pytest.raises(InputError, match=r"a.dcd does not have the 22 atoms of the system"):
+        load_trajectory(tmp_path / "a.dcd", dipeptide.topology)
 
 
 def test_trajectory_in_another_atom_order(tmp_path, dipeptide):
@@ -154,6 +164,66 @@ def test_frames_of_hot_replicas_are_taken(dipeptide):
         context.getIntegrator().step(50)
         hot.append(context.getState(positions=True).getPositions(asNumpy=True)._value)
     check_bond_lengths(np.array(hot), dipeptide.system, 300.0, "hot frames")
+
+
+def test_frames_of_another_temperature_are_noticed(dipeptide, frames, tmp_path):
+    """Stiff bonds are a thermometer: right for frames of 300 K, and of Langevin dynamics at 500 K it shows 500 K."""
+    x = dipeptide.reference("test")
+    assert bond_temperature(x, dipeptide.system) == pytest.approx(300.0, rel=0.05)
+    assert bond_temperature(x[:50], dipeptide.system) is None  # too few to say
+    halves, frozen = copy.deepcopy(dipeptide.system), copy.deepcopy(dipeptide.system)
+    (bonds,) = (f for f in halves.getForces() if isinstance(f, openmm.HarmonicBondForce))
+    for k in range(bonds.getNumBonds()):
+        i, j, length, stiffness = bonds.getBondParameters(k)
+        bonds.setBondParameters(k, i, j, length, stiffness / 2)
+    halves.addForce(copy.deepcopy(bonds))  # one bond in two forces
+    assert bond_temperature(x, halves) == pytest.approx(bond_temperature(x, dipeptide.system))
+    still = x.copy()
+    for atom in range(14):
+        frozen.setParticleMass(atom, 0.0)
+    still[:, :14] = x[0, :14]
+    assert bond_temperature(still[:, :], frozen) != pytest.approx(0.0, abs=50)  # by the bonds that may move
+    with pytest.warns(UserWarning, match="do not spread: frames of dynamics with constraints"):
+        warn_of_temperature(np.repeat(x[:1], 200, axis=0), dipeptide.system, 300.0, "these")
+    constrained = load_system("alanine-dipeptide", constraints="AllBonds")
+    assert bond_temperature(x, constrained.system) is None
+    integrator = openmm.LangevinMiddleIntegrator(500, 20, 0.0005)
+    integrator.setRandomNumberSeed(1)
+    context = openmm.Context(dipeptide.system, integrator, openmm.Platform.getPlatform("Reference"))
+    context.setPositions(dipeptide.positions)
+    integrator.step(2000)
+    hot = []
+    for _ in range(300):
+        integrator.step(40)
+        hot.append(context.getState(positions=True).getPositions(asNumpy=True)._value)
+    assert bond_temperature(np.array(hot), dipeptide.system) == pytest.approx(500.0, rel=0.1)
+    topology = mdtraj.Topology.from_openmm(dipeptide.topology)
+    mdtraj.Trajectory(np.array(hot), topology).save(str(tmp_path / "hot.dcd"))
+    with pytest.warns(UserWarning, match=r"hot.dcd spread as at \d{3} K, and the system is at 300 K"):
+        dipeptide.load_trajectory(tmp_path / "hot.dcd")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_system("alanine-dipeptide", temperature=500.0).load_trajectory(tmp_path / "hot.dcd")
+        dipeptide.reference("train")
+
+
+def test_a_box_may_be_written_in_another_way(dipeptide, frames, tmp_path):
+    """A truncated octahedron by AMBER's angles is that of OpenMM's reduced vectors; another size is another box."""
+    system = copy.deepcopy(dipeptide.system)
+    for force in system.getForces():
+        if isinstance(force, openmm.NonbondedForce):
+            force.setNonbondedMethod(force.CutoffPeriodic)
+    angles = [109.4712206] * 3
+    system.setDefaultPeriodicBoxVectors(*computePeriodicBoxVectors(4.0, 4.0, 4.0, *np.radians(angles)))
+    topology = mdtraj.Topology.from_openmm(dipeptide.topology)
+    for edge in (4.0, 4.1):
+        cells = np.full((len(frames), 3), edge), np.tile(angles, (len(frames), 1))
+        made = mdtraj.Trajectory(frames, topology, unitcell_lengths=cells[0], unitcell_angles=cells[1])
+        made.save_netcdf(str(tmp_path / f"{edge}.nc"))
+    check_box(tmp_path / "4.0.nc", dipeptide.topology, system)
+    check_box(tmp_path / "4.1.nc", dipeptide.topology, dipeptide.system)  # not periodic: whatever the file says
+    with pytest.raises(InputError, match="lies in a box of"):
+        check_box(tmp_path / "4.1.nc", dipeptide.topology, system)
 
 
 def planted(kind, x):

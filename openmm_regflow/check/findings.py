@@ -12,7 +12,6 @@ from openmm import unit
 from torch import Tensor
 
 from openmm_regflow.check.kernel import (
-    BAROSTATS,
     FEWEST_EFFECTIVE,
     Progress,
     kernel_test,
@@ -26,6 +25,7 @@ from openmm_regflow.potentials import OpenMMPotential, TorchPotential, small_pla
 from openmm_regflow.proposals import FlowProposal, SubsetProposal, bonds_of_subset, check_order
 from openmm_regflow.refusals import (
     UNSUPPORTED,
+    barostats_of,
     check_bonded,
     check_flow,
     check_subset,
@@ -160,7 +160,7 @@ def system_findings(
         except RegflowError as error:
             findings.append(Finding(name, f"{found}: refused: {error}", False))
     kinds = [type(force).__name__ for force in system.getForces()]
-    barostats = [kind for kind in kinds if kind in BAROSTATS]
+    barostats = barostats_of(system)
     if atom_subset is None:
         words = f"{', '.join(barostats)}: refused; remove it, whole-molecule flow moves are for constant volume"
         findings.append(Finding("barostat", words if barostats else "none", not barostats))

@@ -44,9 +44,6 @@ N_FLOW_STEPS, N_TRAJECTORIES, N_LEAPS = 4, 5, 15
 
 #: Mass [dalton] of an atom that hardly moves.
 _HEAVY = 1e10
-BAROSTATS = (
-    "MonteCarloBarostat", "MonteCarloAnisotropicBarostat", "MonteCarloMembraneBarostat", "MonteCarloFlexibleBarostat",
-)  # fmt: skip
 Progress = Callable[[int, int, dict[str, float]], None]
 
 

@@ -18,6 +18,9 @@ from openmm_regflow.cli.shell import (
 )
 from openmm_regflow.errors import InputError
 
+#: [ps] With hydrogens of 4 dalton; a number above is one in fs.
+LONGEST_STEP = 0.01
+
 
 @command
 def systems() -> None:
@@ -42,16 +45,18 @@ def systems() -> None:
 def simulate(
     system: Annotated[str, typer.Argument(help="Name of a system or path of a system folder.")],
     output: Output = Path("runs/simulate"),
-    iterations: Annotated[int, typer.Option(help="Swap attempts (and frames at the target temperature).")] = 1000,
-    steps: Annotated[int, typer.Option(help="Langevin steps between swaps.")] = 500,
+    iterations: Annotated[int, typer.Option(min=1, help="Swap attempts, and frames at the target temperature.")] = 1000,
+    steps: Annotated[int, typer.Option(min=1, help="Langevin steps between swaps.")] = 500,
     timestep: Annotated[float, typer.Option(help="[ps], with hydrogens of 4 dalton.")] = 0.002,
-    replicas: Annotated[int, typer.Option(help="Temperatures of the ladder.")] = 6,
+    replicas: Annotated[int, typer.Option(min=2, help="Temperatures of the ladder.")] = 6,
     max_temperature: Annotated[float, typer.Option(help="Highest temperature [K].")] = 700.0,
     engine: Annotated[str, typer.Option(help="openmmtools, or batched (many ladders in torch).")] = "openmmtools",
-    copies: Annotated[int, typer.Option(help="Independent ladders of the batched engine.")] = 32,
+    copies: Annotated[int, typer.Option(min=1, help="Independent ladders of the batched engine.")] = 32,
     scramble: Annotated[int, typer.Option(help="Steps at the highest state that part the starting points.")] = 20_000,
     frames: Annotated[int | None, typer.Option(help="Most frames to export, evenly spaced.")] = None,
-    burn_in: Annotated[int, typer.Option(help="Iterations left out of the export.")] = 100,
+    burn_in: Annotated[
+        int, typer.Option(min=0, help="Iterations left out of the export, but at most half of them.")
+    ] = 100,
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:
@@ -70,6 +75,8 @@ def simulate(
 
     if engine not in ("openmmtools", "batched"):
         raise InputError(f"unknown engine {engine!r}; known: openmmtools, batched")
+    if timestep > LONGEST_STEP:
+        raise InputError(f"--timestep is in ps, and {timestep:g} is too long for bonds; did you mean 0.002?")
     where: dict[str, Any] = {"device": str(resolve_device(device))}
     if engine == "openmmtools":
         platform = use_platform(device)
@@ -99,17 +106,21 @@ def simulate(
                 engines.parallel_tempering(mol, output, one, resume=True, progress=progress)
         runs = engines.load_runs(output)
         n = len(runs[0].positions)
-        runs = [run.after(min(burn_in, n // 2)) for run in runs]
+        left_out = min(burn_in, n // 2)
+        runs = [run.after(left_out) for run in runs]
         free = engines.is_free(mol.system, mol.positions)
         positions = np.concatenate([engines.target_frames(run, centre=free) for run in runs])
-        path = engines.export_hdf5(engines.thin(positions, frames), mol.topology, output / "trajectory.h5")
+        kept = engines.thin(positions, frames)
+        path = engines.export_hdf5(kept, mol.topology, output / "trajectory.h5")
     if n > iterations:
         print(f"the run in {output} has {n} iterations already; all of them are used")
     print(f"acceptance between neighbours: {', '.join(f'{a:.2f}' for a in runs[0].acceptance)}")
     phi = mol.torsions("phi")
     if len(phi):
         print(f"F(phi > 0) - F(phi < 0) at {mol.temperature:g} K: {_delta_f(runs, phi[0])}")
-    print(f"wrote {path}")
+    if left_out < burn_in:
+        print(f"a burn-in of {burn_in} is more than half of the {n} iterations; {left_out} are left out")
+    print(f"wrote {len(kept):,} frames to {path}, the first {left_out} of {n} iterations left out")
 
 
 def _delta_f(runs: Any, phi: Any) -> str:

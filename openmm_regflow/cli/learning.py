@@ -20,8 +20,11 @@ from openmm_regflow.cli.shell import (
     output_of,
     resumable,
 )
+from openmm_regflow.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from openmm_regflow.ranks import Ranks
 
 
@@ -84,6 +87,7 @@ def _train(
     check_trainable(mol)
     frames = given_frames(mol, data, "train")
     held_out = given_frames(mol, validation, "validation")
+    check_held_out(frames, held_out)
     held = is_held(mol, frames)
     provenance = {"config": settings.model_dump(), "data": str(data or f"{mol.name}: train"), "frames": len(frames)}
     metadata = FlowMetadata(mol.name, mol.fingerprint, mol.temperature, provenance)
@@ -115,6 +119,17 @@ def _train(
             _write_training(output, result)
 
 
+def check_held_out(frames: "np.ndarray", held_out: "np.ndarray") -> None:
+    """Refuse validation frames that are training frames, too: they would tell nothing of what was not seen."""
+    known = {frame.tobytes() for frame in frames}
+    shared = sum(frame.tobytes() in known for frame in held_out)
+    if shared:
+        raise InputError(
+            f"{shared} of {len(held_out)} validation frames are training frames, too; give frames of an independent "
+            "run, or of a later stretch of the same"
+        )
+
+
 def _write_training(output: Path, result: Any) -> None:
     """The flow and what else came out of `train`."""
     from openmm_regflow.files import write_json
@@ -126,7 +141,8 @@ def _write_training(output: Path, result: Any) -> None:
     if result.field is not None:
         save_teacher(output / "teacher.safetensors", result.field)
     write_history(output / "history.json", result.histories)
-    write_json(output / "refinement.json", [record.to_dict() for record in result.rounds])
+    if result.rounds:
+        write_json(output / "refinement.json", [record.to_dict() for record in result.rounds])
     for record in result.rounds:
         print(f"refinement: {record.energies:,} energies  ESS {record.ess:.2%}  truncated {record.ess_truncated:.2%}")
     print("  ".join(f"{k} {v:.0f} s" for k, v in result.seconds.items()))

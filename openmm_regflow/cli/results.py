@@ -21,7 +21,7 @@ from openmm_regflow.cli.shell import (
     show_table,
     use_platform,
 )
-from openmm_regflow.errors import InputError
+from openmm_regflow.errors import InputError, InsufficientDataError
 
 RefineSamples = Annotated[
     int, typer.Option(help="Annealing steps that carry every sample to the target; weights stay unbiased.")
@@ -48,17 +48,24 @@ def sample(
     Example: openmm-regflow sample systems/alanine-dipeptide/flow.safetensors -n 10000 --output runs/samples
     """
     from openmm_regflow import reweighting
-    from openmm_regflow.outputs import drawn, write_batch
+    from openmm_regflow.outputs import drawn, timed, write_batch
 
     system, mol, proposal = open_proposal(flow, system, device)
     described = {"flow": str(flow), "system": system, "n": n, "seed": seed, "refine_samples": refine_samples}
-    with output_of(output, "sample", described, overwrite):
-        batch, annealed = drawn(proposal, n, seed, refine_samples)
+    with output_of(output, "sample", described, overwrite), bars() as bar:
+        with timed(bar, "samples", n):
+            batch, annealed = drawn(proposal, n, seed, refine_samples)
         kept = write_batch(output, batch, mol, density=annealed is None)
     for name, value in annealed.rows() if annealed else []:
         print(f"{name}: {value}")
-    print(f"ESS {100 * reweighting.effective_sample_size(batch.log_weights.cpu()):.3g} % of {n:,} samples")
-    print(reweighting.verdict(batch.log_weights.cpu()))
+    log_weights = batch.log_weights.cpu()
+    ess = 100 * reweighting.effective_sample_size(log_weights)
+    try:
+        error = f" ± {100 * reweighting.effective_sample_size_error(log_weights, generator=seed):.2g}"
+    except InsufficientDataError:  # of which the verdict says more
+        error = ""
+    print(f"ESS {ess:.3g}{error} % of {n:,} samples")
+    print(reweighting.verdict(log_weights))
     print(f"wrote {kept:,} frames to {output / 'samples.dcd'}")
 
 
@@ -83,8 +90,8 @@ def evaluate(
     system, mol, proposal = open_proposal(flow, system, device)
     reference = given_frames(mol, data, "test")
     described = {"flow": str(flow), "system": system, "n": n, "seed": seed, "refine_samples": refine_samples}
-    with output_of(output, "evaluate", described | {"data": str(data)}, overwrite):
-        rows = write_evaluation(proposal, mol, reference, output, n, seed, refine_samples)
+    with output_of(output, "evaluate", described | {"data": str(data)}, overwrite), bars() as bar:
+        rows = write_evaluation(proposal, mol, reference, output, n, seed, refine_samples, bar)
     show_table(f"{mol.name}: {n:,} samples", [("figure", "value"), *rows])
 
 
@@ -178,9 +185,8 @@ def mcmc(
         write_trajectory(output / "chain.dcd", trace.positions, mol.topology)
         record = trace.statistics | {"longest_stretch": reweighting.longest_stretch(trace.accepted)}
         write_json(output / "statistics.json", record)
-    print("  ".join(f"{k} {v:.4g}" for k, v in trace.statistics.items()))
     print(reweighting.chain_verdict(trace.accepted))
-    print(f"wrote {output / 'chain.dcd'}")
+    print(f"wrote {output / 'chain.dcd'} and {output / 'statistics.json'}")
 
 
 @command
@@ -188,7 +194,7 @@ def tfep(
     source: Annotated[Path, typer.Argument(help="A states file (.toml), or a flow file (.safetensors).")],
     output: Output = Path("runs/tfep"),
     system: System = None,
-    n: Annotated[int, typer.Option("-n", help="Flow samples.")] = 20_000,
+    n: Annotated[int | None, typer.Option("-n", help="Flow samples; 20,000 by default.")] = None,
     data: TestData = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed; default the states file's, or 0.")] = None,
     device: Device = "cpu",
@@ -204,6 +210,8 @@ def tfep(
     if source.suffix == ".toml":
         if data is not None:
             raise InputError("--data goes with a flow; a states file names the trajectories of its states")
+        if system is not None or n is not None:
+            raise InputError("--system and -n go with a flow; a states file says them of its states")
         from openmm_regflow.device import resolve_device
         from openmm_regflow.tfep import load_states, run_states
 
@@ -211,15 +219,15 @@ def tfep(
         config = load_states(source)
         config = config if seed is None else config.model_copy(update={"seed": seed})
         kept = any(state.simulate is not None for state in (config.a, config.b))
-        with output_of(output, "tfep", config.model_dump(mode="json"), overwrite), resumable(kept):
-            result = run_states(config, source.parent, output, device=where)
+        with output_of(output, "tfep", config.model_dump(mode="json"), overwrite), resumable(kept), bars() as bar:
+            result = run_states(config, source.parent, output, device=where, stage=bar)
     else:
         import torch
 
         from openmm_regflow.files import write_json
         from openmm_regflow.outputs import basin_tfep
 
-        seed = seed or 0
+        seed, n = seed or 0, 20_000 if n is None else n
         system, mol, proposal = open_proposal(source, system, device)
         reference = given_frames(mol, data, "test")
         described = {"flow": str(source), "system": system, "n": n, "seed": seed, "data": str(data)}
@@ -230,4 +238,7 @@ def tfep(
     print(result)
     if source.suffix == ".toml" and config.map != "identity":  # else there is nothing to compare with
         print(f"without a map: {'no overlap' if result.plain is None else result.plain}")
+        plain = result.plain
+        if plain and plain.uncertainty < result.uncertainty and not plain.verdict.startswith("do not trust"):
+            print("the map did not help: without it the error is smaller; take that value, or train the map longer")
     print(result.verdict)

@@ -4,6 +4,7 @@ import functools
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from openmm_regflow._version import __version__
 from openmm_regflow.allocation import keep_freed_memory
 from openmm_regflow.errors import InputError, RegflowError
 
@@ -21,12 +23,27 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="openmm-regflow",
-    help="Normalizing flows trained by regression (RegFlow) as proposal generators for OpenMM.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and stop.")
+    ] = False,
+) -> None:
+    """Normalizing flows trained by regression (RegFlow) as proposal generators for OpenMM."""
+
 
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random number.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N, or auto.")]
@@ -52,6 +69,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def guarded(*arguments: Any, **options: Any) -> None:
         keep_freed_memory()
+        formerly, warnings.formatwarning = warnings.formatwarning, _warning_line
         try:
             function(*arguments, **options)
         except RegflowError as error:
@@ -68,6 +86,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             if isinstance(error, ValidationError):
                 first = error.errors()[0]
                 fail(f"error: {'.'.join(map(str, first['loc']))}: {first['msg']}", 2)
+            if _exploded(error):
+                fail("error: the dynamics exploded; take a shorter time step, or start from a lower energy", 2)
             line = memory_line(error)
             if line is None:
                 raise
@@ -75,8 +95,20 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                 fail(f"error: {line}", 2)
             print(f"{line.split(';')[0]}: going on on the CPU", file=sys.stderr)
             guarded(*arguments, **options | {"device": "cpu"})
+        finally:
+            warnings.formatwarning = formerly
 
     return app.command()(guarded)
+
+
+def _warning_line(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> str:
+    """A warning as users of the command line read it: without the line of code that gave it."""
+    return f"warning: {' '.join(str(message).split())}\n"
+
+
+def _exploded(error: Exception) -> bool:
+    """Whether OpenMM or openmmtools (SimulationNaNError and its kin) met a number that is none."""
+    return "NaN" in type(error).__name__ or "coordinate is NaN" in str(error)
 
 
 @contextmanager
@@ -127,7 +159,7 @@ def bars() -> Iterator[Callable[[str, int], Callable[[int, int, dict[str, float]
                 text = "  ".join(f"{k} {v:.4g}" for k, v in figures.items())
                 progress.update(task, completed=done, total=total, figures=text)
                 if not console.is_terminal and (done == total or time.monotonic() - last[0] > 20):
-                    console.print(f"{name}: {done}/{total}  {text}", highlight=False)
+                    console.print(f"{name}: {done}/{total}  {text}", highlight=False, soft_wrap=True)
                     last[0] = time.monotonic()
 
             return update

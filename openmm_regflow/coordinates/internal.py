@@ -22,6 +22,8 @@ from openmm_regflow.errors import InputError
 STIFF_TORSION = 0.6
 #: Unless more than this share of the data lies beyond a quarter turn from its mean: a second minimum, however rare.
 FAR_SHARE = 1e-3
+#: [nm^2, rad^2] Variance of a combination of stiff coordinates that does not vary; thermal ones have 1e-6 and more.
+LEAST_VARIANCE = 1e-10
 #: Bonds of fixed length: ``(i, j, length [nm])``.
 FixedBonds = Sequence[tuple[int, int, float]]
 
@@ -207,7 +209,8 @@ class InternalMap(CoordinateMap):
             fixed: ``(i, j, length [nm])`` of bonds of fixed length.
 
         Raises:
-            InputError: too few frames, NaN, a wrong number of atoms, or a fixed distance that is no bond.
+            InputError: too few frames, NaN, a wrong number of atoms, a fixed distance that is no bond, or coordinates
+                that do not vary.
         """
         if x.ndim != 3 or x.shape[1] != zmatrix.n_atoms:
             raise InputError(f"positions of shape {tuple(x.shape)} do not fit a molecule of {zmatrix.n_atoms} atoms")
@@ -245,7 +248,12 @@ class InternalMap(CoordinateMap):
         origin = draft._centres(raw)
         deviation = draft._deviation(raw, origin)[:, : draft.n_stiff]
         values, vectors = torch.linalg.eigh(torch.cov(deviation.T))
-        values = values.clamp_min(1e-10)
+        if float(values[0]) < LEAST_VARIANCE:
+            raise InputError(
+                "a combination of bonds, angles and stiff torsions does not vary over the frames: atoms are frozen, a "
+                "bond is constrained that is not among the fixed ones (constraints.fixed_bonds(system)), or the frames "
+                "are copies of a few; learn from frames in which all of them move"
+            )
         # Symmetric (ZCA) whitening: each feature stays close to the coordinate it came from.
         return cls(zmatrix, soft, origin, vectors * values.sqrt() @ vectors.T, fixed)
 

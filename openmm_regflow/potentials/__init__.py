@@ -6,7 +6,21 @@ energies ``(n,)`` [kJ/mol].
 """
 
 from openmm_regflow.potentials.base import Potential
-from openmm_regflow.potentials.openmm_potential import OpenMMPotential, cpu_platform, platform_names, small_platform
+from openmm_regflow.potentials.openmm_potential import (
+    OpenMMPotential,
+    cpu_platform,
+    parameters_of,
+    platform_names,
+    small_platform,
+)
 from openmm_regflow.potentials.torch_potential import TorchPotential
 
-__all__ = ["OpenMMPotential", "Potential", "TorchPotential", "cpu_platform", "platform_names", "small_platform"]
+__all__ = [
+    "OpenMMPotential",
+    "Potential",
+    "TorchPotential",
+    "cpu_platform",
+    "parameters_of",
+    "platform_names",
+    "small_platform",
+]

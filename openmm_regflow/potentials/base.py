@@ -16,6 +16,8 @@ from torch import Tensor
 
 from openmm_regflow.errors import InputError, UnsupportedForceError
 
+#: Positions beyond this [nm] have energy +inf, on every platform alike.
+LARGEST_COORDINATE = 1e9
 #: Largest dense matrix (entries) used for a transposed gather outside the compiler; see `Incidence`.
 _DENSE_LIMIT = 500_000
 

@@ -8,7 +8,6 @@ import torch
 from openmm import unit
 from torch import Tensor
 
-from openmm_regflow.errors import InputError
 from openmm_regflow.potentials.base import (
     Geometry,
     Incidence,
@@ -66,6 +65,8 @@ def torsion_components(b1: Vector, b2: Vector, b3: Vector) -> tuple[Tensor, Tens
     """
     m, n = cross(b1, b2), cross(b2, b3)
     c, s = dot(m, n), dot(b1, n) * bond_length(b2)
+    size = torch.maximum(c.abs(), s.abs()).detach()  # lengths to the fourth: squares may leave single precision
+    c, s = c / size, s / size
     scale = torch.rsqrt(c * c + s * s)
     return c * scale, s * scale
 
@@ -154,8 +155,6 @@ class PeriodicTorsionTerm(_Torsions):
         order = max([1] + [row[4] for row in rows])
         series: dict[tuple[int, ...], np.ndarray] = {}
         for *atoms, n, phase, k in rows:
-            if n < 1:
-                raise InputError(f"a torsion of atoms {atoms} has periodicity {n}; it must be positive, as in OpenMM")
             table = series.setdefault(tuple(atoms), np.zeros((2, order + 1)))
             table[0, 0] += md(k)
             table[:, n] += md(k) * np.array([np.cos(md(phase)), np.sin(md(phase))])

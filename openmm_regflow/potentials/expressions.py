@@ -120,7 +120,7 @@ class _Parser:
         if kind == "name":
             return self._call(text) if self._peek() == "(" else self._variable(text)
         if text == "-":
-            return self._graph.call("neg", self._binary(_UNARY_POWER))
+            return self._graph.call(_MINUS, self._binary(_UNARY_POWER))
         if text != "(":
             raise self._error(f"unexpected {text!r}")
         node = self._binary(0)
@@ -258,13 +258,15 @@ FUNCTIONS: dict[str, tuple[int, Callable[..., Value]]] = {
     "max": (2, lambda a, b: torch.maximum(*_like(a, b))),
     "select": (3, lambda c, a, b: _where(c != 0, *_like(c, a, b)[1:])),
 }
+#: The sign of one operand: no name that a tabulated function could have.
+_MINUS = "unary -"
 _OPERATORS: dict[str, Callable[..., Value]] = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
     "*": lambda a, b: a * b,
     "/": lambda a, b: a / b,
     "^": _power,
-    "neg": lambda a: -a,
+    _MINUS: lambda a: -a,
 }
 
 
@@ -393,7 +395,7 @@ class _Evaluation:
             return node.number
         if node.is_variable:
             return self._names[node.name[1:]]
-        if node.name == "select":
+        if node.name == "select" and "select" not in self._tables:
             return self._select(*node.args)
         args = [self(arg) for arg in node.args]
         if node.name in _OPERATORS:

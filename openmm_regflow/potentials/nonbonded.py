@@ -7,6 +7,7 @@ import openmm
 import torch
 from torch import Tensor
 
+from openmm_regflow.errors import UnsupportedForceError
 from openmm_regflow.potentials.base import Geometry, PairTable, Take, Term, column, refuse
 from openmm_regflow.potentials.bonded import md
 
@@ -90,6 +91,7 @@ class NonbondedTerm(Term):
         self._particles = np.array([[md(v) for v in row] for row in rows]).reshape(-1, 3)
         offsets = range(force.getNumParticleParameterOffsets())
         self._particle_offsets = [force.getParticleParameterOffset(k) for k in offsets]
+        _refuse_repeated(self._particle_offsets, "particle")
 
     def _read_exceptions(self, force: openmm.NonbondedForce) -> None:
         rows = [force.getExceptionParameters(k) for k in range(force.getNumExceptions())]
@@ -97,6 +99,7 @@ class NonbondedTerm(Term):
         self._exceptions = np.array([[md(v) for v in row[2:]] for row in rows]).reshape(-1, 3)
         offsets = range(force.getNumExceptionParameterOffsets())
         self._exception_offsets = [force.getExceptionParameterOffset(k) for k in offsets]
+        _refuse_repeated(self._exception_offsets, "exception")
         self._active = (self._exceptions[:, 0] != 0) | (self._exceptions[:, 2] != 0)
         self._active[[entry[1] for entry in self._exception_offsets]] = True
         renumbered = np.cumsum(self._active) - 1
@@ -112,7 +115,9 @@ class NonbondedTerm(Term):
         particles = _with_offsets(self._particles, self._particle_offsets, parameters)
         exceptions = _with_offsets(self._exceptions, self._exception_offsets, parameters)
         a, b = particles[self._atoms[:, 0]], particles[self._atoms[:, 1]]
-        regular = np.stack([a[:, 0] * b[:, 0], 0.5 * (a[:, 1] + b[:, 1]), np.sqrt(a[:, 2] * b[:, 2])], axis=1)
+        with np.errstate(invalid="ignore"):  # a depth below zero, by an offset: no number, as in OpenMM
+            root = np.sqrt(particles[:, 2])[self._atoms]
+        regular = np.stack([a[:, 0] * b[:, 0], 0.5 * (a[:, 1] + b[:, 1]), root[:, 0] * root[:, 1]], axis=1)
         groups = [regular, exceptions] if self._cutoff is not None else [np.concatenate([regular, exceptions])]
         return {
             f"{name}{k}": value
@@ -147,6 +152,18 @@ class NonbondedTerm(Term):
             dispersion = dispersion * switching_function(r2 * inv_r, self._switch, rc)
         value = dispersion + qq * (inv_r + k_rf * r2 - c_rf)
         return torch.where(r2 <= rc * rc, value, torch.zeros_like(value))
+
+
+def _refuse_repeated(offsets: list, kind: str) -> None:
+    """Refuse two offsets of one parameter in one place: Reference takes the last of them, other platforms the sum."""
+    seen: set[tuple[str, int]] = set()
+    for name, row, *_ in offsets:
+        if (name, row) in seen:
+            raise UnsupportedForceError(
+                f"{kind} {row} of the NonbondedForce has two offsets of the parameter {name!r}, which OpenMM's "
+                "platforms read differently; give it one, their sum"
+            )
+        seen.add((name, row))
 
 
 def _with_offsets(values: np.ndarray, offsets: list, parameters: Mapping[str, float]) -> np.ndarray:

@@ -25,7 +25,7 @@ from torch import Tensor
 from openmm_regflow.device import openmm_properties
 from openmm_regflow.device.choice import GPU_PLATFORMS
 from openmm_regflow.errors import InputError
-from openmm_regflow.potentials.base import check_positions
+from openmm_regflow.potentials.base import LARGEST_COORDINATE, check_positions
 
 _PROBE_SECONDS = 0.05
 _CHUNKS_PER_WORKER = 4
@@ -85,7 +85,7 @@ def _evaluate(
     virtual = any(map(context.getSystem().isVirtualSite, range(context.getSystem().getNumParticles())))
     energy = np.full(len(x), np.inf)
     force = np.zeros(x.shape) if forces else None
-    for i in np.flatnonzero(np.isfinite(x).all((1, 2))):
+    for i in np.flatnonzero((np.abs(x) <= LARGEST_COORDINATE).all((1, 2))):
         try:
             context.setPositions(x[i])
             if virtual:
@@ -277,7 +277,7 @@ class OpenMMPotential:
             return _Engine(self._xml, self._digest, self._platform, properties)
         asked = frozenset(self._properties)
         if (self._digest, asked) not in _FASTEST:
-            finite = x[np.isfinite(x).all((1, 2))][:1]
+            finite = x[(np.abs(x) <= LARGEST_COORDINATE).all((1, 2))][:1]
             if not len(finite):  # nothing to time; any platform gives the same +inf, and the next batch is probed
                 return _Engine(self._xml, self._digest, "Reference")
             choices = [choice for choice in _candidates() if asked <= _property_names(choice[0])]
@@ -383,16 +383,35 @@ def context_parameters(system: openmm.System) -> dict[str, float]:
         InputError: two forces give one parameter different defaults, which no Context takes either.
     """
     found: dict[str, float] = {}
-    for force in system.getForces():
-        count = getattr(force, "getNumGlobalParameters", lambda: 0)()
-        for k in range(count):
-            name, value = force.getGlobalParameterName(k), force.getGlobalParameterDefaultValue(k)
-            if found.setdefault(name, value) != value:
-                raise InputError(
-                    f"two forces give the global parameter {name!r} different defaults, {found[name]:g} and {value:g}; "
-                    "make them equal"
-                )
+    for name, value in (own for force in system.getForces() for own in parameters_of(force)):
+        if found.setdefault(name, value) != value:
+            raise InputError(
+                f"two forces give the global parameter {name!r} different defaults, {found[name]:g} and {value:g}; "
+                "make them equal"
+            )
     return found
+
+
+def parameters_of(force: openmm.Force) -> list[tuple[str, float]]:
+    """Names and defaults of the parameters by which a Context can change a force's energies.
+
+    Those of the forces within a CustomCVForce or an ATMForce are the Context's, too.
+    """
+    found = []
+    if hasattr(force, "getNumGlobalParameters"):
+        count = range(force.getNumGlobalParameters())
+        found = [(force.getGlobalParameterName(k), force.getGlobalParameterDefaultValue(k)) for k in count]
+    elif hasattr(force, "getGlobalParameters"):  # PythonForce
+        found = [(name, float(value)) for name, value in dict(force.getGlobalParameters()).items()]
+    if isinstance(force, openmm.AmoebaVdwForce) and force.getAlchemicalMethod() in (force.Decouple, force.Annihilate):
+        found.append((force.Lambda(), 1.0))
+    inner: list[openmm.Force] = []
+    if isinstance(force, openmm.CustomCVForce):
+        inner = [force.getCollectiveVariable(k) for k in range(force.getNumCollectiveVariables())]
+    elif isinstance(force, openmm.ATMForce):
+        # As plain forces, which know no parameters; a copy has its own type again.
+        inner = [openmm.XmlSerializer.clone(force.getForce(k)) for k in range(force.getNumForces())]
+    return found + [own for one in inner for own in parameters_of(one)]
 
 
 def check_groups(groups: Iterable[int]) -> frozenset[int]:

@@ -7,8 +7,16 @@ import openmm
 import torch
 from torch import Tensor
 
-from openmm_regflow.errors import InputError, UnsupportedForceError
-from openmm_regflow.potentials.base import Geometry, PairTable, Term, Vector, check_positions, force_label
+from openmm_regflow.errors import InputError, UnsupportedForceError, first_line
+from openmm_regflow.potentials.base import (
+    LARGEST_COORDINATE,
+    Geometry,
+    PairTable,
+    Term,
+    Vector,
+    check_positions,
+    force_label,
+)
 from openmm_regflow.potentials.bonded import (
     AngleTerm,
     BondTerm,
@@ -64,8 +72,6 @@ Constants = list[dict[str, Tensor]]
 _CHUNK_ENTRIES = 120_000
 #: Arrays of that size that are alive at once in forces of CustomGBForce, the most of all terms (counted).
 _ARRAYS_AT_ONCE = 81
-#: Positions beyond this [nm] have energy +inf.
-_LARGEST_COORDINATE = 1e9
 
 
 class TorchPotential:
@@ -85,7 +91,8 @@ class TorchPotential:
         parameters: current values of the global parameters; see `set_parameter`.
 
     Raises:
-        UnsupportedForceError: a force or feature is not covered; nothing is ever left out in silence.
+        UnsupportedForceError: a force or feature is not covered; nothing is ever left out in silence. (Nor are two
+            offsets of one parameter on one particle or exception, which OpenMM's platforms read differently.)
         InputError: another dtype, a force group outside 0 to 31, or a System that no Context takes.
     """
 
@@ -103,7 +110,9 @@ class TorchPotential:
         self.n_atoms, self.constraints = system.getNumParticles(), system.getNumConstraints()
         self.groups = None if groups is None else check_groups(groups)
         _refuse_uncovered(system, self.groups)  # before the copy: a force in Python may have none
-        self.system = openmm.XmlSerializer.clone(system)
+        self.system = _copied(system)
+        self.parameters = context_parameters(self.system)
+        _refuse_impossible(self.system, self.groups)
         pairs = PairTable(self.n_atoms)
         self._terms = _build_terms(self.system, self.groups, pairs)
         first, second = pairs.pairs().T
@@ -113,7 +122,6 @@ class TorchPotential:
             term.to(self.dtype, self.device)
         if self._differences is not None:
             self._differences.to(self.dtype, self.device)
-        self.parameters = context_parameters(self.system)
         self._refresh()
         self._compiled = compile
         self._set_functions(len(pairs))
@@ -193,7 +201,7 @@ class TorchPotential:
         energy, *gradient = function(coordinates, self._constants)
         energy = energy.reshape(-1)[:n]
         # NaN positions compare false. Squares of absurd ones overflow, and not always to an infinite energy.
-        energy = torch.where((x.abs() <= _LARGEST_COORDINATE).all(-1).all(-1), energy, torch.inf)
+        energy = torch.where((x.abs() <= LARGEST_COORDINATE).all(-1).all(-1), energy, torch.inf)
         if not forces:
             return torch.where(torch.isfinite(energy), energy, torch.inf), x
         force = -torch.stack(gradient).permute(1, 3, 2, 0).reshape(-1, self.n_atoms, 3)[:n]
@@ -304,6 +312,31 @@ def _refuse_uncovered(system: openmm.System, groups: frozenset[int] | None) -> N
             raise UnsupportedForceError(
                 f"{force_label(force)} is not covered by TorchPotential; use OpenMMPotential(system) instead"
             )
+
+
+def _copied(system: openmm.System) -> openmm.System:
+    try:
+        return openmm.XmlSerializer.clone(system)
+    except openmm.OpenMMException as error:  # as of a bond without its parameters
+        raise InputError(f"OpenMM cannot write this System: {first_line(error)}") from error
+
+
+def _refuse_impossible(system: openmm.System, groups: frozenset[int] | None) -> None:
+    """Refuse what OpenMM refuses: particles without parameters, indices beyond the last, lengths below zero.
+
+    Raises:
+        InputError: in OpenMM's words.
+    """
+    own = openmm.XmlSerializer.clone(system)
+    for k in reversed(range(own.getNumForces())):
+        if not _counts(own.getForce(k), groups):
+            own.removeForce(k)
+    for k in reversed(range(own.getNumConstraints())):  # they have no energy, and their own rules
+        own.removeConstraint(k)
+    try:
+        openmm.Context(own, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatform("Reference"))
+    except openmm.OpenMMException as error:
+        raise InputError(f"OpenMM makes no Context of this System: {first_line(error)}") from error
 
 
 def _build_terms(system: openmm.System, groups: frozenset[int] | None, pairs: PairTable) -> list[Term]:

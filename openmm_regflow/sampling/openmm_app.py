@@ -215,7 +215,7 @@ def alternate(
 
 
 class FlowReporter:
-    """An ``openmm.app`` reporter of the flow steps: one CSV line per interval.
+    """An ``openmm.app`` reporter of the flow steps: one CSV line per interval, from the first flow step on.
 
     Columns: step, then the entries of :meth:`FlowStatistics.as_dict`.
 
@@ -237,9 +237,10 @@ class FlowReporter:
         return {"steps": steps, "periodic": None, "include": []}
 
     def report(self, simulation: app.Simulation, state: openmm.State) -> None:
-        """Write one line."""
-        self._writer.writerow([simulation.currentStep, *self._source.statistics.as_dict().values()])
-        self._file.flush()
+        """Write one line, once there was a flow step: before it, means and rates are no numbers."""
+        if self._source.statistics.n_proposed:
+            self._writer.writerow([simulation.currentStep, *self._source.statistics.as_dict().values()])
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file."""

@@ -16,6 +16,9 @@ from openmm import unit
 
 from openmm_regflow.errors import CorruptFileError, InputError, InsufficientDataError
 
+#: Relative difference at which two boxes count as one; openmmtools stores their vectors in single precision.
+SAME_BOX = 1e-5
+
 
 @dataclass(frozen=True)
 class MultistateRun:
@@ -24,10 +27,12 @@ class MultistateRun:
     Attributes:
         storage: NetCDF file.
         states: index of the thermodynamic state in which each replica moved, int `(n_iterations, n_replicas)`.
-        energies: reduced potentials of every replica in every state [kT], `(n_iterations, n_replicas, n_states)`.
+        energies: reduced potentials of every replica in every state [kT], `(n_iterations, n_replicas, n_states)`; NaN
+            where a sampler with ``locality`` has not computed one.
         stored: iterations (from 0) whose positions were kept, int `(n_frames,)`: all if every particle is among
             openmmtools' ``analysis_particle_indices``, otherwise those of its ``checkpoint_interval``.
         positions: [nm], float32 `(n_frames, n_replicas, n_atoms, 3)`.
+        boxes: vectors of the periodic boxes [nm], `(n_frames, n_replicas, 3, 3)`; None without.
     """
 
     storage: Path
@@ -35,6 +40,7 @@ class MultistateRun:
     energies: np.ndarray
     stored: np.ndarray
     positions: np.ndarray
+    boxes: np.ndarray | None = None
 
     @cached_property
     def thermodynamic_states(self) -> list[Any]:
@@ -70,12 +76,24 @@ class MultistateRun:
         return state
 
     def system(self, index: int) -> openmm.System:
-        """The System of one state, its global parameters (lambdas, strengths) set as defaults.
+        """The System of one state in the box of the run, its global parameters (lambdas, strengths) set as defaults.
 
         Raises:
-            InputError: no such state, or one at constant pressure.
+            InputError: no such state, one at constant pressure, or a box that changed.
         """
-        return self._state(index).get_system(remove_thermostat=True)
+        system = self._state(index).get_system(remove_thermostat=True)
+        if self.boxes is not None and len(self.boxes) and system.usesPeriodicBoundaryConditions():
+            first = self.boxes[0, 0].astype(float)
+            if not np.allclose(self.boxes, first, rtol=SAME_BOX, atol=SAME_BOX):
+                raise InputError(
+                    f"the replicas of {self.storage} had boxes of several sizes; changing volumes are not covered, "
+                    "start all of them with the same box vectors"
+                )
+            # Replicas may have started in another box than that of the System (after equilibration at a pressure).
+            default = np.array([v.value_in_unit(unit.nanometer) for v in system.getDefaultPeriodicBoxVectors()])
+            if not np.allclose(default, first, rtol=SAME_BOX, atol=SAME_BOX):
+                system.setDefaultPeriodicBoxVectors(*(openmm.Vec3(*row) for row in first))
+        return system
 
     def temperature(self, index: int) -> float:
         """Temperature of one state [K]."""
@@ -83,6 +101,9 @@ class MultistateRun:
 
     def frames(self, index: int, burn_in: int = 0, stride: int = 1) -> np.ndarray:
         """Positions of the replica that moved in a state, in time, `(n, n_atoms, 3)` [nm].
+
+        Where several replicas may be in one state at a time, one replica after another: correlation times are then
+        those of a trajectory.
 
         Args:
             index: of the state; negative counts from the last.
@@ -93,17 +114,25 @@ class MultistateRun:
             InputError: no such state.
             InsufficientDataError: fewer than two frames are left.
         """
-        self._state(index)
-        wanted = index % len(self.thermodynamic_states)
-        keep = np.flatnonzero(self.stored >= burn_in)[::stride]
-        here = self.states[self.stored[keep]] == wanted
-        found = self.positions[keep][here]
+        found = self.positions[self.rows(index, burn_in, stride)]
         if len(found) < 2:
             raise InsufficientDataError(
                 f"{len(found)} stored frames of state {index} in {self.storage} after {burn_in} iterations; run "
                 "longer, or store positions at every iteration (analysis_particle_indices=range(n_atoms))"
             )
         return found
+
+    def rows(self, index: int, burn_in: int = 0, stride: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Which stored frames (of ``stored``) and replicas `frames` takes, two arrays `(n,)`."""
+        self._state(index)
+        wanted = index % len(self.thermodynamic_states)
+        keep = np.flatnonzero(self.stored >= burn_in)[::stride]
+        here = self.states[self.stored[keep]] == wanted
+        if len(here) and here.sum(1).max() > 1:
+            replica, time = np.nonzero(here.T)
+        else:
+            time, replica = np.nonzero(here)
+        return keep[time], replica
 
 
 def load_multistate(storage: str | Path) -> MultistateRun:
@@ -129,6 +158,8 @@ def load_multistate(storage: str | Path) -> MultistateRun:
             last = int(file.variables["last_iteration"][0])
             states = np.array(file.variables["states"][1 : last + 1]).astype(np.int64)
             energies = np.array(file.variables["energies"][1 : last + 1]).astype(np.float64)
+            if "neighborhoods" in file.variables:
+                energies[np.array(file.variables["neighborhoods"][1 : last + 1]) == 0] = np.nan
             every, interval = _analysis_positions(file), int(file.CheckpointInterval)
             frames = None if every is None else _rows(file, every, last)
         if frames is None:
@@ -151,12 +182,14 @@ def _analysis_positions(file: Any) -> int | None:
         return None
     indices = np.array(file.variables["analysis_particle_indices"][:])
     n_atoms = file.variables["positions"].shape[2]
-    return int(getattr(file, "PositionInterval", 1)) if np.array_equal(indices, np.arange(n_atoms)) else None
+    interval = int(getattr(file, "PositionInterval", 1))
+    return interval if interval > 0 and np.array_equal(indices, np.arange(n_atoms)) else None
 
 
-def _rows(file: Any, interval: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-    """Iterations counted from the first after the starting points, and their positions [nm]."""
+def _rows(file: Any, interval: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Iterations counted from the first after the starting points, their positions and their boxes [nm]."""
     iterations = np.arange(interval, last + 1, interval)
-    variable = file.variables["positions"]
-    rows = iterations if variable.shape[0] > last else iterations // interval
-    return iterations - 1, np.array(variable[rows]).astype(np.float32)
+    variables = file.variables
+    rows = iterations if variables["positions"].shape[0] > last else iterations // interval
+    boxes = np.array(variables["box_vectors"][rows]) if "box_vectors" in variables else None
+    return iterations - 1, np.array(variables["positions"][rows]).astype(np.float32), boxes

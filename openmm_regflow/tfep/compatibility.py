@@ -52,12 +52,14 @@ def check_states(maps: Sequence[Any], start: Tensor, states: Sequence[Any], samp
         samples: `(n, n_atoms, 3)` [nm] of each state.
 
     Raises:
-        InputError: the states differ in their constraints or in the masses behind them; one holds the molecule in its
+        InputError: the states differ in their constraints or in the masses behind them, or in which atoms are frozen;
+            one holds the molecule in its
             place and another does not, so that their free energies differ by the logarithm of a volume that nothing
             gives; a state knows place or orientation, and a map forgets them; or no state holds the molecule, and a map
             changes how its centre is spread.
     """
     for state in states[1:]:
+        _refuse_other_frozen(states[0], state)
         shared_bonds(states[0], state)
     found = [placement_of(state, x) for state, x in zip(states, samples)]
     known = [each for each in found if each is not None]
@@ -107,6 +109,29 @@ def shared_bonds(state_a: Any, state_b: Any) -> list[tuple[int, int, float]]:
                     "would be no configurational free energy; build both Systems with the same masses"
                 )
     return [(i, j, d) for (i, j), d in a.items()]
+
+
+def _frozen(potential: Any) -> set[int] | None:
+    """Particles without mass, which dynamics leave where they are; None where a potential knows no System."""
+    system = getattr(getattr(potential, "potential", potential), "system", None)
+    if system is None or not hasattr(system, "getParticleMass"):
+        return None
+    massless = (i for i in range(system.getNumParticles()) if system.getParticleMass(i)._value == 0)
+    return {i for i in massless if not system.isVirtualSite(i)}
+
+
+def _refuse_other_frozen(state_a: Any, state_b: Any) -> None:
+    """Refuse a state in which atoms are frozen that move in the other: their ensembles have different dimensions.
+
+    Raises:
+        InputError: naming the first.
+    """
+    a, b = _frozen(state_a.potential), _frozen(state_b.potential)
+    if a is not None and b is not None and a != b:
+        raise InputError(
+            f"atom {min(a ^ b)} has no mass in one of the states, so that it stands still there, and moves in the "
+            "other; such ensembles have no free energy difference; freeze the same atoms in both"
+        )
 
 
 def _name(k: int, n: int) -> str:

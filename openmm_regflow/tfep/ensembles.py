@@ -9,6 +9,7 @@ from torch import Tensor
 from openmm_regflow.constraints import Constraints
 from openmm_regflow.errors import InputError, UnsupportedForceError
 from openmm_regflow.potentials import OpenMMPotential, Potential, TorchPotential, cpu_platform
+from openmm_regflow.refusals import barostats_of
 from openmm_regflow.tfep.pipeline import Basin, State
 from openmm_regflow.units import thermal_energy
 
@@ -59,7 +60,6 @@ class ConstrainedEnergy:
         u = torch.as_tensor(self.potential(positions))
         return u - self.kt * self.metric.log_metric(positions).to(u)
 
-
     def _check(self, x: Tensor) -> None:
         first, second = (torch.tensor([bond[k] for bond in self.fixed_bonds], device=x.device) for k in (0, 1))
         length = torch.tensor([bond[2] for bond in self.fixed_bonds], device=x.device)
@@ -85,7 +85,16 @@ def state_of(
 
     Returns:
         A :class:`State`; its potential carries the metric term of the constraints, if there are any.
+
+    Raises:
+        InputError: a System with a barostat: changing volumes are not covered.
     """
+    barostats = barostats_of(system)
+    if barostats:
+        raise InputError(
+            f"the System has a {barostats[0]}, and changing volumes are not covered; sample at constant volume and "
+            "remove it"
+        )
     potential = potential_of(system, device)
     if not system.getNumConstraints():
         return State(potential, temperature, basin)

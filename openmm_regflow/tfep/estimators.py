@@ -13,6 +13,7 @@ support.
 """
 
 import math
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from openmm_regflow.tfep.sides import (
     PERFECT_SPREAD,
     Side,
     bootstrap,
+    check_resamples,
     check_works,
     load_pymbar,
     make_side,
@@ -271,10 +273,12 @@ def estimate(
         and of the block bootstrap's on all.
 
     Raises:
-        InputError: unknown method, a missing direction, NaN or -inf works, contradictory constant works.
+        InputError: unknown method, a missing direction, NaN or -inf works, contradictory constant works, fewer than two
+            replicas.
         InsufficientDataError: one sample, or no finite work on a side that is needed.
     """
     where = kelvin(temperature)
+    check_resamples(n_resamples)
     if method not in METHODS:
         raise InputError(f"method is {method!r}; choose one of {', '.join(METHODS)}")
     needed = {"exp": (forward,), "cumulant": (forward,), "exp_reverse": (reverse,)}.get(method, (forward, reverse))
@@ -323,8 +327,16 @@ def convergence(forward: Any, reverse: Any, fractions: Any = None, *, n_resample
 
     Returns:
         ``fraction``, ``bar``, ``bar_error``, ``exp``, ``exp_error``, ``exp_reverse``, ``exp_reverse_error``:
-        arrays of equal length [kT]; NaN where a part of the data has no finite works.
+        arrays of equal length [kT]; NaN where a part of the data says nothing: no finite works, or one frame of each
+        side, repeated.
+
+    Raises:
+        InputError: works that `estimate` refuses as a whole.
     """
+    for works, name in ((forward, "forward"), (reverse, "reverse")):
+        with suppress(InsufficientDataError):  # what there is too little of leaves gaps
+            check_works(works, name)
+    check_resamples(n_resamples)
     w_f, w_r = to_numpy(forward), to_numpy(reverse)
     parts = np.linspace(0.1, 1.0, 10) if fractions is None else np.asarray(fractions, dtype=float)
     rows = []
@@ -335,7 +347,7 @@ def convergence(forward: Any, reverse: Any, fractions: Any = None, *, n_resample
             try:
                 result = estimate(*pair, method=method, n_resamples=n_resamples)
                 row += [result.delta_f, result.uncertainty]
-            except InsufficientDataError:
+            except (InsufficientDataError, InputError):
                 row += [math.nan, math.nan]
         rows.append(row)
     names = ("fraction", "bar", "bar_error", "exp", "exp_error", "exp_reverse", "exp_reverse_error")

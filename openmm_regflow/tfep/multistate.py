@@ -1,17 +1,22 @@
 """Free energies of several states at once, by MBAR."""
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from scipy.sparse.csgraph import minimum_spanning_tree
+from scipy.special import logsumexp
 
 from openmm_regflow.errors import InputError, InsufficientDataError
 from openmm_regflow.reweighting import Seed, as_generator, to_numpy
 from openmm_regflow.tfep.bennett import bar_root
 from openmm_regflow.tfep.results import INDEPENDENT_CARE, INDEPENDENT_LIMIT, OVERLAP_CARE, OVERLAP_LIMIT
-from openmm_regflow.tfep.sides import CLIP, load_pymbar, quiet
+from openmm_regflow.tfep.sides import CLIP, check_resamples, load_pymbar, quiet
+
+#: Overlap that is rounding.
+NO_OVERLAP = 1e-9
 
 
 @dataclass(frozen=True)
@@ -21,12 +26,14 @@ class MultistateFreeEnergy:
     Attributes:
         delta_f: `(n_states,)` [kT], first entry 0.
         uncertainty: `(n_states,)` [kT], the larger of pymbar's and the bootstrap's.
+        uncertainties: `(n_states, n_states)` [kT], alike, of ``delta_f[j] - delta_f[i]``.
         overlap: `(n_states, n_states)` overlap matrix.
         verdict: in words.
     """
 
     delta_f: np.ndarray
     uncertainty: np.ndarray
+    uncertainties: np.ndarray
     overlap: np.ndarray
     verdict: str
 
@@ -40,21 +47,22 @@ def estimate_states(u_kn: Any, n_k: Any, *, n_resamples: int = 50, generator: Se
 
     Args:
         u_kn: `(n_states, n)` reduced potentials [kT] of independent samples, grouped by state; +inf is legal.
-        n_k: `(n_states,)` samples per state.
+        n_k: `(n_states,)` samples per state; none for a state that others reach.
         n_resamples: bootstrap replicas, resampled within each state.
         generator: NumPy generator or seed.
 
     Raises:
-        InputError: shapes that do not fit, NaN or -inf.
-        InsufficientDataError: a state without two samples.
+        InputError: shapes that do not fit, NaN or -inf, fewer than two replicas.
+        InsufficientDataError: a state with one sample, or no sample at all.
     """
+    check_resamples(n_resamples)
     u, counts = to_numpy(u_kn).astype(np.float64), to_numpy(n_k).astype(np.int64)
     if u.ndim != 2 or counts.shape != (len(u),) or counts.sum() != u.shape[1]:
         raise InputError(f"u_kn {u.shape} does not fit n_k {counts.tolist()}; columns must be the samples by state")
     if np.isnan(u).any() or (u == -np.inf).any():
         raise InputError("u_kn holds NaN or -inf; an unusable mapped energy counts as +inf")
-    if counts.min() < 2:
-        raise InsufficientDataError(f"n_k is {counts.tolist()}; every state needs at least two samples")
+    if (counts == 1).any() or not counts.any():
+        raise InsufficientDataError(f"n_k is {counts.tolist()}; a state needs no samples at all, or at least two")
     owners = np.repeat(np.arange(counts.size), counts)
     bad = int((~np.isfinite(u[owners, np.arange(u.shape[1])])).sum())
     if bad:
@@ -67,16 +75,37 @@ def estimate_states(u_kn: Any, n_k: Any, *, n_resamples: int = 50, generator: Se
         if np.ptp(rest) < CLIP:  # further away, clipping may have decided it
             break
         offset = value
-    rng, replicas = as_generator(generator), []
-    for _ in range(n_resamples):
-        index = np.concatenate([rng.choice(np.flatnonzero(owners == k), counts[k]) for k in range(counts.size)])
-        replicas.append(_mbar_values(clipped[:, index], counts, rest))
-    error = np.maximum(errors[0], np.std(replicas, axis=0, ddof=1))
-    gap = weakest_link(matrix)
-    few = counts.min()
+    sampled = counts > 0
+    gap = weakest_link(matrix[np.ix_(sampled, sampled)])
+    if gap < NO_OVERLAP:  # nothing connects the samples, and what errors would rest on is rounding
+        error = np.where(np.eye(len(errors), dtype=bool), 0.0, np.inf)
+    else:
+        error = np.maximum(errors, _spread(clipped, owners, rest, n_resamples, as_generator(generator)))
+    few = math.floor(min(counts[sampled].min(), _reach(clipped, counts, rest)[~sampled].min(initial=np.inf)))
     words = "use with care" if gap < OVERLAP_CARE or few < INDEPENDENT_CARE else "reliable"
     words = "do not trust" if gap < OVERLAP_LIMIT or few < INDEPENDENT_LIMIT else words
-    return MultistateFreeEnergy(value, error, matrix, f"{words}: overlap {gap:.2g}, {counts.tolist()} samples")
+    verdict = f"{words}: overlap {gap:.2g}, {counts.tolist()} samples"
+    verdict += "" if sampled.all() else f", worth {few} or more in every state"
+    return MultistateFreeEnergy(value, error[0], error, matrix, verdict)
+
+
+def _spread(
+    u_kn: np.ndarray, owners: np.ndarray, f_k: np.ndarray, n_resamples: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Standard deviations of all differences `(n_states, n_states)` over bootstrap replicas, drawn state by state."""
+    counts, replicas = np.bincount(owners, minlength=len(u_kn)), []
+    for _ in range(n_resamples):
+        index = np.concatenate([rng.choice(np.flatnonzero(owners == k), counts[k]) for k in range(counts.size)])
+        replicas.append(_mbar_values(u_kn[:, index], counts, f_k))
+    values = np.array(replicas)
+    return np.std(values[:, None, :] - values[:, :, None], axis=0, ddof=1)
+
+
+def _reach(u_kn: np.ndarray, n_k: np.ndarray, f_k: np.ndarray) -> np.ndarray:
+    """How many independent samples of each state all samples together are worth: Kish's number of its weights."""
+    log_w = f_k[:, None] - u_kn
+    log_w = log_w - logsumexp(log_w, axis=0, b=n_k[:, None])
+    return np.exp(2 * logsumexp(log_w, axis=1) - logsumexp(2 * log_w, axis=1))
 
 
 def weakest_link(overlap: np.ndarray) -> float:
@@ -96,15 +125,23 @@ def weakest_link(overlap: np.ndarray) -> float:
 
 
 def _neighbour_free_energies(u_kn: np.ndarray, owners: np.ndarray) -> np.ndarray:
-    """First estimates `(n_states,)` [kT] of free energies relative to state 0, from each state to the next by BAR."""
-    steps = []
-    for k, (low, high) in enumerate(pairwise(u_kn)):
-        here, there = owners == k, owners == k + 1
+    """First estimates `(n_states,)` [kT] of free energies relative to state 0.
+
+    By BAR from each sampled state to the next; of states without samples from the nearest that has some.
+    """
+    sampled, f_k = np.unique(owners), np.zeros(len(u_kn))
+    for k, following in pairwise(sampled):
+        here, there, step = owners == k, owners == following, u_kn[following] - u_kn[k]
         try:
-            steps.append(bar_root(high[here] - low[here], low[there] - high[there]))
+            f_k[following] = f_k[k] + bar_root(step[here], -step[there])
         except InsufficientDataError:
-            steps.append(0.0)
-    return np.cumsum([0.0, *steps])
+            f_k[following] = f_k[k]
+    for k in set(range(len(u_kn))) - set(sampled):
+        near = sampled[np.abs(sampled - k).argmin()]
+        step = (u_kn[k] - u_kn[near])[owners == near]
+        value = math.log(len(step)) - float(logsumexp(-step))
+        f_k[k] = f_k[near] + (value if math.isfinite(value) else 0.0)
+    return f_k - f_k[0]
 
 
 def _relative(u_kn: np.ndarray, f_k: np.ndarray) -> np.ndarray:

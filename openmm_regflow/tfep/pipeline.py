@@ -161,7 +161,12 @@ def torsion_basin(quadruple: Any, bounds: tuple[float, float]) -> Basin:
     Args:
         quadruple: four atom indices.
         bounds: (low, high) [rad]; high < low for an arc through pi.
+
+    Raises:
+        InputError: bounds that are no angles in radians.
     """
+    if not max(map(abs, bounds)) <= 2 * math.pi:
+        raise InputError(f"bounds {tuple(bounds)} are no angles in radians; convert degrees by numpy.radians")
 
     def inside(positions: Any) -> np.ndarray:
         return metrics.in_range(metrics.dihedrals(positions, np.asarray(quadruple)[None])[:, 0], bounds)
@@ -185,11 +190,24 @@ class State:
         potential: callable, `(n, n_atoms, 3)` [nm] -> `(n,)` [kJ/mol].
         temperature: [K or Quantity].
         basin: callable, positions -> booleans `(n,)`, or None for the whole space.
+
+    Raises:
+        InputError: the potential is that of constrained dynamics (:class:`~openmm_regflow.tfep.ConstrainedEnergy`) at
+            another temperature.
     """
 
     potential: Energy
     temperature: Any = 300.0
     basin: Basin | None = None
+
+    def __post_init__(self) -> None:
+        own = thermal_energy(self.temperature)
+        kt = self.potential.kt if hasattr(self.potential, "metric") and hasattr(self.potential, "kt") else None
+        if kt is not None and not math.isclose(kt, own, rel_tol=1e-9):
+            raise InputError(
+                f"the potential carries the metric term of constrained dynamics at {kt / thermal_energy(1.0):g} K, and "
+                f"the state is at {own / thermal_energy(1.0):g} K; make it by tfep.state_of(system, temperature)"
+            )
 
     def reduced(self, x: Tensor) -> np.ndarray:
         """Reduced energies `(n,)` [kT]; +inf outside the basin and for energies that are not a number.

@@ -14,7 +14,8 @@ from openmm_regflow.reweighting import (
 )
 from openmm_regflow.units import KJ_PER_KCAL, temperature_kelvin, thermal_energy
 
-#: Overlap below which BAR and MBAR are not to be trusted (Klimovich, Shirts & Mobley 2015), and with care.
+#: Overlap below which BAR and MBAR are not to be trusted, and with care. For two states of as many samples it is twice
+#: the element O_12, for which Klimovich, Shirts & Mobley 2015 give the limit 0.03; errors hold down to half of that.
 OVERLAP_LIMIT, OVERLAP_CARE = 0.03, 0.1
 #: Fewer independent samples than this on either side make any error bar meaningless; below the second, doubtful.
 INDEPENDENT_LIMIT, INDEPENDENT_CARE = 20, 50

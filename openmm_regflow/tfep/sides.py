@@ -52,6 +52,16 @@ def quiet() -> Iterator[None]:
         np.random.set_state(state)
 
 
+def check_resamples(n: int) -> None:
+    """Refuse a bootstrap that has no spread.
+
+    Raises:
+        InputError: fewer than two replicas.
+    """
+    if n < 2:
+        raise InputError(f"n_resamples is {n}; a spread needs at least two replicas, better 50")
+
+
 def check_works(works: Any, name: str) -> np.ndarray:
     """Works as float64 `(n_maps, n)`.
 

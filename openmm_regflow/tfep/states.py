@@ -30,6 +30,7 @@ temperature and basin; the atoms and their order, and the constraints, must be t
 bonds at their length, and the metric term of constrained dynamics is included.
 """
 
+import itertools
 import math
 import tomllib
 import warnings
@@ -46,6 +47,7 @@ from openmm_regflow.elements import symbol
 from openmm_regflow.errors import InputError, InsufficientDataError
 from openmm_regflow.files import write_json
 from openmm_regflow.flows import coordinates_for
+from openmm_regflow.recipes import Stage
 from openmm_regflow.simulate import BatchedSettings, batched_tempering, load_runs
 from openmm_regflow.systems import MolecularSystem, load_system
 from openmm_regflow.tfep.compatibility import shared_bonds
@@ -68,6 +70,7 @@ from openmm_regflow.tfep.pipeline import (
 from openmm_regflow.tfep.results import TargetedFreeEnergy
 from openmm_regflow.tfep.storage import state_from_storage
 from openmm_regflow.training import TrainConfig
+from openmm_regflow.trajectories import check_box
 
 
 class _Section(BaseModel):
@@ -77,8 +80,14 @@ class _Section(BaseModel):
 class BasinConfig(_Section):
     """An arc of one torsion."""
 
-    torsion: tuple[int, int, int, int]
+    torsion: tuple[int, int, int, int] = Field(description="four atoms")
     range: tuple[float, float] = Field(description="(low, high] in degrees; high < low runs through 180")
+
+    @model_validator(mode="after")
+    def _four(self) -> "BasinConfig":
+        if len(set(self.torsion)) < 4 or min(self.torsion) < 0:
+            raise ValueError(f"torsion {list(self.torsion)} needs the indices of four different atoms")
+        return self
 
 
 class StateConfig(_Section):
@@ -164,7 +173,12 @@ def load_states(path: str | Path) -> StatesConfig:
         raise InputError(f"{path} is not TOML: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
-        raise InputError(f"{path}: {'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}") from error
+        place = ".".join(map(str, first["loc"]))
+        sections: dict[str, type[BaseModel]] = {"a": StateConfig, "b": StateConfig, "train": TrainConfig}
+        sections |= {"a.basin": BasinConfig, "b.basin": BasinConfig, "": StatesConfig}
+        section = sections.get(".".join(map(str, first["loc"][:-1])))
+        known = f"; known keys: {', '.join(section.model_fields)}" if section and "extra" in first["type"] else ""
+        raise InputError(f"{path}: {place or 'file'}: {first['msg']}{known}") from error
 
 
 def open_state(
@@ -227,6 +241,7 @@ def _source(
     state = state_of(molecule.system, molecule.temperature, device=device)
     if config.simulate is None:
         frames = molecule.load_trajectory(folder / str(config.trajectory), stride=config.stride)
+        check_box(folder / str(config.trajectory), molecule.topology, molecule.system)
         return state, frames[math.ceil(config.burn_in / config.stride) :]
     batched_tempering(molecule, run_folder, BatchedSettings.create(**{"device": str(device)} | config.simulate))
     ladders = load_runs(run_folder, config.burn_in)
@@ -234,7 +249,11 @@ def _source(
 
 
 def run_states(
-    config: StatesConfig, folder: str | Path, output: str | Path, device: torch.device | str = "cpu"
+    config: StatesConfig,
+    folder: str | Path,
+    output: str | Path,
+    device: torch.device | str = "cpu",
+    stage: Stage | None = None,
 ) -> TargetedFreeEnergy:
     """Compute the free energy difference that a states file describes and write it.
 
@@ -244,6 +263,7 @@ def run_states(
         output: folder for ``tfep.json``, ``works.npz``, ``works.png`` and ``convergence.png``, and for the runs of
             states that are simulated.
         device: of energies, simulations and the training of a map.
+        stage: makes the progress callback of the folds in which a map is fitted.
 
     Returns:
         The result; unless the map is the identity, plain perturbation on the same samples is ``.plain`` (None where it
@@ -262,8 +282,8 @@ def run_states(
         raise InputError(
             f"{config.a.system} and {config.b.system} differ in their atoms; both states need one molecule"
         )
-    frames = (torch.as_tensor(x, dtype=torch.float64, device=device) for x in (x_a, x_b))
-    result, mapped = _solve(config, molecule, state_a, state_b, *frames)
+    a, b = (torch.as_tensor(x, dtype=torch.float64, device=device) for x in (x_a, x_b))
+    result, mapped = _solve(config, molecule, state_a, state_b, a, b, stage)
     output.mkdir(parents=True, exist_ok=True)
     record = {"result": result.to_dict(), "settings": config.model_dump(mode="json")}
     write_json(output / "tfep.json", record)
@@ -281,6 +301,7 @@ def _solve(
     state_b: State,
     x_a: torch.Tensor,
     x_b: torch.Tensor,
+    stage: Stage | None = None,
 ) -> tuple[TargetedFreeEnergy, Works]:
     fixed, training = shared_bonds(state_a, state_b), config.train.model_copy(update={"seed": config.seed})
     options: dict[str, Any] = {"method": config.method, "n_resamples": config.n_resamples, "generator": config.seed}
@@ -288,7 +309,11 @@ def _solve(
         same = works(IdentityMap(), state_a, state_b, x_a, x_b)
         return estimate(same.forward, same.reverse, temperature=common_temperature(state_a, state_b), **options), same
 
+    progress, begun = stage("folds", config.folds) if stage else None, itertools.count()
+
     def fit(a: torch.Tensor, b: torch.Tensor) -> CoordinatesMap:
+        if progress:
+            progress(next(begun), config.folds, {})
         coordinates = coordinates_for(molecule.topology, torch.cat([a, b]).cpu(), config.coordinates, fixed)
         coordinates = coordinates.to(a.device)
         if config.map == "nearby":
@@ -300,4 +325,6 @@ def _solve(
         )  # fmt: skip
 
     mapped = cross_fit_works(fit, state_a, state_b, x_a, x_b, folds=config.folds, gap=config.gap)
+    if progress:
+        progress(config.folds, config.folds, {})
     return result_of(mapped, state_a, state_b, x_a, x_b, **options), mapped

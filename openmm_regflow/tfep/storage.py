@@ -4,18 +4,26 @@ Any two of its states become the ends of a targeted perturbation: two temperatur
 restraint on and off. :func:`storage_reference` gives MBAR over all of its states for comparison.
 """
 
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.special import logsumexp
 
-from openmm_regflow.errors import InsufficientDataError
+from openmm_regflow.errors import InputError, InsufficientDataError
 from openmm_regflow.reweighting import Seed
 from openmm_regflow.simulate import MultistateRun, load_multistate
 from openmm_regflow.tfep.ensembles import state_of
 from openmm_regflow.tfep.multistate import MultistateFreeEnergy, estimate_states
 from openmm_regflow.tfep.pipeline import State
-from openmm_regflow.tfep.sides import load_pymbar, quiet
+from openmm_regflow.tfep.sides import load_pymbar, statistical_inefficiency
+
+#: Frames whose energies are compared; iterations that are enough for weights of which only the memory is asked.
+N_COMPARED, ENOUGH = 8, 500
+#: [kT], and relative to the energy: what single precision makes of stored positions and of a GPU's energies.
+ROUNDING = 0.1, 1e-4
 
 
 def state_from_storage(
@@ -36,16 +44,44 @@ def state_from_storage(
         device: of the energies.
 
     Returns:
-        The state, its potential with all global parameters set, and positions `(n, n_atoms, 3)` [nm] in time.
+        The state, its potential with all global parameters set and in the box of the run, and positions
+        `(n, n_atoms, 3)` [nm], see ``MultistateRun.frames``.
 
     Raises:
-        InputError: no such file or state, or one at constant pressure.
+        InputError: no such file or state, one at constant pressure or in a box that changed, or energies that are not
+            those that the sampler stored.
         CorruptFileError: a damaged file.
         InsufficientDataError: fewer than two frames.
     """
     run = storage if isinstance(storage, MultistateRun) else load_multistate(storage)
     frames = run.frames(index, burn_in, stride)
-    return state_of(run.system(index), run.temperature(index), device=device), frames
+    state = state_of(run.system(index), run.temperature(index), device=device)
+    _check_energies(run, state, index, frames, run.rows(index, burn_in, stride))
+    return state, frames
+
+
+def _check_energies(
+    run: MultistateRun, state: State, index: int, frames: np.ndarray, rows: tuple[np.ndarray, np.ndarray]
+) -> None:
+    """Refuse a state whose energies of some frames are not those that the sampler stored.
+
+    Whatever a storage does not say (another box, other parameters) would move every work.
+
+    Raises:
+        InputError: they differ by more than rounding.
+    """
+    some = np.linspace(0, len(frames) - 1, min(N_COMPARED, len(frames))).astype(int)
+    bare = replace(state, potential=getattr(state.potential, "potential", state.potential))  # without a metric term
+    own = bare.reduced(torch.as_tensor(frames[some], dtype=torch.float64))
+    time, replica = (each[some] for each in rows)
+    stored = run.energies[run.stored[time], replica, index]
+    off = np.abs(own - stored)
+    if not (off <= ROUNDING[0] + ROUNDING[1] * np.abs(stored)).all():
+        raise InputError(
+            f"the energies of state {index % len(run.thermodynamic_states)} are off by up to {off.max():.3g} kT from "
+            f"those in {run.storage}: the sampler had other parameters, or another box, than the state says; make the "
+            "state by tfep.state_of, of the System that was simulated"
+        )
 
 
 def storage_reference(
@@ -53,8 +89,9 @@ def storage_reference(
 ) -> MultistateFreeEnergy:
     """MBAR over all states of an openmmtools sampler (Shirts & Chodera 2008), in kT of each state.
 
-    Iterations are thinned by the statistical inefficiency of the summed reduced energy of the occupied states, the
-    series that openmmtools' own analysis uses (Chodera 2016, J. Chem. Theory Comput. 12, 1799).
+    Iterations are thinned by the largest statistical inefficiency of what they contribute to the differences between
+    neighbours and between the ends: the mixture weights of the states, added up over replicas. (openmmtools' own
+    analysis takes that of the summed reduced energy, which does not see a slow mode under a bath of fast ones.)
 
     Args:
         storage: NetCDF file, or what :func:`load_multistate` read from it.
@@ -63,7 +100,7 @@ def storage_reference(
         generator: NumPy generator or seed.
 
     Raises:
-        InputError: no such file.
+        InputError: no such file, or energies that a sampler with ``locality`` has not computed.
         CorruptFileError: a damaged file.
         InsufficientDataError: too few independent iterations.
     """
@@ -71,13 +108,37 @@ def storage_reference(
     states, energies = run.states[burn_in:], run.energies[burn_in:]
     if len(states) < 10:
         raise InsufficientDataError(f"{len(states)} iterations after {burn_in} of burn-in; at least ten are needed")
-    occupied = np.take_along_axis(energies, states[:, :, None], axis=2)[:, :, 0].sum(axis=1)
-    timeseries = load_pymbar().timeseries
-    with quiet():
-        inefficiency = float(timeseries.statistical_inefficiency(occupied))
-        kept = np.asarray(timeseries.subsample_correlated_data(occupied, g=inefficiency))
-    owners = states[kept].ravel()
+    if np.isnan(energies).any():
+        raise InputError(
+            f"{run.storage} is of a sampler with locality, which has not computed the energies of far states; estimate "
+            "between neighbours by state_from_storage and free_energy_difference, or run it with locality=None"
+        )
+    inefficiency = _inefficiency(states, energies)
+    kept = load_pymbar().timeseries.subsample_correlated_data(np.arange(len(states)), g=inefficiency)
+    if len(kept) < 2:
+        raise InsufficientDataError(
+            f"the {len(states)} iterations of {run.storage} remember each other (one in {inefficiency:.0f} is "
+            "independent); run longer"
+        )
+    samples = _by_state(states[kept], energies[kept])
+    return estimate_states(*samples, n_resamples=n_resamples, generator=generator)
+
+
+def _by_state(states: np.ndarray, energies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Energies `(n_states, n)` of all replicas, grouped by the state that they were in, and their numbers."""
+    owners = states.ravel()
     order = np.argsort(owners, kind="stable")
-    u_kn = energies[kept].reshape(owners.size, -1).T[:, order]
-    n_k = np.bincount(owners, minlength=energies.shape[2])
-    return estimate_states(u_kn, n_k, n_resamples=n_resamples, generator=generator)
+    u_kn = energies.reshape(owners.size, -1).T[:, order]
+    return u_kn, np.bincount(owners, minlength=energies.shape[2])
+
+
+def _inefficiency(states: np.ndarray, energies: np.ndarray) -> float:
+    """Iterations per independent one, by what each adds to the free energies."""
+    some = slice(None, None, max(1, len(states) // ENOUGH))
+    f_k = estimate_states(*_by_state(states[some], energies[some]), n_resamples=2, generator=0).delta_f
+    n_k = np.bincount(states.ravel(), minlength=energies.shape[2])
+    log_w = f_k - energies  # (iteration, replica, state)
+    log_w = log_w - logsumexp(log_w, axis=2, b=n_k, keepdims=True)
+    share = np.exp(log_w).sum(axis=1)
+    pairs = [*pairwise(range(len(n_k))), (0, len(n_k) - 1)]
+    return max((statistical_inefficiency(share[:, i] - share[:, j]) for i, j in pairs if i != j), default=1.0)
