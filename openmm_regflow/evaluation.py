@@ -116,12 +116,10 @@ class Evaluation:
         if self.wrong_chirality is not None:
             error = 100 * (self.wrong_chirality_error or 0.0)
             rows.append(("wrong chirality", f"{100 * self.wrong_chirality:.3g} ± {error:.2g} %"))
-        both = (("plain", self.delta_f_phi), ("reweighted", self.delta_f_phi_reweighted))
-        values = (*both, ("reference", self.delta_f_phi_reference))
-        if any(value is not None for _, value in values):
-            for words, value in values:
-                figures = "– (one of the sides has too few samples)"
-                figures = figures if value is None else f"{value[0]:.2f} ± {value[1]:.2f}"
+        values = (self.delta_f_phi, self.delta_f_phi_reweighted, self.delta_f_phi_reference)
+        if any(values):
+            for words, value in zip(("plain", "reweighted", "reference"), values, strict=True):
+                figures = f"{value[0]:.2f} ± {value[1]:.2f}" if value else "– (one of the sides has too few samples)"
                 rows.append((f"F(φ>0) − F(φ<0), {words} [kT]", figures))
         rows.append(("mean energy with the top 0.2 % clipped, less without [kT]", _number(self.clip_bias)))
         return [*rows, ("verdict", self.verdict)]

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -95,6 +96,20 @@ def read_json(path: str | Path, remedy: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CorruptFileError(f"{path} is damaged (a {type(found).__name__}, no object); {remedy}")
     return found
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The table in a TOML file.
+
+    Raises:
+        InputError: no TOML.
+        OSError: no such file, or none that may be read.
+    """
+    with open(path, "rb") as handle:
+        try:
+            return tomllib.load(handle)
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} is not TOML: {error}") from error
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:

@@ -14,10 +14,10 @@ from openmm_regflow.errors import InputError
 from openmm_regflow.evaluation import Evaluation, evaluate
 from openmm_regflow.files import write_json
 from openmm_regflow.proposals import FlowProposal, ProposalBatch
-from openmm_regflow.recipes import Stage
 from openmm_regflow.sampling import Annealed, annealed_samples
 from openmm_regflow.systems import MolecularSystem
 from openmm_regflow.tfep import TargetedFreeEnergy
+from openmm_regflow.training import Stage
 
 #: Points on either side of the exact T-W2: the cost matrix grows with the square, the solver faster.
 TORSION_POINTS = 4000

@@ -29,6 +29,8 @@ from openmm_regflow.objectives import Loss, SplitLoss, describe
 Batch = tuple[Tensor, ...]
 #: (steps done, steps in total, figures of the last step)
 Progress = Callable[[int, int, dict[str, float]], None]
+#: (name of the stage, steps in total) -> progress callback of that stage
+Stage = Callable[[str, int], Progress]
 CHECKPOINT_VERSION = 1
 #: Losses that differ by less than this are equal, where an explosion is concerned.
 LEAST_LEVEL = 1e-2

@@ -92,18 +92,7 @@ def simulate(
         "seed": seed,
     } | where
     with extendable(output):
-        with bars() as bar:
-            update = bar("tempering", iterations)
-
-            def progress(done: int, total: int) -> None:
-                update(done, total, {})
-
-            if engine == "batched":
-                many = engines.BatchedSettings.create(**values, n_copies=copies)
-                engines.batched_tempering(mol, output, many, progress=progress)
-            else:
-                one = engines.TemperingSettings.create(**values)
-                engines.parallel_tempering(mol, output, one, resume=True, progress=progress)
+        _run_engine(mol, output, values | ({"n_copies": copies} if engine == "batched" else {}))
         runs = engines.load_runs(output)
         n = len(runs[0].positions)
         left_out = min(burn_in, n // 2)
@@ -121,6 +110,23 @@ def simulate(
     if left_out < burn_in:
         print(f"a burn-in of {burn_in} is more than half of the {n} iterations; {left_out} are left out")
     print(f"wrote {len(kept):,} frames to {path}, the first {left_out} of {n} iterations left out")
+
+
+def _run_engine(mol: Any, output: Path, values: dict[str, Any]) -> None:
+    """Parallel tempering by the batched engine, if there are copies of the ladder, or by openmmtools."""
+    from openmm_regflow import simulate as engines
+
+    with bars() as bar:
+        update = bar("tempering", values["n_iterations"])
+
+        def progress(done: int, total: int) -> None:
+            update(done, total, {})
+
+        if "n_copies" in values:
+            engines.batched_tempering(mol, output, engines.BatchedSettings.create(**values), progress=progress)
+        else:
+            one = engines.TemperingSettings.create(**values)
+            engines.parallel_tempering(mol, output, one, resume=True, progress=progress)
 
 
 def _delta_f(runs: Any, phi: Any) -> str:

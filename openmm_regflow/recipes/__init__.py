@@ -18,7 +18,8 @@ from openmm_regflow.recipes.config import (
 from openmm_regflow.recipes.data import check_data, data_batches, features
 from openmm_regflow.recipes.fitting import fit
 from openmm_regflow.recipes.toml import load_config, print_config
-from openmm_regflow.recipes.workspace import FitResult, Stage
+from openmm_regflow.recipes.workspace import FitResult
+from openmm_regflow.training import Stage
 
 __all__ = [
     "FitResult",

@@ -16,9 +16,10 @@ from openmm_regflow.frames import Indicator, Mover, lifted
 from openmm_regflow.recipes import stages
 from openmm_regflow.recipes.config import RunConfig, check_config, needs_energies, needs_mover
 from openmm_regflow.recipes.data import check_data, features
-from openmm_regflow.recipes.workspace import FitResult, Stage, Workspace
+from openmm_regflow.recipes.workspace import FitResult, Workspace
 from openmm_regflow.slopes import differentiable
 from openmm_regflow.targets import Pairs
+from openmm_regflow.training import Stage
 
 
 def fit(

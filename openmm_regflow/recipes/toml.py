@@ -1,6 +1,5 @@
 """A run's configuration as a TOML file, which has no null: a setting without a value is "none"."""
 
-import tomllib
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,6 +9,7 @@ from pydantic.fields import FieldInfo
 from tomlkit.items import Table
 
 from openmm_regflow.errors import InputError
+from openmm_regflow.files import read_toml
 from openmm_regflow.recipes.config import RunConfig
 
 UNSET = "none"
@@ -22,14 +22,11 @@ def load_config(path: str | Path) -> RunConfig:
         InputError: missing file, bad TOML, unknown key or value out of range, each named.
     """
     try:
-        with open(path, "rb") as handle:
-            return RunConfig.model_validate(_without_words(RunConfig, tomllib.load(handle)))
+        return RunConfig.model_validate(_without_words(RunConfig, read_toml(path)))
     except FileNotFoundError as error:
         raise InputError(
             f"no configuration file {path}; `openmm-regflow train --print-config` shows a complete one"
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not TOML: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(p) for p in first["loc"])

@@ -18,10 +18,7 @@ from openmm_regflow.flows import Flow
 from openmm_regflow.recipes.config import RunConfig
 from openmm_regflow.refinement import Round
 from openmm_regflow.teachers import VectorField
-from openmm_regflow.training import History, Progress, TrainConfig, train
-
-#: (name of the stage, steps in total) -> progress callback of that stage
-Stage = Callable[[str, int], Progress]
+from openmm_regflow.training import History, Stage, TrainConfig, train
 
 
 @dataclass

@@ -101,10 +101,15 @@ def _spread(
     return np.std(values[:, None, :] - values[:, :, None], axis=0, ddof=1)
 
 
+def mixture_log_weights(u_kn: np.ndarray, n_k: np.ndarray, f_k: np.ndarray) -> np.ndarray:
+    """Log-weights `(n_states, n)` of samples of the mixture of all states in each of them; weights add up to one."""
+    log_w = f_k[:, None] - u_kn
+    return log_w - logsumexp(log_w, axis=0, b=n_k[:, None])
+
+
 def _reach(u_kn: np.ndarray, n_k: np.ndarray, f_k: np.ndarray) -> np.ndarray:
     """How many independent samples of each state all samples together are worth: Kish's number of its weights."""
-    log_w = f_k[:, None] - u_kn
-    log_w = log_w - logsumexp(log_w, axis=0, b=n_k[:, None])
+    log_w = mixture_log_weights(u_kn, n_k, f_k)
     return np.exp(2 * logsumexp(log_w, axis=1) - logsumexp(2 * log_w, axis=1))
 
 

@@ -32,7 +32,6 @@ bonds at their length, and the metric term of constrained dynamics is included.
 
 import itertools
 import math
-import tomllib
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -45,9 +44,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from openmm_regflow import plots
 from openmm_regflow.elements import symbol
 from openmm_regflow.errors import InputError, InsufficientDataError
-from openmm_regflow.files import write_json
+from openmm_regflow.files import read_toml, write_json
 from openmm_regflow.flows import coordinates_for
-from openmm_regflow.recipes import Stage
 from openmm_regflow.simulate import BatchedSettings, batched_tempering, load_runs
 from openmm_regflow.systems import MolecularSystem, load_system
 from openmm_regflow.tfep.compatibility import shared_bonds
@@ -69,7 +67,7 @@ from openmm_regflow.tfep.pipeline import (
 )
 from openmm_regflow.tfep.results import TargetedFreeEnergy
 from openmm_regflow.tfep.storage import state_from_storage
-from openmm_regflow.training import TrainConfig
+from openmm_regflow.training import Stage, TrainConfig
 from openmm_regflow.trajectories import check_box
 
 
@@ -163,14 +161,11 @@ def load_states(path: str | Path) -> StatesConfig:
         InputError: no such file, bad TOML, an unknown key or a value out of range, each named.
     """
     try:
-        with open(path, "rb") as handle:
-            return StatesConfig.model_validate(tomllib.load(handle))
+        return StatesConfig.model_validate(read_toml(path))
     except OSError as error:
         raise InputError(
             f"states file {path} cannot be read: {error.strerror}; give the path of a TOML file"
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not TOML: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))

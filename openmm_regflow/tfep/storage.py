@@ -10,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.special import logsumexp
 
 from openmm_regflow.errors import InputError, InsufficientDataError
 from openmm_regflow.reweighting import Seed
 from openmm_regflow.simulate import MultistateRun, load_multistate
 from openmm_regflow.tfep.ensembles import state_of
-from openmm_regflow.tfep.multistate import MultistateFreeEnergy, estimate_states
+from openmm_regflow.tfep.multistate import MultistateFreeEnergy, estimate_states, mixture_log_weights
 from openmm_regflow.tfep.pipeline import State
 from openmm_regflow.tfep.sides import load_pymbar, statistical_inefficiency
 
@@ -137,8 +136,7 @@ def _inefficiency(states: np.ndarray, energies: np.ndarray) -> float:
     some = slice(None, None, max(1, len(states) // ENOUGH))
     f_k = estimate_states(*_by_state(states[some], energies[some]), n_resamples=2, generator=0).delta_f
     n_k = np.bincount(states.ravel(), minlength=energies.shape[2])
-    log_w = f_k - energies  # (iteration, replica, state)
-    log_w = log_w - logsumexp(log_w, axis=2, b=n_k, keepdims=True)
-    share = np.exp(log_w).sum(axis=1)
+    log_w = mixture_log_weights(energies.reshape(-1, len(n_k)).T, n_k, f_k)
+    share = np.exp(log_w).T.reshape(energies.shape).sum(axis=1)  # over replicas
     pairs = [*pairwise(range(len(n_k))), (0, len(n_k) - 1)]
     return max((statistical_inefficiency(share[:, i] - share[:, j]) for i, j in pairs if i != j), default=1.0)
