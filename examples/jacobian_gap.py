@@ -20,7 +20,7 @@ import torch
 
 import openmm_regflow as rf
 from openmm_regflow import flows, recipes, reweighting, teachers
-from openmm_regflow.ensemble import ReducedPotential, frame_mover, phi_positive
+from openmm_regflow.ensemble import ReducedPotential, frame_mover, rare_phi
 from openmm_regflow.files import write_json
 from openmm_regflow.frames import FramesConfig, more_frames
 from openmm_regflow.objectives import FlowMatchingLoss, LikelihoodLoss, RegFlowLoss, wrapped_difference
@@ -145,7 +145,7 @@ class Bench:
         u = self.potential(x)
         log_w = torch.where(torch.isfinite(u), -u - log_q, -torch.inf).double().numpy()
         ratio = (-self.potential(self.test) - self.log_z - flow.log_prob(self.test).double()).numpy()
-        (inside,) = phi_positive(self.molecule)
+        (inside,) = rare_phi(self.molecule, self.test)
         ess, cut = reweighting.effective_sample_size, reweighting.truncated_effective_sample_size
         return {
             "ess": ess(log_w),

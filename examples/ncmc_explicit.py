@@ -48,8 +48,8 @@ def matched_atoms(flow, molecule, box):
     return max(candidates, key=lambda atoms: float(flow.log_prob(x[atoms][None])))
 
 
-def log_weight_of_move(move, apply):
-    """What one move of one proposal adds to the sum of log-weights; -inf for an impossible proposal."""
+def log_ratio_of_move(move, apply):
+    """The log acceptance ratio of one move of one proposal; -inf for an impossible proposal."""
     before = move.statistics
     apply()
     after = move.statistics
@@ -75,7 +75,7 @@ def main():
     parser.add_argument("--moves", type=int, default=40, help="switches per length")
     parser.add_argument("--plain", type=int, default=300, help="plain flow moves")
     parser.add_argument("--equilibration", type=int, default=1000, help="Langevin steps before, 2 fs each")
-    parser.add_argument("--between", type=int, default=50, help="Langevin steps before each switch")
+    parser.add_argument("--between", type=int, default=50, help="Langevin steps before each move")
     parser.add_argument("--steps-per-drive", type=int, default=5, help="Langevin steps between two drives")
     parser.add_argument("--threads", default="1", help="of OpenMM's CPU platform")
     parser.add_argument("--seed", type=int, default=0)
@@ -112,22 +112,18 @@ def main():
         ratios = np.array([ratio(move) for _ in range(n)])
         print(line(name, n, move.n_accepted, ratios, (time.process_time() - began) / n), flush=True)
 
-    def jump(move):
-        state = proposal.evaluate(sampler.positions.value_in_unit(unit.nanometer)[None])
-        return log_weight_of_move(move, lambda: move.apply(thermodynamic, sampler)) - float(state.log_weights)
-
-    def switch(move):
+    def ratio_after_dynamics(move):
         dynamics(options.between)
-        return log_weight_of_move(move, lambda: move.apply(thermodynamic, sampler))
+        return log_ratio_of_move(move, lambda: move.apply(thermodynamic, sampler))
 
     if options.plain:
-        report("FlowMove", rf.FlowMove(proposal, seed=options.seed), jump, options.plain)
+        report("FlowMove", rf.FlowMove(proposal, seed=options.seed), ratio_after_dynamics, options.plain)
     for n_steps in options.steps:
         move = NCMCFlowMove(proposal, n_steps, steps_per_drive=options.steps_per_drive, seed=options.seed)
         works = []
 
         def recorded(move, works=works):
-            ratio = switch(move)
+            ratio = ratio_after_dynamics(move)
             works.append(move.last_work)
             return ratio
 

@@ -10,11 +10,13 @@ from openmm_regflow._version import __version__
 
 _NAMES = {
     "Flow": "flows",
+    "FlowMixture": "mixtures",
     "FlowMove": "moves",
     "FlowProposal": "proposals",
     "OpenMMPotential": "potentials",
     "RegflowError": "errors",
     "TorchPotential": "potentials",
+    "load_flow": "mixtures",
     "load_system": "systems",
 }
 _MODULES = (
@@ -28,12 +30,14 @@ _MODULES = (
     "fingerprints",
     "flows",
     "metrics",
+    "mixtures",
     "moves",
     "networks",
     "objectives",
     "paper",
     "plots",
     "potentials",
+    "priors",
     "proposals",
     "ranks",
     "recipes",

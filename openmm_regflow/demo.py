@@ -19,7 +19,7 @@ from openmm_regflow import metrics, plots, reweighting
 from openmm_regflow._version import __version__
 from openmm_regflow.chains import ChainTrace, run_chain, write_trajectory
 from openmm_regflow.device import resolve_device
-from openmm_regflow.ensemble import ReducedPotential, frame_mover, phi_positive
+from openmm_regflow.ensemble import ReducedPotential, frame_mover, rare_phi
 from openmm_regflow.errors import InputError
 from openmm_regflow.evaluation import Evaluation
 from openmm_regflow.files import read_json, write_json
@@ -247,7 +247,7 @@ def obtain_flow(
         device=where,
         reduced_potential=ReducedPotential(molecule, where, compile=many),
         mover=frame_mover(molecule, train, where, compile=True) if many else None,
-        watch=phi_positive(molecule),
+        watch=rare_phi(molecule, train),
     )
     if trained.field is not None:
         save_teacher(folder / "teacher.safetensors", trained.field)

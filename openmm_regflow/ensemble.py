@@ -24,6 +24,8 @@ from openmm_regflow.units import thermal_energy
 HOLDS = 10.0
 #: Frames that a kernel's time step is tuned on.
 TUNED_ON = 200
+#: A half circle of a phi with at most this share of the ensemble is rare.
+RARE = 0.25
 
 
 class ReducedPotential:
@@ -138,13 +140,22 @@ def frame_mover(
     return move
 
 
-def phi_positive(molecule: MolecularSystem) -> list[Callable[[Tensor], Tensor]]:
-    """Indicators of the basins phi > 0, one for every phi, for positions `(n, n_atoms, 3)` [nm]; empty without phi."""
+def rare_phi(molecule: MolecularSystem, frames: Tensor) -> list[Callable[[Tensor], Tensor]]:
+    """Indicators of the rare half circle of every phi that has one, for positions `(n, n_atoms, 3)` [nm].
 
-    def indicator(quadruple: np.ndarray) -> Callable[[Tensor], Tensor]:
-        return lambda x: torch.as_tensor(metrics.dihedrals(x.cpu().numpy(), quadruple)[:, 0] > 0)
+    phi > 0 of an L residue, phi < 0 of a D one; none of a glycine, which is at home in both.
 
-    return [indicator(row[None]) for row in molecule.torsions("phi")]
+    Args:
+        molecule: its phi torsions.
+        frames: of the ensemble `(n, n_atoms, 3)` [nm], which say what is rare: at most `RARE` of them.
+    """
+
+    def indicator(quadruple: np.ndarray, sign: int) -> Callable[[Tensor], Tensor]:
+        return lambda x: torch.as_tensor(sign * metrics.dihedrals(x.cpu().numpy(), quadruple)[:, 0] > 0)
+
+    rows = [row[None] for row in molecule.torsions("phi")]
+    positive = [float((metrics.dihedrals(frames.cpu().numpy(), row) > 0).mean()) for row in rows]
+    return [indicator(row, 1 if p <= 0.5 else -1) for row, p in zip(rows, positive) if min(p, 1 - p) <= RARE]
 
 
 def _potential(molecule: MolecularSystem, device: torch.device | str, compile: bool) -> TorchPotential:

@@ -4,6 +4,7 @@ Beside them, warnings of what goes on more slowly than it could: once for each r
 """
 
 import warnings
+from typing import Any
 
 _SAID: set[str] = set()
 
@@ -39,6 +40,16 @@ class InsufficientDataError(RegflowError):
 def first_line(error: BaseException) -> str:
     """What an error of another library says in its first line, without a full stop; its name if it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def complaints(error: Any, whole: str = "settings") -> str:
+    """What pydantic has against values, in one line: where and why, of each.
+
+    Args:
+        error: a ``pydantic.ValidationError``.
+        whole: name of the place of what concerns no single value.
+    """
+    return "; ".join(f"{'.'.join(map(str, e['loc'])) or whole}: {e['msg']}" for e in error.errors())
 
 
 def warn_once(text: str, reason: str | None = None, stacklevel: int = 3) -> None:

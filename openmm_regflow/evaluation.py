@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from openmm_regflow import metrics, reweighting
+from openmm_regflow.coordinates import build_zmatrix, topology_tables
 from openmm_regflow.errors import InputError, InsufficientDataError
 from openmm_regflow.proposals import FlowProposal
 from openmm_regflow.reweighting import Estimate, Seed, as_generator, to_numpy
@@ -20,6 +21,9 @@ from openmm_regflow.units import positions_nm
 
 #: A free energy whose error is above this [kT] is no figure.
 LARGEST_ERROR = 1.0
+#: Parts of a circle [degrees] that `missing_basins` looks at: of phi and psi, and of other torsions.
+_HALVES = {"> 0": (0, 180), "< 0": (-180, 0)}
+_THIRDS = {"from 0 to 120°": (0, 120), "from 120 to 240°": (120, 240), "from -120 to 0°": (-120, 0)}
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ class Evaluation:
         delta_f_phi_reference: in the reference samples, taken as one chain in order of time (block bootstrap).
         clip_bias: mean energy of the reweighted samples without the largest 0.2 % of the weights less that with them
             [kT]: what such clipping, which no other figure here uses but ``ess_truncated``, would do to an observable.
-        missing: basins (phi or psi of one residue in a half circle) that the reference has and the samples lack.
+        missing: basins (phi or psi of one residue in a half circle, another torsion in a third of it) that the
+            reference has and the samples lack.
         verdict: on the weights, in words, and on missing basins.
     """
 
@@ -175,6 +180,7 @@ def evaluate(
     *,
     phi: Any = (),
     psi: Any = (),
+    torsions: Any = (),
     centres: Any = (),
     frame_log_density: Any | None = None,
     n_torsion_points: int = metrics.MAX_POINTS,
@@ -191,6 +197,7 @@ def evaluate(
         reference_u: `(m,)` their reduced energy [kT].
         phi: `(k, 4)` atom indices of backbone phi torsions; none for a molecule without a backbone.
         psi: `(k', 4)` likewise.
+        torsions: `(k'', 4)` of other torsions, in which missing basins are looked for (:func:`rotatable_torsions`).
         centres: `(c, 4)` indices of CA, N, C, CB of chiral residues.
         frame_log_density: see :func:`log_weights`.
         n_torsion_points: points on either side of T-W2 (memory grows with its square; see
@@ -216,16 +223,48 @@ def evaluate(
         **_chirality_figures(x, log_w_n, centres),
         **_basin_figures(x, x_ref, log_w_n, phi),
         "clip_bias": _clip_bias(u_n, log_w_n),
-        "missing": missing_basins(x, x_ref, phi, psi),
+        "missing": missing_basins(x, x_ref, phi, psi, torsions),
     }
     verdict = reweighting.verdict(log_w_n)
+    if not any(len(rows) for rows in (phi, psi, torsions)):
+        verdict += "; no torsions were compared with the reference's, so a missing basin would not be seen"
     if figures["missing"]:
         verdict = f"do not trust: the samples lack {', '.join(figures['missing'])} of the reference; " + verdict
     return Evaluation(n=len(x), n_finite=int(np.isfinite(u_n).sum()), verdict=verdict, **figures)
 
 
-def missing_basins(x: Any, x_ref: Any, phi: Any, psi: Any, factor: float = 10.0) -> tuple[str, ...]:
-    """Half circles of single torsions that hold at least ``factor`` times less of the samples than of the reference.
+def rotatable_torsions(topology: Any, but: Any = ()) -> np.ndarray:
+    """One torsion `(k, 4)` for every bond of a molecule about which it can turn, rings included, methyls left out.
+
+    Args:
+        topology: an ``openmm.app.Topology``, or anything with its atoms() and bonds().
+        but: torsions `(m, 4)` whose bonds are left out.
+
+    Returns:
+        none of several molecules, or of fewer than four atoms.
+    """
+    elements, bonds = topology_tables(topology)
+    try:
+        zmatrix = build_zmatrix(elements, bonds)
+    except InputError:
+        return np.zeros((0, 4), dtype=np.int64)
+    turned = {rotor.atoms[0] for rotor in zmatrix.rotors}
+    known = {frozenset(map(int, row[1:3])) for row in but}
+    rows: dict[frozenset[int], tuple[int, int, int, int]] = {}
+    for k, row in enumerate(zmatrix.rows):
+        bond = frozenset(row[1:3])
+        if k not in zmatrix.siblings and row[0] not in turned and bond not in known:
+            rows.setdefault(bond, row)
+    return np.array(list(rows.values()), dtype=np.int64).reshape(-1, 4)
+
+
+def missing_basins(
+    x: Any, x_ref: Any, phi: Any, psi: Any, torsions: Any = (), factor: float = 10.0
+) -> tuple[str, ...]:
+    """Parts of the circle of single torsions that hold ``factor`` times less of the samples than of the reference.
+
+    Of phi and psi half circles, of other torsions thirds (the rotamers about a single bond). The ends of a group of
+    equal atoms (a phenyl, a carboxylate) are told apart: a flip that the reference alone has seen is named, too.
 
     Weights cannot make up for a basin in which there are no samples, nor tell that it is missing. A basin counts if the
     reference has a hundred frames in it and its share would give ten samples or more: fewer than a tenth of these then
@@ -236,6 +275,7 @@ def missing_basins(x: Any, x_ref: Any, phi: Any, psi: Any, factor: float = 10.0)
         x_ref: `(m, n_atoms, 3)` [nm].
         phi: `(k, 4)` atom indices.
         psi: `(k', 4)` atom indices.
+        torsions: `(k'', 4)` atom indices of others, named by their atoms, which are counted from 0.
         factor: how much too few.
 
     Returns:
@@ -246,17 +286,21 @@ def missing_basins(x: Any, x_ref: Any, phi: Any, psi: Any, factor: float = 10.0)
     residues = sorted({atom for _, atom in listed})
     names = [f"{kind}{residues.index(atom) + 1}" for kind, atom in listed]
     there = np.isfinite(x).all(axis=(1, 2))
-    if not names or not there.any():
-        return ()
-    rows = _torsion_rows(phi, psi)
-    mine, theirs = metrics.dihedrals(x[there], rows), metrics.dihedrals(x_ref, rows)
-    found: list[tuple[int, str]] = []
-    for words, sign in (("> 0", 1), ("< 0", -1)):
-        had, share = (sign * mine > 0).mean(0), (sign * theirs > 0).mean(0)
-        missing = (share * len(theirs) >= 100) & (share * len(mine) >= 10) & (had * factor < share)
-        for k in missing.nonzero()[0]:
-            found.append((k, f"{names[k]} {words} (has {100 * had[k]:.2g} % for {100 * share[k]:.2g} %)"))
-    return tuple(text for _, text in sorted(found, key=lambda one: one[0]))
+    others = np.asarray(torsions, dtype=np.int64).reshape(-1, 4)
+    found: list[str] = []
+    for rows, words, parts in (
+        (_torsion_rows(phi, psi) if names else others[:0], names, _HALVES),
+        (others, ["torsion " + "-".join(map(str, row)) for row in others], _THIRDS),
+    ):
+        if not len(rows) or not there.any():
+            continue
+        for row, name in zip(rows, words, strict=True):
+            mine, theirs = (np.degrees(metrics.dihedrals(positions, row[None])) for positions in (x, x_ref))
+            for where, (low, high) in parts.items():
+                had, share = (((a - low) % 360 < high - low).mean() for a in (mine[there], theirs))
+                if share * len(theirs) >= 100 and share * there.sum() >= 10 and had * factor < share:
+                    found.append(f"{name} {where} (has {100 * had:.2g} % for {100 * share:.2g} %)")
+    return tuple(found)
 
 
 def _clip_bias(u_n: np.ndarray, log_w_n: np.ndarray) -> float | None:
@@ -279,7 +323,8 @@ def _weight_figures(log_w_n: np.ndarray, n_resamples: int, rng: np.random.Genera
         "ess": lambda: reweighting.effective_sample_size_error(log_w_n, generator=rng),
         "ess_truncated": lambda: reweighting.bootstrap_error(cut, log_w_n, n_resamples=n_resamples, generator=rng),
     }
-    figures: dict[str, Any] = {"ess": whole(log_w_n), "ess_truncated": cut(log_w_n)}
+    # Where no more than the top 0.2 % have any weight, nothing is left without them.
+    figures: dict[str, Any] = {"ess": whole(log_w_n), "ess_truncated": _or_none(lambda: cut(log_w_n)) or 0.0}
     for name, error in errors.items():
         found = _or_none(error)
         figures[f"{name}_error"] = math.inf if found is None else found
@@ -366,15 +411,15 @@ def _basin_figures(x: np.ndarray, x_ref: np.ndarray, log_w_n: np.ndarray, phi: A
     calls = (
         lambda: metrics.basin_delta_f(angle),
         lambda: metrics.basin_delta_f(angle, log_weights=log_w_n[there]),
-        lambda: metrics.basin_delta_f(reference, block=_reference_block(reference)),
+        lambda: metrics.basin_delta_f(reference, block=reference_block(reference)),
     )
     found = {name: _or_none(call) for name, call in zip(names, calls)}
     # An error above 1 kT is that of one or two samples in a basin, whatever the value says.
     return {name: _pair(e) if e is not None and e.error < LARGEST_ERROR else None for name, e in found.items()}
 
 
-def _reference_block(angle: np.ndarray) -> int:
-    """Length of a bootstrap block of reference frames, a twentieth of them at least.
+def reference_block(angle: np.ndarray) -> int:
+    """Length of a bootstrap block of reference frames with torsions `(n,)` [rad], a twentieth of them at least.
 
     In replica exchange the number of replicas beyond a barrier changes far more slowly than the lowest state forgets
     which of them it holds, so its correlation time alone is too short.

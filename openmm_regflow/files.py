@@ -130,6 +130,16 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping
         handle.write(content[8 + size :])
 
 
+def kind_of(path: Path) -> str | None:
+    """What the header of a file of this package calls it; None for any other file, or none."""
+    try:
+        with safe_open(path, framework="pt") as handle:
+            found = json.loads((handle.metadata() or {})["regflow"]).get("format")
+    except (SafetensorError, OSError, KeyError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
 def read_safetensors(path: Path, kind: str, *versions: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors of a file written by this package, checked against its own digests.
 

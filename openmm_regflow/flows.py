@@ -5,7 +5,6 @@ A flow file is safetensors: weights as tensors, everything else as JSON in the h
 
 import hashlib
 import json
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,6 +22,7 @@ from openmm_regflow.errors import CorruptFileError, InputError
 from openmm_regflow.files import digest, read_safetensors, restored, rounded, write_safetensors
 from openmm_regflow.graphs import Replayed
 from openmm_regflow.networks import MLP, Conditioner, ResidualMLP, TokenTransformer
+from openmm_regflow.priors import Prior
 
 KIND = "openmm_regflow.flow"
 #: 2: the outputs of a conditioner lie element by element in parts (splines, shifts, scales), lines before circles.
@@ -61,73 +61,6 @@ class FlowMetadata:
     def target(self) -> dict[str, Any]:
         """What decides the density that is learned: digest of the System's energy function and temperature [K]."""
         return {"system": (self.fingerprint or {}).get("sha256"), "temperature": self.temperature}
-
-
-class Prior(nn.Module):
-    """Standard normal on lines, uniform on circles; or a harmonic chain of atoms, normal with their covariance.
-
-    Args:
-        circular: `(dim,)` bool.
-        factor: `(n_atoms, n_atoms)` lower triangle L of a harmonic prior on Cartesian features: each of the three
-            components is N(0, L L^T) over the atoms (as in Stärk et al. 2024, arXiv 2310.05764, section 3.2); None
-            for independent features.
-    """
-
-    circular: Tensor
-    factor: Tensor | None
-
-    def __init__(self, circular: Tensor, factor: Tensor | None = None) -> None:
-        super().__init__()
-        self.register_buffer("circular", circular, persistent=False)
-        self.register_buffer("factor", factor)
-        n_circular = int(circular.sum())
-        n_linear = circular.numel() - n_circular
-        self.log_norm = -0.5 * n_linear * math.log(2 * math.pi) - n_circular * math.log(2 * math.pi)
-
-    @property
-    def kind(self) -> str:
-        """ "normal" or "harmonic"."""
-        return "normal" if self.factor is None else "harmonic"
-
-    def sample(self, n: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Draw `(n, dim)` with the generator's device, delivered on the prior's own."""
-        device = generator.device if generator is not None else self.circular.device
-        shape = (n, self.circular.numel())
-        z = torch.randn(shape, generator=generator, dtype=dtype, device=device)
-        angle = (2 * torch.rand(shape, generator=generator, dtype=dtype, device=device) - 1) * math.pi
-        z = torch.where(self.circular, angle.to(self.circular.device), z.to(self.circular.device))
-        return z if self.factor is None else (self.factor.to(dtype) @ z.view(n, -1, 3)).flatten(1)
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        """Log-density `(n,)` of `(n, dim)`."""
-        if self.factor is None:
-            return torch.where(self.circular, 0.0, -0.5 * z * z).sum(-1) + self.log_norm
-        factor = self.factor.to(z.dtype)
-        white = torch.linalg.solve_triangular(factor, z.reshape(z.shape[0], -1, 3), upper=False)
-        return -0.5 * white.square().sum((1, 2)) - 3 * factor.diagonal().log().sum() + self.log_norm
-
-    def entropy(self) -> float:
-        """Differential entropy, ``-E log p(z)``."""
-        spread = 0.0 if self.factor is None else 3 * float(self.factor.diagonal().log().sum())
-        return 0.5 * int((~self.circular).sum()) - self.log_norm + spread
-
-
-def harmonic_factor(coordinates: CartesianMap, x: Tensor) -> Tensor:
-    """Factor `(n_atoms, n_atoms)`, float64, of the harmonic prior with the covariance of a molecule's features.
-
-    Over all orientations the features of data are isotropic: ``C = <x_i . x_j> / 3`` about the centre, plus the
-    variance of the centre. Such a prior has the mean square distance of every pair of atoms right.
-
-    Args:
-        coordinates: the map that makes the features.
-        x: `(n, n_atoms, 3)` [nm].
-    """
-    centred = (x - x.mean(1, keepdim=True)).double()
-    inner = torch.einsum("nia,nja->ij", centred, centred) / (3 * len(x))
-    covariance = inner + coordinates.com_std**2
-    # A hundredth of a picometre keeps rigid arrangements of atoms (fewer frames than atoms) positive definite.
-    ridge = 1e-10 * torch.eye(len(covariance), dtype=torch.float64, device=x.device)
-    return torch.linalg.cholesky(covariance + ridge) / coordinates.scale
 
 
 class Flow(nn.Module):
@@ -343,6 +276,12 @@ class Flow(nn.Module):
         Raises:
             InputError: the folder cannot be written, other ``bits``, or weights too large to be rounded or in float64.
         """
+        header, tensors = self.packed(bits)
+        write_safetensors(Path(path), tensors, header)
+        self.path = Path(path).absolute()
+
+    def packed(self, bits: Literal[8, 16, 32] = 32) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Header and tensors of the flow's file; arguments and errors as in `save`."""
         if bits not in (8, 16, 32):
             raise InputError(f"weights are kept in 8, 16 or 32 bits, not in {bits}")
         header = {
@@ -360,20 +299,17 @@ class Flow(nn.Module):
                 raise InputError(f"a flow in {kept} is too steep for weights of {bits} bits; save it with bits=32")
             weights = {k: tensors.pop(k) for k in list(tensors) if k.startswith("bijection.")}
             tensors |= rounded(weights, bits)
-        write_safetensors(Path(path), tensors, header)
-        self.path = Path(path).absolute()
+        return header, tensors
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Flow":
-        """Read a flow file; no code in it is run.
+    def unpacked(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str | Path) -> "Flow":
+        """The flow that `packed` described, in a file at ``path``.
 
         Raises:
-            InputError: no such file, or an unknown device.
-            CorruptFileError: truncated, damaged, or not a flow file of this package.
+            CorruptFileError: no description of a flow of this package.
         """
-        header, tensors = read_safetensors(Path(path), KIND, FORMAT_VERSION, ROUNDED_VERSION)
+        tensors = restored(tensors)
         try:
-            tensors = restored(tensors)
             coordinates = coordinates_from_config(header["coordinates"])
             factor = tensors.get("prior.factor")
             flow = build(coordinates, header["architecture"], FlowMetadata(**header["metadata"]), factor)
@@ -383,8 +319,19 @@ class Flow(nn.Module):
         except (KeyError, TypeError, RuntimeError, StopIteration) as error:
             raise CorruptFileError(f"{path} does not describe a flow of this package: {error}") from error
         coordinates.refresh()
+        return flow.eval()
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Flow":
+        """Read a flow file; no code in it is run.
+
+        Raises:
+            InputError: no such file, or an unknown device.
+            CorruptFileError: truncated, damaged, or not a flow file of this package.
+        """
+        flow = cls.unpacked(*read_safetensors(Path(path), KIND, FORMAT_VERSION, ROUNDED_VERSION), path)
         flow.path = Path(path).absolute()
-        return flow.to(device).eval()
+        return flow.to(device)
 
 
 def round_trip(

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from openmm_regflow import ranks
-from openmm_regflow.errors import CorruptFileError, InputError
+from openmm_regflow.errors import CorruptFileError, InputError, warn_once
 from openmm_regflow.files import digest, read_safetensors, write_safetensors
 
 #: A Markov kernel that leaves the target invariant: chains `(n, n_atoms, 3)` [nm] -> their next state, and the energies
@@ -57,7 +57,7 @@ def rare_frames(x: Tensor, sets: Sequence[Indicator] | None) -> np.ndarray:
         InputError: there are no sets, or no frame in them.
     """
     if not sets:
-        raise InputError("rare_share needs watched sets (for peptides, phi > 0); set it to 0")
+        raise InputError("rare_share needs watched sets (of peptides the rare half circle of a phi); set it to 0")
     rare = np.asarray(memberships(x, sets).any(0))
     if not rare.any():
         raise InputError("none of the frames is in a watched set, so nothing says how rare it is; set rare_share to 0")
@@ -82,6 +82,8 @@ def lifted(x: Tensor, sets: Sequence[Indicator] | None, share: float, seed: int 
         return x
     rare = rare_frames(x, sets)
     if rare.mean() >= share:
+        held = f"the watched sets hold {rare.mean():.2f} of these frames"
+        warn_once(f"rare_share = {share:g} changes nothing: {held}", f"rare_share = {share:g}")
         return x
     others = np.flatnonzero(~rare)
     n_others = round(rare.sum() * (1 - share) / share)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from openmm_regflow.bijections import Bijection, wrap
-from openmm_regflow.flows import Prior
+from openmm_regflow.priors import Prior
 from openmm_regflow.teachers import VectorField, interpolate
 
 #: What is expensive and adds little is computed for every so many samples of a batch.

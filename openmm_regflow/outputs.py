@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from openmm_regflow import metrics, plots, tfep
+from openmm_regflow import metrics, plots, reweighting, tfep
 from openmm_regflow.chains import write_trajectory
-from openmm_regflow.errors import InputError
-from openmm_regflow.evaluation import Evaluation, evaluate
+from openmm_regflow.errors import InputError, InsufficientDataError
+from openmm_regflow.evaluation import Evaluation, evaluate, reference_block, rotatable_torsions
 from openmm_regflow.files import write_json
 from openmm_regflow.proposals import FlowProposal, ProposalBatch
 from openmm_regflow.sampling import Annealed, annealed_samples
@@ -42,18 +42,31 @@ def drawn(proposal: FlowProposal, n: int, seed: int, refine_samples: int = 0) ->
     return found.batch, found
 
 
+def ess_words(log_weights: torch.Tensor, seed: int) -> str:
+    """ESS of weights `(n,)` in per cent with its error; without one where there are too few."""
+    log_weights = log_weights.cpu()
+    ess = f"{100 * reweighting.effective_sample_size(log_weights):.3g}"
+    try:
+        error = 100 * reweighting.effective_sample_size_error(log_weights, generator=seed)
+    except InsufficientDataError:  # of which the verdict says more
+        return f"{ess} %"
+    return f"{ess} ± {error:.2g} %"
+
+
 def evaluate_batch(
     batch: ProposalBatch, proposal: FlowProposal, molecule: MolecularSystem, reference: np.ndarray, seed: int
 ) -> Evaluation:
     """All figures of a batch of flow samples against reference positions `(m, n_atoms, 3)` [nm]."""
+    phi, psi = molecule.torsions("phi"), molecule.torsions("psi")
     return evaluate(
         batch.positions.cpu(),
         batch.log_q.cpu(),
         batch.u.cpu(),
         reference,
         proposal.reduced_potential(reference).cpu(),
-        phi=molecule.torsions("phi"),
-        psi=molecule.torsions("psi"),
+        phi=phi,
+        psi=psi,
+        torsions=rotatable_torsions(molecule.topology, but=[*phi, *psi]),
         centres=molecule.chiral_centres,
         n_torsion_points=TORSION_POINTS,
         generator=seed,
@@ -119,7 +132,7 @@ def draw_samples(
         (phi, psi), (phi_r, psi_r) = (metrics.dihedrals(p, both).T for p in (x, reference))
         panels = {"reference (test)": (phi_r, psi_r), "flow": (phi, psi), "flow, reweighted": (phi, psi, log_w)}
         profiles = {
-            "reference (test)": metrics.free_energy_profile(phi_r, block=metrics.block_length(np.cos(phi_r))),
+            "reference (test)": metrics.free_energy_profile(phi_r, block=reference_block(phi_r)),
             "flow": metrics.free_energy_profile(phi),
             "flow, reweighted": metrics.free_energy_profile(phi, log_weights=log_w),
         }

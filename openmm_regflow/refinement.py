@@ -27,11 +27,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from openmm_regflow import ranks, reweighting
-from openmm_regflow.errors import IncompatibleFlowError, InputError, InsufficientDataError
+from openmm_regflow.errors import IncompatibleFlowError, InputError, InsufficientDataError, warn_once
 from openmm_regflow.files import digest, read_safetensors, write_safetensors
 from openmm_regflow.flows import Flow, origin
 from openmm_regflow.frames import Indicator, Mover, rare_frames
 from openmm_regflow.graphs import Gradients
+from openmm_regflow.mixtures import one_flow
 from openmm_regflow.objectives import GeneralisedKLLoss, score
 from openmm_regflow.pools import Anchors, Pool, draw
 from openmm_regflow.slopes import CPU_PART, DEVICE_PART, differentiable
@@ -302,6 +303,7 @@ def refine(
         IncompatibleFlowError: a checkpoint of other settings, or of a refinement of another flow or with other frames.
     """
     peers = ranks.current()
+    flow = one_flow(flow, "refinement")
     learner, watch = _Learner(flow, config), watch or []
     peers.check_batch(config.batch_size, learner.loss.every)
     if config.path:
@@ -386,4 +388,6 @@ def _lift(watch: list[Indicator], data: Tensor | None, share: float) -> float:
     if data is None:
         raise InputError("rare_share needs frames; set it to 0")
     held = float(rare_frames(data, watch).mean())
+    if held >= share:
+        warn_once(f"refinement.rare_share = {share:g} changes nothing: the watched sets hold {held:.2f} of the frames")
     return max(0.0, math.log(share / (1 - share)) - math.log(held / (1 - held))) if held < 1 else 0.0

@@ -6,6 +6,7 @@ trajectories in ``reference/{train,validation,test}.h5``. The named ones travel 
 
 import re
 import tomllib
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from openmm_regflow import metrics
 from openmm_regflow.bonds import bonded_pairs
 from openmm_regflow.elements import symbol
-from openmm_regflow.errors import InputError
+from openmm_regflow.errors import InputError, complaints
 from openmm_regflow.fingerprints import fingerprint
 from openmm_regflow.trajectories import check_bond_lengths, load_trajectory, warn_of_temperature
 from openmm_regflow.units import temperature_kelvin, to_float
@@ -30,6 +31,8 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 OF_FORCE_FIELD = ("constraints", "nonbonded_method", "nonbonded_cutoff")
 #: [dalton] Between hydrogens, heavier ones as well, and other atoms.
 _HYDROGEN = 5.0
+#: [nm] Longest bond between atoms of which none, one or both are hydrogens; longest side of a ring of three.
+_LONGEST, _THREE_RING = (0.25, 0.18, 0.1), 0.2
 
 
 class SystemConfig(BaseModel):
@@ -345,8 +348,8 @@ def _validate(values: dict[str, Any], place: str) -> SystemConfig:
     try:
         return SystemConfig(**values)
     except ValidationError as error:
-        parts = [f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()]
-        raise InputError(f"{place}: {'; '.join(parts)}; known keys: {', '.join(SystemConfig.model_fields)}") from error
+        known = ", ".join(SystemConfig.model_fields)
+        raise InputError(f"{place}: {complaints(error, 'file')}; known keys: {known}") from error
 
 
 def _build(config: SystemConfig, folder: Path) -> MolecularSystem:
@@ -362,6 +365,7 @@ def _build(config: SystemConfig, folder: Path) -> MolecularSystem:
     if config.system_xml is not None:
         system = _system_from_xml(folder / config.system_xml, len(positions))
         _check_order(system, pdb.topology, f"{structure} and {folder / config.system_xml}")
+        _add_bonds(system, pdb.topology, positions, structure)
     else:
         system = _system_from_force_field(config, folder, pdb.topology)
     name = config.name or folder.resolve().name
@@ -422,6 +426,41 @@ def _check_order(system: openmm.System, topology: app.Topology, files: str) -> N
         raise InputError(
             f"{files} are in different orders of atoms: the structure has a bond between atoms {i} and {j}, the System "
             "has none there; write the PDB file from the topology that the System was made of"
+        )
+
+
+def _add_bonds(system: openmm.System, topology: app.Topology, positions: np.ndarray, structure: Path) -> None:
+    """Give residues without a single bond those of the System: PDB files of ligands often lack CONECT records."""
+    bound = {atom.residue for bond in topology.bonds() for atom in bond}
+    atoms = list(topology.atoms())
+    bare = {a.index for a in atoms if a.residue not in bound and sum(1 for _ in a.residue.atoms()) > 1}
+
+    def apart(i: int, j: int) -> float:
+        return float(np.linalg.norm(positions[i] - positions[j]))
+
+    def near(i: int, j: int) -> bool:
+        """Closer than restraints and 1-4 terms, which stand among the bonds of a System."""
+        return apart(i, j) < _LONGEST[(symbol(atoms[i]) == "H") + (symbol(atoms[j]) == "H")]
+
+    known = {pair for pair in bonded_pairs(system) if pair <= bare and near(*pair)}
+    neighbours: dict[int, set[int]] = {i: set() for i in bare}
+    for i, j in map(tuple, known):
+        neighbours[i].add(j)
+        neighbours[j].add(i)
+
+    def is_bond(i: int, j: int) -> bool:
+        """Not the ends of an angle, which constraints and Urey-Bradley terms join; but the side of a ring of three."""
+        side = apart(i, j) < _THREE_RING and "H" not in (symbol(atoms[i]), symbol(atoms[j]))
+        return side or all(apart(i, j) < max(apart(i, k), apart(k, j)) for k in neighbours[i] & neighbours[j])
+
+    found = sorted(pair for pair in map(sorted, known) if is_bond(*pair))
+    for i, j in found:
+        topology.addBond(atoms[i], atoms[j])
+    if found:
+        names = sorted({atoms[i].residue.name for i, _ in found})
+        warnings.warn(
+            f"{structure} has no bonds (CONECT records) of {', '.join(names)}; those of the System are taken",
+            stacklevel=2,
         )
 
 

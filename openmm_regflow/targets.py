@@ -20,7 +20,7 @@ from openmm_regflow.bijections import wrap
 from openmm_regflow.coordinates import align, rotated_squared_distances
 from openmm_regflow.errors import CorruptFileError, DivergenceError, IncompatibleFlowError, InputError
 from openmm_regflow.files import digest, read_json, read_safetensors, write_json, write_safetensors
-from openmm_regflow.flows import Prior
+from openmm_regflow.priors import Prior
 from openmm_regflow.teachers import VectorField, check_integration, integrate
 
 FORMAT_VERSION = 1

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from openmm_regflow.bijections import wrap
 from openmm_regflow.errors import InputError
 from openmm_regflow.files import read_safetensors, write_safetensors
-from openmm_regflow.flows import Prior
 from openmm_regflow.networks import MLP, ResidualMLP, TimeEmbedding, TransformerBlock, zero_
+from openmm_regflow.priors import Prior
 from openmm_regflow.products import Linear
 
 LogDet = Literal["none", "exact", "hutchinson"]
@@ -41,7 +41,7 @@ class VectorField(nn.Module):
         hidden: width.
         depth: number of blocks.
         seed: of the initial weights.
-        factor: of a harmonic prior, see ``flows.Prior``.
+        factor: of a harmonic prior, see ``priors.Prior``.
 
     Attributes:
         origin: what latents and features mean, see ``flows.origin``; empty if unknown.

@@ -13,7 +13,9 @@ LEARNING = [
     "networks",
     "bijections",
     "coordinates",
+    "priors",
     "flows",
+    "mixtures",
     "frames",
     "slopes",
     "teachers",
@@ -24,7 +26,8 @@ LEARNING = [
     "refinement",
     "recipes",
 ]
-PHYSICS = ["units", "constraints", "bonds", "fingerprints", "potentials", "trajectories", "systems", "toys", "simulate"]
+PHYSICS = ["units", "ladders", "constraints", "bonds", "fingerprints", "potentials", "trajectories", "systems", "toys"]
+PHYSICS += ["simulate"]
 MEETING = ["refusals", "proposals", "sampling", "ensemble", "moves", "chains", "tfep", "evaluation", "check", "report"]
 MEETING += ["outputs", "speed", "demo", "paper", "doctor", "cli"]
 OPTIONAL = {

@@ -32,8 +32,8 @@ from openmm_regflow.systems import load_system
 from openmm_regflow.teachers import VectorField, save_teacher
 
 COMMANDS = [
-    "systems", "simulate", "pairs", "train", "refine", "sample", "evaluate", "check", "mcmc", "tfep", "benchmark",
-    "doctor", "demo",
+    "systems", "simulate", "pairs", "train", "refine", "mix", "sample", "evaluate", "check", "mcmc", "tfep",
+    "benchmark", "doctor", "demo",
 ]  # fmt: skip
 
 

@@ -3,13 +3,14 @@
 import numpy as np
 import openmm
 import pytest
+import torch
 from analytic_molecules import TEMPERATURE, Chain, chain_topology
 from openmm import app, unit
 
-from openmm_regflow import ensemble, flows, simulate
+from openmm_regflow import ensemble, flows, metrics, simulate
 from openmm_regflow.cli import main
 from openmm_regflow.errors import InputError, UnsupportedForceError
-from openmm_regflow.systems import MolecularSystem
+from openmm_regflow.systems import MolecularSystem, load_system
 
 
 def molecule(field=None, atoms=(0,)):
@@ -22,6 +23,20 @@ def molecule(field=None, atoms=(0,)):
         chain.system.addForce(force)
     x = chain.sample(1, None)[0].numpy()
     return MolecularSystem("chain", chain_topology(4), chain.system, x, TEMPERATURE)
+
+
+def test_what_is_rare_is_told_by_the_frames():
+    """phi > 0 of an L residue, phi < 0 of its mirror image, and neither of a torsion that is at home in both."""
+    mol = load_system("alanine-tetrapeptide")
+    frames = torch.as_tensor(mol.reference("validation"))
+    rows = mol.torsions("phi")
+    positive = [float((metrics.dihedrals(frames.numpy(), row[None]) > 0).mean()) for row in rows]
+    found = ensemble.rare_phi(mol, frames)
+    assert [float(inside(frames).double().mean()) for inside in found] == positive and max(positive) < 0.25
+    mirrored = frames * torch.tensor([-1.0, 1.0, 1.0])
+    found = ensemble.rare_phi(mol, mirrored)
+    assert [float(inside(mirrored).double().mean()) for inside in found] == pytest.approx(positive)
+    assert ensemble.rare_phi(mol, torch.cat([frames, mirrored])) == []
 
 
 @pytest.mark.parametrize(

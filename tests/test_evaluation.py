@@ -228,7 +228,7 @@ def test_error_of_replica_exchange_frames_covers_their_slow_mode():
     for _ in range(100):
         population = np.repeat(g.choice([0.02, 0.10], n // spell), spell)
         angle = np.where(g.random(n) < population, 1.0, -1.0)
-        estimate = metrics.basin_delta_f(angle, block=evaluation._reference_block(angle), generator=g)
+        estimate = metrics.basin_delta_f(angle, block=evaluation.reference_block(angle), generator=g)
         z.append((estimate.value - math.log(0.94 / 0.06)) / estimate.error)
     # With 20 blocks z is Student's t, sd sqrt(19/17) = 1.06, known to 7 % from 100 repeats: four standard errors.
     assert np.std(z) == pytest.approx(1.06, abs=0.3)
@@ -253,6 +253,45 @@ def test_a_missing_basin_is_named_and_a_rare_one_is_not():
     assert missing(300, n=50) == ()  # too few samples to say
     some = np.concatenate([samples[:4900], other[:100].numpy()])
     assert evaluation.missing_basins(some, np.concatenate([reference, other[:300]]), PHI, PSI) == ()
+
+
+def butanes(angles):
+    """Positions `(n, 4, 3)` of chains of four atoms with torsions [degrees]."""
+    phi = np.radians(angles)
+    x = np.zeros((len(phi), 4, 3))
+    x[:, 0], x[:, 2, 0] = (0.0, 1.0, 0.0), 1.0
+    x[:, 3] = np.stack([np.ones_like(phi), np.cos(phi), np.sin(phi)], 1)
+    return x
+
+
+@pytest.mark.parametrize("lost", [60, 180, -60])
+def test_a_missing_rotamer_is_named(lost):
+    """Of any torsion that is given, each of the three; without one the verdict says that nothing was compared."""
+    rng = np.random.default_rng(2)
+    wells = rng.choice([60, 180, -60], 3000) + 10 * rng.standard_normal(3000)
+    kept = wells[np.abs((wells - lost + 180) % 360 - 180) > 60]
+    reference, samples = butanes(wells), butanes(kept)
+    found = metrics.dihedrals(samples, np.array([[0, 1, 2, 3]]))[:, 0]
+    np.testing.assert_allclose(np.cos(found), np.cos(np.radians(kept)))
+    energies = (np.zeros(len(kept)), np.zeros(len(kept)), reference, np.zeros(3000))
+    result = evaluation.evaluate(samples, *energies, torsions=[[0, 1, 2, 3]], n_resamples=5, generator=0)
+    (words,) = result.missing
+    assert words.startswith("torsion 0-1-2-3 from") and str(lost + 60) in words
+    assert result.verdict.startswith("do not trust: the samples lack torsion")
+    whole = evaluation.evaluate(reference, *[np.zeros(3000)] * 2, *energies[2:], torsions=[[0, 1, 2, 3]], generator=0)
+    assert whole.missing == () and whole.verdict.startswith("reliable")
+    blind = evaluation.evaluate(samples, *energies, n_resamples=5, generator=0)
+    assert blind.missing == () and "no torsions were compared" in blind.verdict
+
+
+def test_few_samples_with_weight_lose_no_other_figure():
+    """Fifteen of 10,000 have a finite energy: without the top 0.2 % nothing is left, and the rest is still told."""
+    rng = np.random.default_rng(3)
+    x, u = butanes(rng.uniform(-180, 180, 10_000)), np.full(10_000, np.inf)
+    u[:15] = rng.normal(size=15)
+    result = evaluation.evaluate(x, np.zeros(10_000), u, x[:500], np.zeros(500), phi=[[0, 1, 2, 3]], generator=0)
+    assert result.ess_truncated == 0.0 and 0 < result.ess < 0.0015 and result.n_finite == 15
+    assert math.isfinite(result.e_w1) and any("0 ±" in value for _, value in result.rows())
 
 
 def test_missing_basins_are_named_by_residue():

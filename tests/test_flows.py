@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from openmm_regflow import files, flows
+from openmm_regflow import files, flows, priors
 from openmm_regflow.bijections import wrap
 from openmm_regflow.coordinates import CartesianMap, InternalMap, build_zmatrix, topology_tables
 from openmm_regflow.errors import CorruptFileError, InputError
@@ -83,7 +83,7 @@ def test_the_seed_decides(flow):
 
 
 def test_prior_normalises():
-    prior = flows.Prior(torch.tensor([False, True]))
+    prior = priors.Prior(torch.tensor([False, True]))
     z = torch.linspace(-10, 10, 4001, dtype=torch.float64)
     grid = torch.stack([z, torch.zeros_like(z)], dim=1)
     line = torch.trapezoid(prior.log_prob(grid).exp(), z)
@@ -93,8 +93,8 @@ def test_prior_normalises():
 def test_harmonic_prior_is_the_gaussian_of_the_data(data):
     """Against torch's own multivariate normal; pair distances and the centre have the data's mean squares."""
     coordinates = CartesianMap.fit(data[1])
-    factor = flows.harmonic_factor(coordinates, data[1])
-    prior = flows.Prior(coordinates.circular, factor)
+    factor = priors.harmonic_factor(coordinates, data[1])
+    prior = priors.Prior(coordinates.circular, factor)
     z = prior.sample(20_000, torch.Generator().manual_seed(0), torch.float64)
     atoms = z.view(-1, 22, 3)
     oracle = torch.distributions.MultivariateNormal(torch.zeros(22).double(), scale_tril=factor)
@@ -110,7 +110,7 @@ def test_harmonic_prior_is_the_gaussian_of_the_data(data):
 def test_flow_with_a_harmonic_prior_travels(data, tmp_path):
     coordinates = CartesianMap.fit(data[1])
     architecture = {"name": "spline", "n_bins": 8, "bound": 5.0, "seed": 0, **SMALL}
-    flow = stirred(flows.build(coordinates, architecture, None, flows.harmonic_factor(coordinates, data[1])))
+    flow = stirred(flows.build(coordinates, architecture, None, priors.harmonic_factor(coordinates, data[1])))
     flow.save(tmp_path / "a.safetensors")
     again = Flow.load(tmp_path / "a.safetensors")
     (x, log_q), (y, log_p) = (f.sample(50, torch.Generator().manual_seed(5)) for f in (flow, again))

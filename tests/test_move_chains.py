@@ -1,5 +1,7 @@
 """Long chains of FlowMove on targets with known answers, alone and mixed; the same tests see every planted error."""
 
+import math
+
 import numpy as np
 import openmm
 import pytest
@@ -166,7 +168,9 @@ def test_chains_of_flow_moves_alone(name, n_proposals):
     move = FlowMove(target.proposal(), n_proposals, 4096, seed=1)
     z, p_value, n_effective = figures(target, chain(target, move, LENGTHS[n_proposals]), name == "subset")
     assert z < SIGMAS and p_value > FALSE_ALARM, (z, p_value)
-    assert n_effective > 20 and move.statistics["effective_sample_size"] < 0.7, (n_effective, move.statistics)
+    ess = move.statistics["effective_sample_size"]
+    poor = math.isnan(ess) if name == "subset" else ess < 0.7  # weights of different surroundings have none
+    assert n_effective > 20 and poor, (n_effective, move.statistics)
 
 
 def metropolised(n_steps=5):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from analytic_molecules import KT, MASSES, TEMPERATURE, Chain, distance
 from openmm import unit
-from openmmtools import cache, states, testsystems
+from openmmtools import cache, mcmc, multistate, states, testsystems
 from openmmtools.utils import deserialize, serialize
 from test_moves import COORDINATES, forget
 from test_sampling import SIGMAS, generator
@@ -362,7 +362,7 @@ def test_storage_and_statistics(tmp_path, exact):
     forget()
     back = deserialize(stored)
     assert type(back) is NCMCFlowMove and back.n_steps == 10 and back.n_proposed == 5
-    assert back.steps_per_drive == 2 and back.timestep == 0.001
+    assert back.steps_per_drive == 2 and back.timestep == 0.001 * unit.picosecond
     after_one_move(back, exact[:5])
     assert back.n_proposed == 10
     damaged = serialize(back)
@@ -388,3 +388,68 @@ def test_refusals():
     flow = flows.spline(COORDINATES, n_layers=2, hidden=16)
     with pytest.raises(InputError, match="SubsetProposal"):
         NCMCFlowMove(FlowProposal(flow, OpenMMPotential(Chain(4).system), TEMPERATURE))
+
+
+@pytest.mark.parametrize("kind", ["ReplicaExchangeSampler", "MultiStateSampler", "SAMSSampler"])
+def test_openmmtools_samplers_take_the_move(kind, tmp_path, exact):
+    """Alone and after dynamics, stored, opened again and continued; its time counts as that of any dynamics."""
+    sampler_class = getattr(multistate, kind)
+    proposal = make_proposal()
+    proposal.flow.save(tmp_path / "flow.safetensors")
+    switch = NCMCFlowMove(proposal, 4, 0.001, steps_per_drive=1, seed=1)
+    langevin = mcmc.LangevinDynamicsMove(1 * unit.femtosecond, 5 / unit.picosecond, 2)
+    sampler = sampler_class(mcmc_moves=[switch, mcmc.SequenceMove([langevin, switch])], number_of_iterations=4)
+    ladder = [states.ThermodynamicState(BATH.system, t * unit.kelvin) for t in (TEMPERATURE, 320)]
+    starts = [states.SamplerState(x * unit.nanometer) for x in exact[:2].numpy()]
+    storage = str(tmp_path / "run.nc")
+    reporter = multistate.MultiStateReporter(storage, checkpoint_interval=1)
+    sampler.create(ladder, starts[:1] if kind == "SAMSSampler" else starts, reporter)
+    sampler.run(2)
+    reporter.close()
+    del sampler, switch
+    forget()
+    again = sampler_class.from_storage(multistate.MultiStateReporter(storage, checkpoint_interval=1))
+    again.run()
+    assert again.iteration == 4
+    assert sum(move.n_proposed for move in moves_of(again)) == (4 if kind == "SAMSSampler" else 8)
+
+
+def moves_of(sampler):
+    """The flow moves of all states."""
+    return [getattr(move, "move_list", [move])[-1] for move in sampler.mcmc_moves]
+
+
+def test_parameters_of_the_state_hold_in_the_switch(exact):
+    """One move in states of one System that differ in a parameter: the surroundings relax in the state's own energy."""
+
+    class ShiftState(states.GlobalParameterState):
+        shift = states.GlobalParameterState.GlobalParameter("shift", standard_value=0.0)
+
+    system = copy.deepcopy(BATH.system)
+    pull = openmm.CustomExternalForce("500*(x-shift)^2")
+    pull.addGlobalParameter("shift", 0.0)
+    for atom in range(4, BATH.n_atoms):
+        pull.addParticle(atom, [])
+    system.addForce(pull)
+    ratios = []
+
+    class Recorded(NCMCFlowMove):
+        def _decide(self, log_ratio):
+            ratios.append((log_ratio, -sum(self.last_work.values())))
+            return super()._decide(log_ratio)
+
+    proposal = SubsetProposal(make_proposal().flow, OpenMMPotential(system, "Reference"), TEMPERATURE, BATH.subset)
+    move = Recorded(proposal, 10, 0.001, steps_per_drive=1, seed=1)
+    for shift in (0.0, 0.3, 0.1):
+        plain = states.ThermodynamicState(system, TEMPERATURE * unit.kelvin)
+        own = states.CompoundThermodynamicState(plain, [ShiftState(shift=shift)])
+        for x in exact[:5].numpy():
+            move.apply(own, states.SamplerState(x * unit.nanometer))
+    assert len(ratios) == 15
+    np.testing.assert_allclose(*zip(*ratios), atol=1e-6)  # nothing is left for the ends to make up for
+
+
+def test_weights_of_different_surroundings_are_not_compared(exact):
+    move = make_move()
+    after_one_move(move, exact[:50])
+    assert math.isnan(move.statistics["effective_sample_size"]) and math.isfinite(move.statistics["mean_log_weight"])

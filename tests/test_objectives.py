@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from openmm_regflow.bijections import Bijection, Composition
-from openmm_regflow.flows import Prior
 from openmm_regflow.objectives import FlowMatchingLoss, LikelihoodLoss, RegFlowLoss, describe
+from openmm_regflow.priors import Prior
 from openmm_regflow.targets import aligned_coupling, minibatch_coupling
 
 LINES = torch.zeros(3, dtype=torch.bool)

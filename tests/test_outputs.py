@@ -9,10 +9,11 @@ import torch
 from openmm import app, unit
 from openmmtools import testsystems
 
-from openmm_regflow import flows, outputs
+from openmm_regflow import flows, metrics, outputs
 from openmm_regflow.cli import main
 from openmm_regflow.errors import InputError
-from openmm_regflow.flows import FlowMetadata
+from openmm_regflow.evaluation import rotatable_torsions
+from openmm_regflow.flows import Flow, FlowMetadata
 from openmm_regflow.potentials import TorchPotential
 from openmm_regflow.proposals import FlowProposal
 from openmm_regflow.simulate import export_hdf5
@@ -57,6 +58,38 @@ def test_a_molecule_without_a_backbone_is_evaluated(toluene, proposal, tmp_path)
     plots = {path.stem for path in tmp_path.glob("*.png")}
     assert plots == {"energies", "weights"}
     assert 0 < json.loads((tmp_path / "metrics.json").read_text())["ess"] <= 1
+
+
+def test_every_bond_that_turns_is_looked_at(toluene):
+    """Of the ring five bonds, of which the sixth follows; of the dipeptide the two peptide bonds beside phi and psi."""
+    rows = rotatable_torsions(toluene[0].topology)
+    elements = [a.element.symbol for a in toluene[0].topology.atoms()]
+    assert all(elements[i] == "C" for row in rows for i in row[1:3]) and 4 <= len(rows) <= 6
+    dipeptide = load_system("alanine-dipeptide")
+    known = [*dipeptide.torsions("phi"), *dipeptide.torsions("psi")]
+    own = rotatable_torsions(dipeptide.topology, but=known)
+    omega = metrics.dihedrals(dipeptide.positions[None], own)[0]
+    assert len(own) == 2 and (np.abs(omega) > np.radians(150)).all()
+    assert len(rotatable_torsions(dipeptide.topology)) == 4
+    water = testsystems.WaterBox(box_edge=1.0 * unit.nanometer, cutoff=0.4 * unit.nanometer)
+    assert len(rotatable_torsions(water.topology)) == 0  # several molecules
+
+
+def test_both_free_energies_of_the_reference_have_the_blocks_of_a_slow_mode(monkeypatch, tmp_path):
+    """The band of the plot is as wide as the table's error says: one rule of blocks for both."""
+    molecule = load_system("alanine-dipeptide")
+    reference, seen = molecule.reference("test")[:4000], []
+    plain = metrics.free_energy_profile
+
+    def recorded(*arguments, **keywords):
+        seen.append(keywords.get("block"))
+        return plain(*arguments, **keywords)
+
+    monkeypatch.setattr(metrics, "free_energy_profile", recorded)
+    proposal = FlowProposal(Flow.load(molecule.folder / "flow.safetensors"), TorchPotential(molecule.system), 300.0)
+    batch = proposal.sample(500, torch.Generator().manual_seed(0))
+    outputs.draw_samples(tmp_path, molecule, batch, reference, proposal)
+    assert seen[0] == 4000 // 20
 
 
 def test_basins_of_phi_need_a_phi(toluene, proposal):

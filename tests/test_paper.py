@@ -126,12 +126,14 @@ def test_errors_are_over_seeds():
     base = {"system": "a", "architecture": "spline", "method": "mle", "variant": "", "seconds": 75.0}
     same = {"ess": 0.1, "t_w2": None, "delta_f_phi_reference": [4.4, 0.26]}
     runs = [{"cell": base | {"seed": k}, "e_w1": v, **same} for k, v in enumerate((1.0, 2.0, 4.5))]
+    runs[1]["delta_f_phi"] = [3.1, 0.4]  # the others lost the basin
     runs.append({"cell": base | {"seed": 3}, "failed": "diverged"})
     header, row = table(runs)
     cell = dict(zip(header, row))
     assert cell["E-W1 [kT]"] == f"2.5 ± {np.std([1, 2, 4.5], ddof=1) / 3**0.5:.2g}"
     assert cell["T-W2 [rad]"] == "–" and cell["seeds"] == "4 (1 failed)" and cell["ESS [%]"] == "10"
     assert cell["ΔF(φ) reference [kT]"] == "4.4 ± 0.26"  # its own: no seed had a part in it
+    assert cell["ΔF(φ) [kT]"] == "3.1 ± 0.4 (1 of 3)"  # a mean of those that did well
 
 
 def test_errors_of_a_single_seed_are_those_of_the_figure():

@@ -18,10 +18,10 @@ from openmm_regflow import flows, ranks
 from openmm_regflow.bijections import Composition, SplineCoupling
 from openmm_regflow.coordinates import CartesianMap
 from openmm_regflow.errors import InputError
-from openmm_regflow.flows import Prior
 from openmm_regflow.frames import FramesConfig, more_frames
 from openmm_regflow.networks import ResidualMLP
 from openmm_regflow.objectives import FlowMatchingLoss, RegFlowLoss
+from openmm_regflow.priors import Prior
 from openmm_regflow.recipes import RunConfig, print_config
 from openmm_regflow.refinement import RefineConfig, refine
 from openmm_regflow.systems import load_system

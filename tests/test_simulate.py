@@ -16,6 +16,7 @@ from openmm_regflow import metrics, simulate
 from openmm_regflow.constraints import fixed_bonds
 from openmm_regflow.errors import CorruptFileError, InputError, InsufficientDataError
 from openmm_regflow.fingerprints import compare_fingerprints
+from openmm_regflow.ladders import temperature_ladder
 from openmm_regflow.simulate import (
     BatchedSettings,
     TemperingRun,
@@ -32,7 +33,6 @@ from openmm_regflow.simulate import (
     parallel_tempering,
     round_trips,
     target_frames,
-    temperature_ladder,
     tempering,
     torsion_bias,
     with_hydrogen_mass,
@@ -81,14 +81,6 @@ def test_bad_settings(values, message):
     with pytest.raises(InputError, match=message) as caught:
         TemperingSettings.create(**values)
     assert "\n" not in str(caught.value)
-
-
-def test_ladder():
-    ladder = temperature_ladder(300.0, 700.0, 5)
-    assert (ladder[0], ladder[-1]) == (pytest.approx(300.0), pytest.approx(700.0))
-    np.testing.assert_allclose(ladder[1:] / ladder[:-1], ladder[1] / ladder[0], rtol=1e-12)
-    with pytest.raises(InputError, match=r"300.0 K.*raise"):
-        temperature_ladder(300.0, 300.0, 5)
 
 
 def test_atoms_that_constraints_hold_keep_their_mass():

@@ -20,7 +20,7 @@ from openmm_regflow.moves import FlowMove
 from openmm_regflow.potentials import OpenMMPotential, TorchPotential
 from openmm_regflow.proposals import SubsetProposal, local_frame
 from openmm_regflow.refusals import check_subset_supported
-from openmm_regflow.sampling import FlowSimulation, FlowStep, run_chain
+from openmm_regflow.sampling import FlowSimulation, FlowStep, KernelInfo, run_chain
 
 MOLECULE = SolvatedChain()
 
@@ -149,6 +149,50 @@ def test_in_a_box_with_openmmtools(tmp_path, pressure):
     assert move.n_accepted > 200
     scores = z_scores(torch.as_tensor(np.array(sampled)), molecule.observables())
     assert max(map(abs, scores.values())) < SIGMAS, scores
+
+
+@pytest.mark.parametrize("pressure", [None, 1.0])
+def test_a_state_without_box_vectors_has_the_systems_own(pressure):
+    """As openmmtools' dynamics take it; not the box that a state before it left in the Context."""
+    box = np.diag([1.1, 1.2, 1.3])
+    molecule = SolvatedChain(box)
+    if pressure is not None:
+        molecule.system.addForce(openmm.MonteCarloBarostat(pressure, TEMPERATURE, 0))
+    pressure = None if pressure is None else pressure * unit.bar
+    state = states.ThermodynamicState(molecule.system, TEMPERATURE * unit.kelvin, pressure)
+    proposal = SubsetProposal(make_flow(), OpenMMPotential(molecule.system), TEMPERATURE, molecule.subset)
+    ends = []
+    for vectors in (box, None):
+        move = FlowMove(proposal, 4, 5000, seed=1)
+        for x in molecule.sample(40, generator(2)).numpy():
+            x[molecule.solvent, 0] += 0.8  # nearer to an image in one box, too far away for any move in the other
+            wide = states.SamplerState(x * unit.nanometer, box_vectors=2 * box * unit.nanometer)
+            move.apply(state, wide)
+            given = None if vectors is None else vectors * unit.nanometer
+            frame = states.SamplerState(x * unit.nanometer, box_vectors=given)
+            move.apply(state, frame)
+            ends.append(frame.positions._value.copy())
+        assert move.n_accepted > 10
+    np.testing.assert_allclose(ends[:40], ends[40:], atol=1e-9)
+
+
+def test_statistics_say_nothing_about_the_surroundings():
+    """Log-weights of a subset hold the energy of everything else: the mean is that of ratios, and there is no ESS."""
+    means = []
+    for offset in (0.0, 1e4):
+        system = openmm.XmlSerializer.clone(MOLECULE.system)
+        bath = openmm.CustomExternalForce(f"{offset}")  # of atoms that the flow does not move
+        bath.addParticle(MOLECULE.solvent, [])
+        system.addForce(bath)
+        step = FlowStep(make_proposal(potential=OpenMMPotential(system, "Reference")), 1, 500, generator())
+        one_step(step, 100)
+        assert np.isnan(step.statistics.effective_sample_size)
+        means.append(step.statistics.mean_log_weight)
+        flags = [torch.tensor([value]) for value in (False, -1, 0.0)]
+        info = KernelInfo(*flags, torch.tensor([[offset]]), torch.tensor([True]))
+        step.statistics.update(info, torch.tensor([np.inf]))  # from where the flow has no density
+        assert step.statistics.mean_log_weight == pytest.approx(means[-1] * 100 / 101)
+    assert means[0] == pytest.approx(means[1], abs=1e-6) and abs(means[0]) < 100
 
 
 class Gas(SolvatedChain):

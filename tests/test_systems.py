@@ -11,7 +11,8 @@ import numpy as np
 import openmm
 import pytest
 import torch
-from openmm import unit
+from openmm import app, unit
+from openmmtools import testsystems
 
 from openmm_regflow import metrics, systems
 from openmm_regflow.errors import InputError
@@ -152,6 +153,40 @@ def test_folder_with_system_xml(tmp_path, dipeptide):
     folder = write_folder(tmp_path / "xml", 'system_xml = "system.xml"\ntemperature = 300.0\n')
     (folder / "system.xml").write_text(openmm.XmlSerializer.serialize(dipeptide.system))
     assert load_system(folder).fingerprint["sha256"] == dipeptide.fingerprint["sha256"]
+
+
+@pytest.mark.parametrize("constraints", [None, app.HBonds])
+def test_a_ligand_without_conect_records_has_the_bonds_of_its_system(tmp_path, constraints):
+    """All of them and no other: not the ends of angles that constraints or Urey-Bradley terms join, nor a restraint."""
+    made = testsystems.TolueneVacuum(constraints=constraints)
+    bonds = {frozenset((a.index, b.index)) for a, b in made.topology.bonds()}
+    extra = openmm.HarmonicBondForce()
+    neighbours = {k: [min(p - {k}) for p in bonds if k in p] for k in range(15)}
+    extra.addBond(*neighbours[0][:2], 0.25, 1000.0)  # as a Urey-Bradley term
+    x = made.positions.value_in_unit(unit.nanometer)
+    far = int(np.linalg.norm(x - x[0], axis=1).argmax())
+    extra.addBond(0, far, 0.5, 100.0)
+    made.system.addForce(extra)
+    near = openmm.CustomBondForce("k/r^12")  # as force fields with a LennardJonesForce write 1-4 terms
+    near.addGlobalParameter("k", 1e-8)
+    graph = {k: {i for p in bonds if k in p for i in p - {k}} for k in range(15)}
+    for i in range(15):
+        two = {k for j in graph[i] for k in graph[j]}
+        for j in {k for m in two for k in graph[m]} - two - graph[i] - {i}:
+            if i < j:
+                near.addBond(i, j, [])
+    assert near.getNumBonds() > 10
+    made.system.addForce(near)
+    made.system.addConstraint(*neighbours[0][1:3], 0.25)
+    with open(tmp_path / "structure.pdb", "w") as file:
+        app.PDBFile.writeFile(made.topology, made.positions, file)
+    lines = (tmp_path / "structure.pdb").read_text().splitlines(keepends=True)
+    (tmp_path / "structure.pdb").write_text("".join(line for line in lines if not line.startswith("CONECT")))
+    (tmp_path / "system.xml").write_text(openmm.XmlSerializer.serialize(made.system))
+    (tmp_path / "system.toml").write_text('system_xml = "system.xml"\ntemperature = 300.0\n')
+    with pytest.warns(UserWarning, match="no bonds .CONECT records. of TOL"):
+        mol = load_system(tmp_path)
+    assert {frozenset((a.index, b.index)) for a, b in mol.topology.bonds()} == bonds
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from openmm_regflow.bijections import wrap
 from openmm_regflow.errors import CorruptFileError, DivergenceError, IncompatibleFlowError, InputError
 from openmm_regflow.files import read_safetensors, write_safetensors
-from openmm_regflow.flows import Prior
+from openmm_regflow.priors import Prior
 from openmm_regflow.rigid import random_rotations
 from openmm_regflow.targets import (
     MAX_EXACT,

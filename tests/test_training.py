@@ -9,10 +9,10 @@ from torch import nn
 from openmm_regflow import ranks
 from openmm_regflow.bijections import Composition
 from openmm_regflow.errors import CorruptFileError, DivergenceError, IncompatibleFlowError, InputError
-from openmm_regflow.flows import Prior
 from openmm_regflow.frames import COPIES
 from openmm_regflow.objectives import LikelihoodLoss, RegFlowLoss
 from openmm_regflow.pools import LABELS, MOVES, SAMPLES
+from openmm_regflow.priors import Prior
 from openmm_regflow.training import Batches, TrainConfig, _Run, train
 
 

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,7 +49,7 @@ def run_checks(
     """All checks of a flow on a molecule, or on a part of a System.
 
     Args:
-        flow: an ``openmm_regflow.Flow``, on any device; it draws and is evaluated there.
+        flow: an ``openmm_regflow.Flow`` or ``FlowMixture``, on any device; it draws and is evaluated there.
         molecule: System, topology, positions and temperature.
         n: flow samples for the kernel test.
         seed: of every random number.
@@ -76,8 +77,9 @@ def run_checks(
         proposal = _proposal(flow, potential, molecule.temperature, subset)
         own = whole_positions(proposal, molecule)[0].numpy()
     exact = copy.deepcopy(flow).cpu().double()
-    findings.append(_round_trip(exact, own, seed, subset))
-    findings.append(_log_determinant(exact, molecule.system, seed, subset))
+    for k, part in enumerate(parts := list(getattr(exact, "parts", [exact])), start=1):  # of a mixture, or the flow
+        for finding in (_round_trip(part, own, seed, subset), _log_determinant(part, molecule.system, seed, subset)):
+            findings.append(finding if len(parts) == 1 else replace(finding, name=f"{finding.name}, part {k}"))
     findings.append(_stored_precision(flow, exact, seed))
     if allowed:
         frame = _frame(proposal)

@@ -1,4 +1,4 @@
-"""Training: ``train`` and ``refine``."""
+"""Training: ``train``, ``refine`` and ``mix``."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,6 +19,7 @@ from openmm_regflow.cli.shell import (
     open_proposal,
     output_of,
     resumable,
+    show_table,
 )
 from openmm_regflow.errors import InputError
 
@@ -78,7 +79,7 @@ def _train(
     from openmm_regflow import recipes
     from openmm_regflow.constraints import fixed_bonds
     from openmm_regflow.device import resolve_device
-    from openmm_regflow.ensemble import ReducedPotential, check_trainable, frame_mover, is_held, phi_positive
+    from openmm_regflow.ensemble import ReducedPotential, check_trainable, frame_mover, is_held, rare_phi
     from openmm_regflow.flows import FlowMetadata
     from openmm_regflow.systems import load_system
 
@@ -111,7 +112,7 @@ def _train(
                 mover=frame_mover(mol, torch.as_tensor(frames), where, settings.compile)
                 if recipes.needs_mover(settings)
                 else None,
-                watch=phi_positive(mol),
+                watch=rare_phi(mol, torch.as_tensor(frames)),
                 fixed=fixed_bonds(mol.system),
                 held=held,
             )
@@ -160,7 +161,7 @@ def refine(
     learning_rate: Annotated[float, typer.Option(help="Of each round.")] = 4e-4,
     anchors: Annotated[int, typer.Option(help="Training frames mixed into every pool.")] = 10_000,
     anchor_moves: Annotated[int, typer.Option(help="Monte Carlo trajectories of every frame before each pool.")] = 0,
-    rare_share: Annotated[float, typer.Option(help="Least share of the trained target with a phi > 0.")] = 0.0,
+    rare_share: Annotated[float, typer.Option(help="Least share of the target with a phi on its rare side.")] = 0.0,
     path: Annotated[float, typer.Option(help="Share of the path gradient, which takes forces.")] = 0.0,
     tail: Annotated[float, typer.Option(help="Power of p/q in the weights: below 1, for fewer large ones.")] = 0.0,
     ema: Annotated[float, typer.Option(help="Of the weights.")] = 0.98,
@@ -203,15 +204,16 @@ def _refine(
     """`refine` on one rank; one of them writes and prints."""
     import torch
 
-    from openmm_regflow.ensemble import ReducedPotential, frame_mover, is_held, phi_positive
+    from openmm_regflow.ensemble import ReducedPotential, frame_mover, is_held, rare_phi
     from openmm_regflow.errors import IncompatibleFlowError
     from openmm_regflow.flows import FlowMetadata
     from openmm_regflow.frames import frames_of_run
+    from openmm_regflow.mixtures import one_flow
     from openmm_regflow.recipes import features
     from openmm_regflow.refinement import refine as run
 
     system, mol, proposal = open_proposal(flow, system, device)
-    opened = proposal.flow
+    opened = one_flow(proposal.flow, "refinement")
     target = FlowMetadata(mol.name, mol.fingerprint, mol.temperature).target
     if data is not None and data.suffix == ".safetensors":
         frames = frames_of_run(data, target)
@@ -233,7 +235,7 @@ def _refine(
                 settings,
                 data=frames.to(opened.device),
                 mover=frame_mover(mol, frames, opened.device, compile) if settings.anchor_moves else None,
-                watch=phi_positive(mol),
+                watch=rare_phi(mol, frames),
                 checkpoint=output / "refinement-checkpoint.safetensors",
                 progress=bar("refinement", settings.rounds) if peers.main else None,
             )
@@ -260,4 +262,57 @@ def _write_refined(output: Path, flow: Any, refined: dict[str, Any], records: li
     write_json(output / "refinement.json", [record.to_dict() for record in records])
     best = min(record.divergence for record in records)
     print(f"KL {records[0].divergence:.3f} -> {best:.3f} nat, {energies:,} energies in all")
+    print(f"wrote {output / 'flow.safetensors'}")
+
+
+@command
+def mix(
+    flows: Annotated[list[Path], typer.Argument(help="Two flow files or more, of one system.")],
+    output: Output = Path("runs/mixture"),
+    system: System = None,
+    share: Annotated[
+        list[float] | None, typer.Option(help="Of each flow, as often as there are flows; default: fitted.")
+    ] = None,
+    n: Annotated[int, typer.Option("-n", help="Samples, and energies, of each flow and of the mixture.")] = 20_000,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    overwrite: Overwrite = False,
+) -> None:
+    """Several flows of one system as one proposal: what one of them misses, another may not.
+
+    A mixture's file stands for a flow's wherever one is sampled or asked for densities; a sample of it costs as many
+    passes as it has parts. Without shares those of least KL(p || q) are fitted to samples of all parts.
+
+    Example: openmm-regflow mix runs/seed0/flow.safetensors runs/seed1/flow.safetensors --output runs/mixture
+    """
+    import torch
+
+    from openmm_regflow import reweighting
+    from openmm_regflow.mixtures import FlowMixture
+    from openmm_regflow.outputs import ess_words, timed
+    from openmm_regflow.sampling import fit_mixture
+
+    if n < 1:
+        raise InputError(f"-n is {n}; at least one sample of each flow is needed")
+    inside = [flow for flow in flows if flow.resolve().is_relative_to(output.resolve())]
+    if inside:
+        raise InputError(f"{inside[0]} lies in the folder for the results; choose another --output")
+    opened = [open_proposal(flow, system, device) for flow in flows]
+    name, proposals = opened[0][0], [proposal for *_, proposal in opened]
+    mixture = FlowMixture([p.flow for p in proposals], share)  # refuses what cannot be mixed
+    described = {"flows": [str(flow) for flow in flows], "system": name, "share": share, "n": n, "seed": seed}
+    generator = torch.Generator(device=proposals[0].device).manual_seed(seed)
+    with output_of(output, "mix", described, overwrite), bars() as bar:
+        with timed(bar, "samples of the parts", n * len(flows)):
+            if share is None:
+                mixture, batches = fit_mixture(proposals, n, generator)
+            else:
+                batches = [proposal.sample(n, generator) for proposal in proposals]
+        mixture.save(output / "flow.safetensors")
+        with timed(bar, "samples of the mixture", n):
+            batches.append(proposals[0].with_flow(mixture).sample(n, generator))
+    shares = [f"{float(s):.3f}" for s in mixture.shares]
+    rows = zip([*map(str, flows), "mixture"], [*shares, ""], (ess_words(b.log_weights, seed) for b in batches))
+    show_table(f"{name}: {n:,} samples of each", [("flow", "share", "ESS"), *rows])
+    print(reweighting.verdict(batches[-1].log_weights.cpu()))
     print(f"wrote {output / 'flow.safetensors'}")

@@ -21,7 +21,7 @@ from openmm_regflow.cli.shell import (
     show_table,
     use_platform,
 )
-from openmm_regflow.errors import InputError, InsufficientDataError
+from openmm_regflow.errors import InputError
 
 RefineSamples = Annotated[
     int, typer.Option(help="Annealing steps that carry every sample to the target; weights stay unbiased.")
@@ -48,7 +48,7 @@ def sample(
     Example: openmm-regflow sample systems/alanine-dipeptide/flow.safetensors -n 10000 --output runs/samples
     """
     from openmm_regflow import reweighting
-    from openmm_regflow.outputs import drawn, timed, write_batch
+    from openmm_regflow.outputs import drawn, ess_words, timed, write_batch
 
     system, mol, proposal = open_proposal(flow, system, device)
     described = {"flow": str(flow), "system": system, "n": n, "seed": seed, "refine_samples": refine_samples}
@@ -58,14 +58,8 @@ def sample(
         kept = write_batch(output, batch, mol, density=annealed is None)
     for name, value in annealed.rows() if annealed else []:
         print(f"{name}: {value}")
-    log_weights = batch.log_weights.cpu()
-    ess = 100 * reweighting.effective_sample_size(log_weights)
-    try:
-        error = f" ± {100 * reweighting.effective_sample_size_error(log_weights, generator=seed):.2g}"
-    except InsufficientDataError:  # of which the verdict says more
-        error = ""
-    print(f"ESS {ess:.3g}{error} % of {n:,} samples")
-    print(reweighting.verdict(log_weights))
+    print(f"ESS {ess_words(batch.log_weights, seed)} of {n:,} samples")
+    print(reweighting.verdict(batch.log_weights.cpu()))
     print(f"wrote {kept:,} frames to {output / 'samples.dcd'}")
 
 
@@ -123,14 +117,14 @@ def check(
     from openmm_regflow.check import run_checks
     from openmm_regflow.device import resolve_device
     from openmm_regflow.files import write_json
-    from openmm_regflow.flows import Flow
+    from openmm_regflow.mixtures import load_flow
     from openmm_regflow.potentials import cpu_platform
     from openmm_regflow.systems import load_system, select_atoms
 
     platform = use_platform(device)
     molecule = load_system(system)
     platform = platform or cpu_platform(molecule.system)
-    loaded = Flow.load(flow, resolve_device(device))
+    loaded = load_flow(flow, resolve_device(device))
     subset = None if atoms is None else select_atoms(molecule.topology, atoms)
     with bars() as bar:
         progress = bar("kernel", n)

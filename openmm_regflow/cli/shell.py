@@ -14,7 +14,7 @@ import typer
 
 from openmm_regflow._version import __version__
 from openmm_regflow.allocation import keep_freed_memory
-from openmm_regflow.errors import InputError, RegflowError
+from openmm_regflow.errors import InputError, RegflowError, complaints
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,7 +53,7 @@ System = Annotated[
     str | None,
     typer.Option("--system", help="Name of a system or path of a system folder; default: the one the flow names."),
 ]
-FlowFile = Annotated[Path, typer.Argument(help="A flow file (.safetensors).")]
+FlowFile = Annotated[Path, typer.Argument(help="A flow file (.safetensors), or that of a mixture.")]
 
 RUN_FILE = "run.json"
 
@@ -84,8 +84,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             from openmm_regflow.device import memory_line
 
             if isinstance(error, ValidationError):
-                first = error.errors()[0]
-                fail(f"error: {'.'.join(map(str, first['loc']))}: {first['msg']}", 2)
+                fail(f"error: {complaints(error)}", 2)
             if _exploded(error):
                 fail("error: the dynamics exploded; take a shorter time step, or start from a lower energy", 2)
             line = memory_line(error)
@@ -312,11 +311,11 @@ def open_proposal(flow_file: Path, system: str | None, device: str) -> tuple[str
     """
     from openmm_regflow.device import resolve_device
     from openmm_regflow.errors import IncompatibleFlowError, InputError
-    from openmm_regflow.flows import Flow
+    from openmm_regflow.mixtures import load_flow
     from openmm_regflow.proposals import FlowProposal
     from openmm_regflow.systems import load_system
 
-    flow = Flow.load(flow_file, resolve_device(device))
+    flow = load_flow(flow_file, resolve_device(device))
     name = system or flow.metadata.system
     if name is None:
         raise InputError(f"{flow_file} names no system; give --system")

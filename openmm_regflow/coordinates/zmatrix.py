@@ -94,13 +94,16 @@ def _neighbours(n_atoms: int, bonds: list[tuple[int, int]]) -> list[list[int]]:
         table[a].append(b)
         table[b].append(a)
     if n_atoms < 4:
-        raise InputError(f"internal coordinates need at least 4 atoms, this molecule has {n_atoms}; use Cartesian ones")
+        raise InputError(
+            f"internal coordinates need at least 4 atoms, this molecule has {n_atoms}; use Cartesian ones "
+            '(coordinates = "cartesian")'
+        )
     reached = set(_distances(table, 0))
     if len(reached) != n_atoms:
         lost = min(set(range(n_atoms)) - reached)
         raise InputError(
             f"atom {lost} is not bonded to the molecule of atom 0; internal coordinates cover one connected molecule "
-            "(check the bonds of the topology, or use Cartesian coordinates)"
+            '(check the bonds of the topology, which a PDB file has as CONECT records; or coordinates = "cartesian")'
         )
     return [sorted(row) for row in table]
 

@@ -4,8 +4,9 @@
 multistate sampler with its NetCDF storage. ``relink`` tells a restarted run where its flow file went.
 """
 
+from openmm_regflow.ladders import exchange_acceptance, temperature_ladder
 from openmm_regflow.moves.flow_move import FlowMove
-from openmm_regflow.moves.ladder import exchange_acceptance, learned_replica_exchange, temperature_ladder
+from openmm_regflow.moves.ladder import learned_replica_exchange
 from openmm_regflow.moves.ncmc import NCMCFlowMove
 from openmm_regflow.moves.registry import relink
 

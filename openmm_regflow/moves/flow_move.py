@@ -261,7 +261,9 @@ class FlowMove:
         if context is not self._checked:
             proposal.check_state_system(context.getSystem())
             self._checked = context
-        sampler_state.apply_to_context(context, ignore_velocities=True)  # the box, above all
+        sampler_state.apply_to_context(context, ignore_velocities=True)
+        if (box := box_of(thermodynamic_state, sampler_state)) is not None:  # one without would find another's
+            context.setPeriodicBoxVectors(*box)
         return context_potential(context, thermal_energy(thermodynamic_state.temperature)), context.getSystem()
 
     def _is_reference(self, thermodynamic_state: Any, proposal: FlowProposal) -> bool:
@@ -295,7 +297,9 @@ def box_of(thermodynamic_state: Any, sampler_state: Any) -> np.ndarray | None:
     if not thermodynamic_state.is_periodic:
         return None
     vectors = sampler_state.box_vectors
-    return numbers_in(thermodynamic_state.default_box_vectors if vectors is None else vectors, unit.nanometer)
+    if vectors is None:  # the System's own are a list of Quantities
+        return np.array([v.value_in_unit(unit.nanometer) for v in thermodynamic_state.default_box_vectors])
+    return numbers_in(vectors, unit.nanometer)
 
 
 def numbers_in(quantity: Any, of: unit.Unit) -> np.ndarray:

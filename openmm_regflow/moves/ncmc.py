@@ -57,6 +57,7 @@ class NCMCFlowMove(FlowMove):
         seed: see :class:`FlowMove`.
 
     Attributes:
+        timestep: a Quantity, as is ``collision_rate``: openmmtools' samplers count the time of every move that has one.
         last_work: what the log acceptance ratio of the latest move was made of, ``{"density", "protocol", "shadow"}``
             [kT], minus their sum: ``log q(y) - log q(x)``, the work of the drives (the change of the subset's own
             energy included), and the integrator's. NaN after a protocol that blew up.
@@ -88,7 +89,8 @@ class NCMCFlowMove(FlowMove):
             )
         super().__init__(proposal, 1, pool_size, flow_path=flow_path, energy="context", seed=seed)
         self.n_steps, self.steps_per_drive = n_steps, steps_per_drive
-        self.timestep, self.collision_rate = to_float(timestep, "time"), to_float(collision_rate, "rate")
+        self.timestep = to_float(timestep, "time") * unit.picosecond
+        self.collision_rate = to_float(collision_rate, "rate") / unit.picosecond
         self.last_work = _unknown_work()
         self._switched: Any = None
 
@@ -103,9 +105,16 @@ class NCMCFlowMove(FlowMove):
         check_atom_count(sampler_state, step.proposal)
         energy, system = self._energy(thermodynamic_state, sampler_state, context_cache)
         positions = numbers_in(sampler_state.positions, unit.nanometer)
-        positions = step.proposal.make_whole(positions, box_of(thermodynamic_state, sampler_state))
+        box = box_of(thermodynamic_state, sampler_state)
+        positions = step.proposal.make_whole(positions, box)
         context = self._context(thermodynamic_state, context_cache)
-        new, log_ratio = self._protocol(context, sampler_state, positions, energy, thermodynamic_state)
+        if box is not None:
+            context.setPeriodicBoxVectors(*box)
+        # Compatible states need not share them, as they need not share their temperature.
+        for name, value in getattr(energy, "parameters", {}).items():
+            if name in context.getParameters():
+                context.setParameter(name, value)
+        new, log_ratio = self._protocol(context, positions, energy, thermodynamic_state)
         if self._decide(log_ratio):
             velocities = self._drawn_velocities(context, system_masses(system), thermodynamic_state)
             velocities = step.proposal.project_velocities(velocities, new)
@@ -113,7 +122,11 @@ class NCMCFlowMove(FlowMove):
             sampler_state.velocities = unit.Quantity(velocities, unit.nanometer / unit.picosecond)
 
     def __getstate__(self, **kwargs: Any) -> dict[str, Any]:
-        return super().__getstate__(**kwargs) | {"ncmc": {name: getattr(self, name) for name in _SETTINGS}}
+        numbers = {
+            "timestep": to_float(self.timestep, "time"), "collision_rate": to_float(self.collision_rate, "rate")
+        }  # fmt: skip
+        settings = {name: getattr(self, name) for name in _SETTINGS} | numbers
+        return super().__getstate__(**kwargs) | {"ncmc": settings}
 
     def __setstate__(self, serialization: dict[str, Any]) -> None:
         super().__setstate__(serialization)
@@ -122,6 +135,8 @@ class NCMCFlowMove(FlowMove):
             raise CorruptFileError(f"a stored NCMCFlowMove lacks {', '.join(missing)}; the storage file is damaged")
         for name in _SETTINGS:
             setattr(self, name, settings[name])
+        self.timestep *= unit.picosecond
+        self.collision_rate /= unit.picosecond
         self.last_work, self._switched = _unknown_work(), None
 
     def _decide(self, log_ratio: float) -> bool:
@@ -133,24 +148,23 @@ class NCMCFlowMove(FlowMove):
         log_weight = torch.tensor([[log_ratio if possible else -math.inf]], dtype=torch.float64)
         flags = torch.tensor([accepted]), torch.tensor([0 if accepted else -1])
         outside = torch.tensor([False])
-        self._statistics.update(KernelInfo(*flags, log_weight.squeeze(0).exp().clamp(max=1), log_weight, outside))
+        info = KernelInfo(*flags, log_weight.squeeze(0).exp().clamp(max=1), log_weight, outside)
+        self._statistics.update(info, torch.zeros(1))  # the ratio is by the current state as it is
         return accepted
 
     def _protocol(
-        self, context: openmm.Context, sampler_state: Any, positions: np.ndarray, energy: Any, state: Any
+        self, context: openmm.Context, positions: np.ndarray, energy: Any, state: Any
     ) -> tuple[np.ndarray, float]:
         """Propose and drive there: final positions, at which the Context is left, and the log acceptance ratio."""
         kT, integrator = thermal_energy(state.temperature), context.getIntegrator()
         self.last_work = _unknown_work()
         try:
-            if sampler_state.box_vectors is not None:
-                context.setPeriodicBoxVectors(*sampler_state.box_vectors)
             x = torch.as_tensor(np.array(positions))[None]
             path, density = self._proposed(x)
             context.setPositions(positions)
             integrator.reset()
             self._drawn_velocities(context, system_masses(context.getSystem()), state)
-            # Zero, but for parameters of the state that the frozen System has at other values.
+            # Zero, but for rounding between two Contexts; at both ends the state's own decides.
             log_ratio = float(energy(x)) - _energy_of(context) / kT
             integrator.step(self.steps_per_drive)
             new, subset = _positions_of(context), self._step.proposal.atom_subset  # type: ignore[union-attr]
@@ -204,8 +218,8 @@ class NCMCFlowMove(FlowMove):
             integrator = integrators.ExternalPerturbationLangevinIntegrator(
                 splitting="O V R V O",
                 temperature=thermodynamic_state.temperature,
-                collision_rate=self.collision_rate / unit.picosecond,
-                timestep=self.timestep * unit.picosecond,
+                collision_rate=self.collision_rate,
+                timestep=self.timestep,
                 measure_shadow_work=True,
             )
             chosen: tuple[Any, ...] = ()

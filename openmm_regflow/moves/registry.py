@@ -22,6 +22,7 @@ import torch
 from openmm_regflow.device import resolve_device
 from openmm_regflow.errors import CorruptFileError, IncompatibleFlowError, InputError, UnsupportedForceError
 from openmm_regflow.flows import Flow
+from openmm_regflow.mixtures import FlowMixture, load_flow
 from openmm_regflow.potentials import OpenMMPotential, TorchPotential, platform_names
 from openmm_regflow.proposals import FlowProposal, SubsetProposal
 from openmm_regflow.sampling import ProposalPool, new_pool
@@ -181,7 +182,7 @@ def find(description: Description, system: openmm.System, n_steps: int = 0) -> t
         return description, shared
     description = _located(description)
     if (shared := living(description)) is None:
-        flow = Flow.load(str(description.flow_path), device=_device(description.device))
+        flow = load_flow(str(description.flow_path), device=_device(description.device))
         shared = register(description, _build_proposal(description, flow, system), n_steps)
     return description, shared
 
@@ -227,7 +228,7 @@ def own_file(flow: Any) -> Path | None:
     if path is None or not path.is_file():
         return None
     try:
-        stored = Flow.load(path)
+        stored = load_flow(path)
     except CorruptFileError:
         return None
     return path if _same_weights(stored, flow) and stored.metadata == flow.metadata else None
@@ -243,7 +244,7 @@ def _check_same(flow: Any, path: Path) -> None:
     """Refuse a file that holds other weights than the live flow."""
     if not path.is_file():
         raise InputError(f"no flow file at {path}; write it first with flow.save({str(path)!r})")
-    if not _same_weights(Flow.load(path), flow):
+    if not _same_weights(load_flow(path), flow):
         raise IncompatibleFlowError(f"{path} holds another flow than the proposal; call flow.save({str(path)!r}) again")
 
 
@@ -301,7 +302,7 @@ def _available(options: dict[str, Any]) -> dict[str, Any]:
     return options | {"platform": None, "properties": {}}
 
 
-def _build_proposal(description: Description, flow: Flow, system: openmm.System) -> FlowProposal:
+def _build_proposal(description: Description, flow: Flow | FlowMixture, system: openmm.System) -> FlowProposal:
     """The proposal of a description for a System."""
     potential = _build_potential(description.potential, system)
     options: dict[str, Any] = {"allow_mismatch": description.allow_mismatch, "chunk_size": description.chunk_size}

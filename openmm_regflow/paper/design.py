@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from openmm_regflow.errors import InputError
+from openmm_regflow.errors import InputError, complaints
 
 #: Regularisers of the RegFlow loss, one at a time (section 4.2; weights as published, or ours where none was).
 REGULARISERS: dict[str, dict[str, float]] = {
@@ -83,9 +83,7 @@ def load_config(given: dict[str, Any], settings: list[str]) -> PaperConfig:
     try:
         return PaperConfig.model_validate(table)
     except ValidationError as error:
-        first = error.errors()[0]
-        known = ", ".join(PaperConfig.model_fields)
-        raise InputError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}; settings: {known}") from error
+        raise InputError(f"{complaints(error)}; settings: {', '.join(PaperConfig.model_fields)}") from error
 
 
 @dataclass(frozen=True)

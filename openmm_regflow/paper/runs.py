@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmm_regflow import evaluation, flows, metrics, plots, recipes, reweighting, targets
+from openmm_regflow import evaluation, flows, metrics, plots, priors, recipes, reweighting, targets
 from openmm_regflow.coordinates import CoordinateMap
 from openmm_regflow.device import synchronize
 from openmm_regflow.errors import RegflowError
@@ -169,7 +169,7 @@ def _regression(flow: Flow, x: Tensor, cell: Cell, config: PaperConfig) -> Train
 
 
 def _factor(coordinates: CoordinateMap, x: Tensor, kind: str) -> Tensor | None:
-    return flows.harmonic_factor(coordinates, x) if kind == "harmonic" else None  # type: ignore[arg-type]
+    return priors.harmonic_factor(coordinates, x) if kind == "harmonic" else None  # type: ignore[arg-type]
 
 
 def _schedule(cell: Cell, config: PaperConfig, seconds: float, rate: float) -> TrainConfig:

@@ -135,7 +135,8 @@ SHORT = (
 def table(records: list[dict[str, Any]]) -> Rows:
     """Means over seeds with their standard errors; "–" where a figure is not defined, failures counted.
 
-    Of a single seed the error is that of the figure itself, where it has one.
+    A figure that some of the seeds lack (a free energy of a basin that they lost) has their number beside it: it is a
+    mean over those that did well. Of a single seed the error is that of the figure itself, where it has one.
     """
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for record in records:
@@ -144,7 +145,7 @@ def table(records: list[dict[str, Any]]) -> Rows:
     for key, runs in groups.items():
         failed = sum("failed" in r for r in runs)
         seeds = f"{len(runs)}" + (f" ({failed} failed)" if failed else "")
-        rows.append((*key, seeds, *(_words(*mean(runs, *column)) for column in COLUMNS.values())))
+        rows.append((*key, seeds, *(_cell([r for r in runs if "failed" not in r], *c) for c in COLUMNS.values())))
     return rows
 
 
@@ -175,6 +176,12 @@ def _value(run: dict[str, Any], key: str) -> tuple[float, float | None] | None:
         return float(value[0]), float(value[1])
     error = run.get(f"{name}_error")
     return float(value), None if error is None else float(error)
+
+
+def _cell(runs: list[dict[str, Any]], key: str, factor: float = 1.0) -> str:
+    """Mean of a figure, and how many of the runs have it, if not all."""
+    n = sum(_value(run, key) is not None for run in runs)
+    return _words(*mean(runs, key, factor)) + (f" ({n} of {len(runs)})" if 0 < n < len(runs) else "")
 
 
 def _words(value: float | None, error: float | None) -> str:

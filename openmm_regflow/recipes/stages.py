@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openmm_regflow import flows, ranks
+from openmm_regflow import flows, priors, ranks
 from openmm_regflow.coordinates import CartesianMap, CoordinateMap, identical_atoms
 from openmm_regflow.errors import InputError
 from openmm_regflow.flows import Flow, FlowMetadata
@@ -54,7 +54,7 @@ def copied_frames(x: Tensor, mover: Mover, config: FramesConfig, work: Workspace
 def new_student(coordinates: CoordinateMap, x: Tensor, config: FlowConfig, metadata: FlowMetadata | None) -> Flow:
     """A flow that knows nothing yet, on coordinates that fit the frames `(n, n_atoms, 3)` [nm]."""
     harmonic = config.prior == "harmonic" and isinstance(coordinates, CartesianMap)
-    factor = flows.harmonic_factor(coordinates, x) if harmonic else None  # type: ignore[arg-type]
+    factor = priors.harmonic_factor(coordinates, x) if harmonic else None  # type: ignore[arg-type]
     return flows.build(coordinates, config.architecture(coordinates.circular), metadata, factor)
 
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from tomlkit.items import Table
 
-from openmm_regflow.errors import InputError
+from openmm_regflow.errors import InputError, complaints
 from openmm_regflow.files import read_toml
 from openmm_regflow.recipes.config import RunConfig
 
@@ -28,10 +28,8 @@ def load_config(path: str | Path) -> RunConfig:
             f"no configuration file {path}; `openmm-regflow train --print-config` shows a complete one"
         ) from error
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(p) for p in first["loc"])
         raise InputError(
-            f"{path}: {place}: {first['msg']}; `openmm-regflow train --print-config` shows all keys"
+            f"{path}: {complaints(error)}; `openmm-regflow train --print-config` shows all keys"
         ) from error
 
 

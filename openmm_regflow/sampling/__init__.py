@@ -28,6 +28,7 @@ from openmm_regflow.sampling.kernels import (
     proposal_log_weights,
     state_log_weight,
 )
+from openmm_regflow.sampling.mixing import fit_mixture
 from openmm_regflow.sampling.openmm_app import FlowReplicaExchange, FlowReporter, FlowSimulation, alternate
 from openmm_regflow.sampling.steps import (
     ChainResult,
@@ -61,6 +62,7 @@ __all__ = [
     "alternate",
     "annealed_samples",
     "context_potential",
+    "fit_mixture",
     "flow_kernel",
     "independence_metropolis_hastings",
     "iterated_sir",

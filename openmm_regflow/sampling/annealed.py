@@ -18,6 +18,7 @@ from torch import Tensor
 from openmm_regflow import reweighting
 from openmm_regflow.bijections import wrap
 from openmm_regflow.errors import InputError
+from openmm_regflow.mixtures import one_flow
 from openmm_regflow.proposals import FlowProposal, ProposalBatch, chunk_sizes
 from openmm_regflow.sampling.hamiltonian import correction, varied
 
@@ -81,7 +82,7 @@ def annealed_samples(
         n_leapfrog: leapfrog steps, and energies with forces, of each trajectory.
 
     Raises:
-        InputError: numbers below their least, constraints, a subset of atoms, or a potential without forces.
+        InputError: numbers below their least, constraints, a subset of atoms, a mixture, or a potential without forces.
     """
     _check(proposal, n, n_steps, n_leapfrog)
     latent = _Latent(proposal, n_leapfrog)
@@ -103,6 +104,7 @@ def _check(proposal: FlowProposal, n: int, n_steps: int, n_leapfrog: int) -> Non
         raise InputError(f"n = {n}, n_steps = {n_steps}, n_leapfrog = {n_leapfrog}; at least 1, 0 and 1 are needed")
     if proposal.constraints is not None or proposal.atom_subset is not None:
         raise InputError("annealing covers neither constraints nor a subset of atoms; use plain weights there")
+    one_flow(proposal.flow, "annealing")
     if n_steps and not hasattr(proposal.potential, "energy_and_forces"):
         raise InputError("annealing needs forces; give the proposal a TorchPotential or an OpenMMPotential")
 

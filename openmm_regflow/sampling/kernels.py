@@ -218,8 +218,9 @@ class FlowStatistics:
         n_proposals: configurations proposed (``n_proposed`` times the number per step).
         n_impossible: proposals with a NaN, infinite or absurd energy or density; each one a rejection.
         n_outside: steps that started where the flow has no density, which no flow step can leave.
-        sum_log_weight: sum over the possible proposals [nat].
-        log_sum_weight: log of the sum of weights.
+        sum_log_weight: sum over the possible proposals [nat]; of a subset's or switched ones the logarithms of what
+            they weigh by the current state, as the surroundings of others are others.
+        log_sum_weight: log of the sum of weights; ``-inf`` where they cannot be compared (a subset).
         log_sum_weight_squared: log of the sum of squared weights.
     """
 
@@ -232,9 +233,21 @@ class FlowStatistics:
     log_sum_weight: float = -math.inf
     log_sum_weight_squared: float = -math.inf
 
-    def update(self, info: KernelInfo) -> None:
-        """Add one kernel call."""
-        log_w = info.log_weights.flatten().cpu().numpy()  # a few numbers: NumPy is several times faster
+    def update(self, info: KernelInfo, own: Tensor | None = None) -> None:
+        """Add one kernel call.
+
+        Args:
+            info: of the call.
+            own: log-weights of the current states `(n_chains,)`, where those of proposals hold the energy of
+                surroundings that change from call to call: then only the differences mean something, and there is no
+                effective sample size. Of a state without a finite one the difference counts as zero.
+        """
+        log_w = info.log_weights.cpu().numpy()  # a few numbers: NumPy is several times faster
+        if own is not None:
+            here = own.cpu().numpy()[:, None]
+            ratio = log_w - np.nan_to_num(here, posinf=0, neginf=0)
+            log_w = np.where(np.isfinite(here) | np.isneginf(log_w), ratio, 0.0)
+        log_w = log_w.ravel()
         possible = log_w[np.isfinite(log_w)]
         self.n_proposed += len(info.accepted)
         self.n_accepted += int(info.accepted.sum())
@@ -243,6 +256,7 @@ class FlowStatistics:
         self.n_impossible += len(log_w) - len(possible)
         if len(possible):
             self.sum_log_weight += float(possible.sum())
+        if len(possible) and own is None:
             self.log_sum_weight = float(np.logaddexp.reduce(possible, initial=self.log_sum_weight))
             squared = float(np.logaddexp.reduce(2 * possible, initial=self.log_sum_weight_squared))
             self.log_sum_weight_squared = squared
@@ -254,13 +268,13 @@ class FlowStatistics:
 
     @property
     def mean_log_weight(self) -> float:
-        """Mean log-weight of the possible proposals [nat]; NaN before the first."""
+        """Mean log-weight of the possible proposals [nat], of a subset by the current states; NaN before the first."""
         possible = self.n_proposals - self.n_impossible
         return self.sum_log_weight / possible if possible else math.nan
 
     @property
     def effective_sample_size(self) -> float:
-        """Kish effective sample size of all proposals so far, as a fraction; NaN before the first."""
+        """Kish effective sample size of all proposals so far, as a fraction; NaN before the first, and for subsets."""
         if not self.n_proposals or math.isinf(self.log_sum_weight):
             return math.nan
         return math.exp(2 * self.log_sum_weight - self.log_sum_weight_squared) / self.n_proposals

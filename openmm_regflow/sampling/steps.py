@@ -16,7 +16,7 @@ from openmm_regflow.device import choose_way, write_positions
 from openmm_regflow.errors import InputError
 from openmm_regflow.proposals import FlowProposal, ProposalBatch
 from openmm_regflow.rigid import random_rotations, rotate
-from openmm_regflow.sampling.kernels import FlowStatistics, ProposalPool, flow_kernel
+from openmm_regflow.sampling.kernels import FlowStatistics, ProposalPool, flow_kernel, state_log_weight
 from openmm_regflow.units import GAS_CONSTANT, positions_nm, temperature_kelvin
 
 #: Reduced potential [kT] of a batch `(n, n_atoms, 3)` [nm] -> `(n,)`.
@@ -195,7 +195,7 @@ class FlowStep:
             u, batch = proposal.reduced_potential(current) * ratio, batch.scaled(ratio)
         state = ProposalBatch(framed, proposal.log_q(framed), u.to(batch.u))
         new, info = flow_kernel(state, ProposalBatch(*(part.unsqueeze(0) for part in batch)), self.generator)
-        self.statistics.update(info)
+        self.statistics.update(info, None if proposal.atom_subset is None else state_log_weight(state))
         return self._place(new.positions[0], current[0]) if bool(info.accepted) else None
 
     def _place(self, new: Tensor, old: Tensor) -> Tensor:

@@ -32,7 +32,6 @@ from openmm_regflow.simulate.tempering import (
     parallel_tempering,
     placement_in,
     read_record,
-    temperature_ladder,
     with_hydrogen_mass,
     writable_folder,
 )
@@ -65,7 +64,6 @@ __all__ = [
     "read_record",
     "round_trips",
     "target_frames",
-    "temperature_ladder",
     "thin",
     "torsion_bias",
     "torsion_bias_system",

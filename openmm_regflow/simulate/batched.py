@@ -12,19 +12,20 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import openmm
 import torch
 from openmm import unit
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 from torch import Tensor
 
 from openmm_regflow.errors import CorruptFileError, InputError, InsufficientDataError
 from openmm_regflow.files import write_json
 from openmm_regflow.fingerprints import compare_fingerprints, fingerprint
 from openmm_regflow.graphs import Replayed
+from openmm_regflow.ladders import temperature_ladder
 from openmm_regflow.potentials import TorchPotential
 from openmm_regflow.simulate.tempering import (
     CHUNKS,
@@ -32,11 +33,11 @@ from openmm_regflow.simulate.tempering import (
     START,
     STORAGE,
     Progress,
+    Settings,
     TemperingRun,
     is_free,
     no_progress,
     read_record,
-    temperature_ladder,
     with_hydrogen_mass,
     writable_folder,
 )
@@ -49,7 +50,7 @@ CHUNK, CHUNK_SECONDS = 50, 60.0
 NOW = ("x", "v", "last_states")
 
 
-class BatchedSettings(BaseModel):
+class BatchedSettings(Settings):
     """Settings of batched replica exchange; unknown keys are refused.
 
     Attributes:
@@ -67,8 +68,6 @@ class BatchedSettings(BaseModel):
         seed: seeds everything random.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     n_copies: int = Field(default=32, ge=1)
     n_replicas: int = Field(default=4, ge=2)
     max_temperature: float = Field(default=500.0, gt=0, allow_inf_nan=False)
@@ -81,19 +80,6 @@ class BatchedSettings(BaseModel):
     compile: bool = True
     device: str = "cpu"
     seed: int = Field(default=0, ge=0, lt=2**31 - 1)
-
-    @classmethod
-    def create(cls, **values: Any) -> Self:
-        """Settings from keyword arguments.
-
-        Raises:
-            InputError: a value out of range or an unknown key.
-        """
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            parts = [f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()]
-            raise InputError(f"tempering: {'; '.join(parts)}; known keys: {', '.join(cls.model_fields)}") from error
 
 
 class _Ladder:

@@ -29,9 +29,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from openmm_regflow.constraints import fixed_bonds
 from openmm_regflow.device import openmm_properties
-from openmm_regflow.errors import CorruptFileError, InputError, InsufficientDataError
+from openmm_regflow.errors import CorruptFileError, InputError, InsufficientDataError, complaints
 from openmm_regflow.files import read_json, write_json
 from openmm_regflow.fingerprints import compare_fingerprints, fingerprint
+from openmm_regflow.ladders import temperature_ladder
 from openmm_regflow.potentials import platform_names
 from openmm_regflow.rigid import Placement, placement
 from openmm_regflow.systems import MolecularSystem
@@ -50,7 +51,26 @@ def no_progress(done: int, total: int) -> None:
     """Reports nothing."""
 
 
-class TemperingSettings(BaseModel):
+class Settings(BaseModel):
+    """Settings of a simulation; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def create(cls, **values: Any) -> Self:
+        """Settings from keyword arguments.
+
+        Raises:
+            InputError: a value out of range or an unknown key; pydantic's report in one line.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            known = ", ".join(cls.model_fields)
+            raise InputError(f"tempering: {complaints(error)}; known keys: {known}") from error
+
+
+class TemperingSettings(Settings):
     """Settings of a parallel tempering run; unknown keys are refused.
 
     Attributes:
@@ -68,8 +88,6 @@ class TemperingSettings(BaseModel):
         platform: OpenMM platform name; on a GPU in mixed precision. None lets OpenMM choose, precision and device too.
         seed: seeds everything random.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_temperature: float = Field(default=700.0, gt=0, allow_inf_nan=False)
     n_replicas: int = Field(default=6, ge=2)
@@ -91,30 +109,6 @@ class TemperingSettings(BaseModel):
         if name is not None and name not in names:
             raise ValueError(f"platform {name!r} is not among {', '.join(names)}")
         return values
-
-    @classmethod
-    def create(cls, **values: Any) -> Self:
-        """Settings from keyword arguments.
-
-        Raises:
-            InputError: a value out of range or an unknown key; pydantic's report in one line.
-        """
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            parts = [f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()]
-            raise InputError(f"tempering: {'; '.join(parts)}; known keys: {', '.join(cls.model_fields)}") from error
-
-
-def temperature_ladder(lowest: float, highest: float, n: int) -> np.ndarray:
-    """Geometric ladder of temperatures [K], `(n,)`; neighbours then swap about equally often.
-
-    Raises:
-        InputError: the highest is not above the lowest.
-    """
-    if highest <= lowest:
-        raise InputError(f"max_temperature {highest} K is not above the system's {lowest} K; raise it")
-    return np.geomspace(lowest, highest, n)
 
 
 def with_hydrogen_mass(system: openmm.System, mass: float | None) -> openmm.System:

@@ -43,7 +43,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from openmm_regflow import plots
 from openmm_regflow.elements import symbol
-from openmm_regflow.errors import InputError, InsufficientDataError
+from openmm_regflow.errors import InputError, InsufficientDataError, complaints
 from openmm_regflow.files import read_toml, write_json
 from openmm_regflow.flows import coordinates_for
 from openmm_regflow.simulate import BatchedSettings, batched_tempering, load_runs
@@ -167,13 +167,13 @@ def load_states(path: str | Path) -> StatesConfig:
             f"states file {path} cannot be read: {error.strerror}; give the path of a TOML file"
         ) from error
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
         sections: dict[str, type[BaseModel]] = {"a": StateConfig, "b": StateConfig, "train": TrainConfig}
         sections |= {"a.basin": BasinConfig, "b.basin": BasinConfig, "": StatesConfig}
-        section = sections.get(".".join(map(str, first["loc"][:-1])))
-        known = f"; known keys: {', '.join(section.model_fields)}" if section and "extra" in first["type"] else ""
-        raise InputError(f"{path}: {place or 'file'}: {first['msg']}{known}") from error
+        wrong = dict.fromkeys(".".join(map(str, e["loc"][:-1])) for e in error.errors() if "extra" in e["type"])
+        known = [(name, ", ".join(sections[name].model_fields)) for name in wrong if name in sections]
+        words = "; ".join(keys if len(known) == 1 else f"{keys} ({name or 'file'})" for name, keys in known)
+        words = f"; known keys: {words}" if known else ""
+        raise InputError(f"{path}: {complaints(error, 'file')}{words}") from error
 
 
 def open_state(

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from openmm_regflow.bijections import AffineCoupling, Composition, SplineCoupling
-from openmm_regflow.flows import Prior, alternating_masks
+from openmm_regflow.flows import alternating_masks
 from openmm_regflow.networks import MLP, ResidualMLP, TokenTransformer
+from openmm_regflow.priors import Prior
 from openmm_regflow.products import linear
 
 DIM, LAYERS, HIDDEN, BINS, BATCH, BOUND = 66, 8, 256, 8, 1024, 5.0
