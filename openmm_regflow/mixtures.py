@@ -265,10 +265,7 @@ def _check_alike(first: Flow, other: Flow) -> None:
 
     def bonds(flow: Flow) -> set[frozenset[int]]:
         zmatrix = getattr(flow.coordinates, "zmatrix", None)
-        if zmatrix is None:
-            return set()
-        first, middle, last = zmatrix.seed
-        return {frozenset(pair) for pair in [(first, middle), (last, middle), *(row[:2] for row in zmatrix.rows)]}
+        return set() if zmatrix is None else set(map(frozenset, zmatrix.bonds))
 
     for what, a, b in (
         ("numbers of atoms", first.n_atoms, other.n_atoms),

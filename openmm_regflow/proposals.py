@@ -573,9 +573,7 @@ def bonds_of_subset(flow: Any, subset: Sequence[int]) -> list[tuple[int, int]]:
     zmatrix = getattr(getattr(flow, "coordinates", None), "zmatrix", None)
     if zmatrix is None:
         return []
-    first, middle, last = zmatrix.seed
-    pairs = [(first, middle), (last, middle), *((row[0], row[1]) for row in zmatrix.rows)]
-    return [(subset[a], subset[b]) for a, b in pairs]
+    return [(subset[a], subset[b]) for a, b in zmatrix.bonds]
 
 
 def check_order(flow: Any, system: openmm.System) -> None:

@@ -44,6 +44,12 @@ class ZMatrix:
     rotors: tuple[Rotor, ...]
 
     @property
+    def bonds(self) -> list[tuple[int, int]]:
+        """(atom, bonded to) in the order of placement, those of the seed first."""
+        first, middle, last = self.seed
+        return [(first, middle), (last, middle), *((row[0], row[1]) for row in self.rows)]
+
+    @property
     def n_atoms(self) -> int:
         """Number of atoms placed."""
         return len(self.rows) + 3
