@@ -286,14 +286,14 @@ def missing_basins(
     residues = sorted({atom for _, atom in listed})
     names = [f"{kind}{residues.index(atom) + 1}" for kind, atom in listed]
     there = np.isfinite(x).all(axis=(1, 2))
+    if not there.any():
+        return ()
     others = np.asarray(torsions, dtype=np.int64).reshape(-1, 4)
     found: list[str] = []
     for rows, words, parts in (
-        (_torsion_rows(phi, psi) if names else others[:0], names, _HALVES),
+        (_torsion_rows(phi, psi), names, _HALVES),
         (others, ["torsion " + "-".join(map(str, row)) for row in others], _THIRDS),
     ):
-        if not len(rows) or not there.any():
-            continue
         for row, name in zip(rows, words, strict=True):
             mine, theirs = (np.degrees(metrics.dihedrals(positions, row[None])) for positions in (x, x_ref))
             for where, (low, high) in parts.items():

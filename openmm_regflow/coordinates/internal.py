@@ -455,8 +455,7 @@ class InternalMap(CoordinateMap):
 
 def _fixed_columns(zmatrix: ZMatrix, fixed: FixedBonds) -> dict[int, float]:
     """Raw column -> length [nm] of every fixed bond."""
-    bonds = [zmatrix.seed[:2], zmatrix.seed[1:], *(row[:2] for row in zmatrix.rows)]
-    column = {frozenset(bond): k for k, bond in enumerate(bonds)}
+    column = {frozenset(bond): k for k, bond in enumerate(zmatrix.bonds)}
     lengths = {}
     for i, j, length in fixed:
         if frozenset((i, j)) not in column:

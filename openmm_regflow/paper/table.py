@@ -143,9 +143,10 @@ def table(records: list[dict[str, Any]]) -> Rows:
         groups.setdefault(Cell(**record["cell"]).row, []).append(record)
     rows: Rows = [("system", "architecture", "method", "variant", "budget [s]", "seeds", *COLUMNS)]
     for key, runs in groups.items():
-        failed = sum("failed" in r for r in runs)
+        done = [r for r in runs if "failed" not in r]
+        failed = len(runs) - len(done)
         seeds = f"{len(runs)}" + (f" ({failed} failed)" if failed else "")
-        rows.append((*key, seeds, *(_cell([r for r in runs if "failed" not in r], *c) for c in COLUMNS.values())))
+        rows.append((*key, seeds, *(_cell(done, *column) for column in COLUMNS.values())))
     return rows
 
 

@@ -33,18 +33,19 @@ def fit_mixture(
         IncompatibleFlowError: flows of different targets or measures.
     """
     flows = [proposal.flow for proposal in proposals]
-    FlowMixture(flows)  # refuses what cannot be mixed before anything is drawn
+    mixture = FlowMixture(flows)  # refuses what cannot be mixed before anything is drawn
     batches = [proposal.sample(n, generator) for proposal in proposals]
     x, u = torch.cat([b.positions for b in batches]), torch.cat([b.u for b in batches])
     there = torch.isfinite(u)
     if not bool(there.any()):
         raise InputError("no draw of these flows has a finite energy; train them further, or look at them by `check`")
     log_q = torch.stack([proposal.log_q(x[there]) for proposal in proposals])
-    shares = fitted_shares(log_q, u[there]).tolist()
-    if min(shares) < LEAST_SHARE:
-        k = shares.index(min(shares))
+    shares = fitted_shares(log_q, u[there])
+    if float(shares.min()) < LEAST_SHARE:
+        k = int(shares.argmin())
         raise InputError(
             f"flow {k + 1} of {len(flows)} has a share of {shares[k]:.1g}: it adds nothing to the others and costs "
             "a pass for every sample; leave it out"
         )
-    return FlowMixture(flows, shares), batches
+    mixture.shares.copy_(shares)
+    return mixture, batches
