@@ -120,6 +120,20 @@ def write_batch(folder: Path, batch: ProposalBatch, molecule: MolecularSystem, d
     return write_trajectory(folder / "samples.dcd", positions, molecule.topology)
 
 
+def write_equilibrium(folder: Path, batch: ProposalBatch, molecule: MolecularSystem, n: int, seed: int) -> str:
+    """``n`` different samples that need no weights as equilibrium.dcd; what was written, in words with its bias.
+
+    Raises:
+        InsufficientDataError: fewer than ``n`` samples have a weight.
+    """
+    rows, cut = reweighting.accept(batch.log_weights, n, seed)
+    positions = batch.positions.cpu().numpy()[rows]
+    path = folder / "equilibrium.dcd"
+    write_trajectory(path, positions, molecule.topology)
+    bias = f"{100 * cut:.2g} % of all weight cut; fewer frames cut less" if cut else "no weight cut"
+    return f"wrote {n:,} different frames without weights to {path}: {bias}"
+
+
 def draw_samples(
     folder: Path, molecule: MolecularSystem, batch: ProposalBatch, reference: np.ndarray, proposal: FlowProposal
 ) -> dict[str, Path]:

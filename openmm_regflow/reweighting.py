@@ -470,6 +470,47 @@ def resample(log_weights: Any, n: int, generator: Seed = None) -> np.ndarray:
     return np.minimum(np.searchsorted(cumulative_n, points, side="right"), cumulative_n.size - 1)
 
 
+def accept(log_weights: Any, n: int, generator: Seed = None) -> tuple[np.ndarray, float]:
+    """Different samples that need no weights any more: each is kept with probability ``min(1, w / c)``.
+
+    Rejection (von Neumann 1951) at the c of which ``n`` are expected, all decided by one random number, so that it is
+    ``n`` (systematic sampling, in an order drawn for it; Madow 1949). Where c is below the largest weight, what weights
+    have above it is lost; fewer samples lose less.
+
+    Args:
+        log_weights: `(N,)`.
+        n: how many to keep.
+        generator: NumPy generator or seed.
+
+    Returns:
+        ``(rows, cut)``: indices `(n,)`, ascending, none twice, and the part of all weight above c, in [0, 1); at zero
+        the rows are a sample of the target, as far as the largest of these weights is the largest that there is.
+
+    Raises:
+        InputError: n below one.
+        InsufficientDataError: fewer than n samples have a weight.
+    """
+    w = normalised_weights(log_weights)
+    if n < 1:
+        raise InputError(f"n = {n} samples to keep; at least one is needed")
+    if (positive := int(np.count_nonzero(w))) < n:
+        raise InsufficientDataError(f"{positive} of {len(w)} samples have a weight, so {n} cannot be kept; draw more")
+    largest = np.sort(w)[::-1][:n]
+    # With the k largest kept for certain, the rest shares n - k places at c = rest / (n - k).
+    rest = 1.0 - np.append(0.0, np.cumsum(largest)[:-1])
+    c = rest / (n - np.arange(n))
+    c = c[np.argmax(largest <= c)] if (largest <= c).any() else largest[-1]
+    kept = np.minimum(1.0, w / c)
+    rng = as_generator(generator)
+    order = rng.permutation(len(w))
+    # Rounding must neither take one away nor add one: the last sum is n.
+    passed = np.cumsum(kept[order])
+    passed = np.floor(np.append(0.0, passed * (n / passed[-1])) + rng.random()).astype(np.int64)
+    passed[-1] = passed[0] + n
+    rows = np.sort(order[np.diff(passed) > 0])
+    return rows, float(np.maximum(w - c, 0.0).sum())
+
+
 def largest_share(log_weights: Any) -> float:
     """What the largest weight holds of the sum of squared weights ``max w^2 / sum w^2``, in (0, 1].
 

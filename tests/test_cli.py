@@ -137,11 +137,16 @@ def test_train_pairs_sample_mcmc_tfep_evaluate(capsys, tmp_path):
     teacher = tmp_path / "train" / "teacher.safetensors"
     code, out, _ = run(capsys, "pairs", teacher, "-n", 300, "--n-steps", 2, "-o", tmp_path / "pairs")
     assert code == 0 and "300 pairs of 60 dimensions" in out
-    code, out, _ = run(capsys, "sample", flow, "-n", 500, "-o", tmp_path / "sample")
-    assert code == 0 and "ESS" in out
+    code, out, _ = run(capsys, "sample", flow, "-n", 500, "--equilibrium", 20, "-o", tmp_path / "sample")
+    assert code == 0 and "ESS" in out and "wrote 20 different frames without weights" in out
     trajectory = mdtraj.load(tmp_path / "sample" / "samples.dcd", top=tmp_path / "sample" / "samples.pdb")
     table = np.load(tmp_path / "sample" / "samples.npz")
     assert trajectory.n_frames == table["in_trajectory"].sum() and len(table["log_q"]) == 500
+    chosen = mdtraj.load(tmp_path / "sample" / "equilibrium.dcd", top=tmp_path / "sample" / "equilibrium.pdb")
+    rows = [int(np.flatnonzero((trajectory.xyz == frame).all((1, 2)))[0]) for frame in chosen.xyz]
+    assert sorted(set(rows)) == rows and len(rows) == 20
+    weights = table["log_weights"][table["in_trajectory"]]
+    assert weights[rows].mean() > np.mean(weights[np.isfinite(weights)])
     code, out, _ = run(capsys, "mcmc", flow, "--iterations", 10, "--md-steps", 10, "-o", tmp_path / "mcmc")
     assert code == 0
     assert json.loads((tmp_path / "mcmc" / "statistics.json").read_text())["n_proposed"] == 10

@@ -251,6 +251,52 @@ def test_systematic_resampling_copies_within_one():
     assert np.abs(counts - 1000 * rw.normalised_weights(log_w_n)).max() < 1 + 1e-9
 
 
+def test_accepted_rows_are_a_sample_of_the_target():
+    """Mean and variance of what rejection leaves at c = max w; all rows alike, or the heaviest, would fail."""
+    rng, n = np.random.default_rng(9), 4000
+    scores, plain = [], []
+    for _ in range(50):
+        x_n, log_w_n = gaussian_weights(8000, rng)
+        rows, cut = rw.accept(log_w_n, n, rng)
+        assert cut == 0 and len(np.unique(rows)) == n
+        x = x_n[rows] - 0.4
+        scores.append([x.mean() * math.sqrt(n), (np.square(x).mean() - 1) * math.sqrt(n / 2)])
+        plain.append((np.square(x_n[:n] - 0.4).mean() - 1) * math.sqrt(n / 2))
+    scores = np.array(scores)
+    assert (np.abs(scores.mean(0)) < 4 / math.sqrt(50)).all()
+    # One random number decides about all: the spread is at most that of independent rows.
+    assert (scores.std(0) < 1 + 4 / math.sqrt(100)).all()
+    assert np.mean(plain) > 4
+
+
+def test_accepted_rows_are_kept_in_proportion_to_weights_up_to_the_cut():
+    rng = np.random.default_rng(10)
+    log_w_n, repeats = rng.normal(0, 2, 200), 4000
+    w = rw.normalised_weights(log_w_n)
+    counts = np.zeros(200)
+    for _ in range(repeats):
+        rows, cut = rw.accept(log_w_n, 60, rng)
+        assert len(rows) == 60
+        counts[rows] += 1
+    kept = counts / repeats
+    c = np.median((w / kept)[(kept < 1) & (kept > 0.3)])
+    assert cut == pytest.approx(np.maximum(w - c, 0).sum(), rel=0.01) and cut > 0.1
+    expected = np.minimum(1, w / c)
+    error = np.sqrt(expected * (1 - expected) / repeats)
+    assert (np.abs(kept - expected) < 5 * error + 0.01 * expected + 1e-12).all()
+
+
+def test_acceptance_at_its_ends():
+    assert rw.accept([0.0, 0.0, -np.inf, 0.0], 3)[0].tolist() == [0, 1, 3]
+    assert rw.accept([0.0, -800.0], 1)[0].tolist() == [0]
+    rows, cut = rw.accept([0.0, np.log(3.0)], 2)
+    assert rows.tolist() == [0, 1] and cut == pytest.approx(0.5)
+    with pytest.raises(InsufficientDataError, match="3 of 4 samples have a weight"):
+        rw.accept([0.0, 0.0, -np.inf, 0.0], 4)
+    with pytest.raises(InputError, match="at least one"):
+        rw.accept([0.0], 0)
+
+
 def test_estimate_prints_its_error():
     assert str(rw.Estimate(1.23456, 0.0211, 100, 0.5)) == "1.235 ± 0.021 (n = 100, ESS 0.5)"
 

@@ -39,6 +39,10 @@ def sample(
     system: System = None,
     n: Annotated[int, typer.Option("-n", help="Samples.")] = 10_000,
     refine_samples: RefineSamples = 0,
+    equilibrium: Annotated[
+        int,
+        typer.Option(min=0, help="Write as many of the samples, none twice, that need no weights: equilibrium.dcd."),
+    ] = 0,
     seed: Seed = 0,
     device: Device = "cpu",
     overwrite: Overwrite = False,
@@ -48,19 +52,23 @@ def sample(
     Example: openmm-regflow sample systems/alanine-dipeptide/flow.safetensors -n 10000 --output runs/samples
     """
     from openmm_regflow import reweighting
-    from openmm_regflow.outputs import drawn, ess_words, timed, write_batch
+    from openmm_regflow.outputs import drawn, ess_words, timed, write_batch, write_equilibrium
 
+    if equilibrium > n:
+        raise InputError(f"--equilibrium {equilibrium} of {n} samples; raise -n")
     system, mol, proposal = open_proposal(flow, system, device)
     described = {"flow": str(flow), "system": system, "n": n, "seed": seed, "refine_samples": refine_samples}
+    described |= {"equilibrium": equilibrium} if equilibrium else {}
     with output_of(output, "sample", described, overwrite), bars() as bar:
         with timed(bar, "samples", n):
             batch, annealed = drawn(proposal, n, seed, refine_samples)
         kept = write_batch(output, batch, mol, density=annealed is None)
+        words = write_equilibrium(output, batch, mol, equilibrium, seed) if equilibrium else ""
     for name, value in annealed.rows() if annealed else []:
         print(f"{name}: {value}")
     print(f"ESS {ess_words(batch.log_weights, seed)} of {n:,} samples")
     print(reweighting.verdict(batch.log_weights.cpu()))
-    print(f"wrote {kept:,} frames to {output / 'samples.dcd'}")
+    print(f"wrote {kept:,} frames to {output / 'samples.dcd'}", *words.splitlines(), sep="\n")
 
 
 @command
