@@ -196,7 +196,9 @@ class Flow(nn.Module):
             return replayed.function(given)
         # Where the weights lie: a recording reads them there.
         places = tuple(t.data_ptr() for t in (*self.parameters(), *self.buffers()))
-        return tuple(t.clone() for t in replayed(given, state=places))
+        # Places of an inference mode could not be written to outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            return tuple(t.clone() for t in replayed(given, state=places))
 
     @torch.no_grad()
     def log_prob(self, x: Tensor) -> Tensor:

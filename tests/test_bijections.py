@@ -21,6 +21,7 @@ from openmm_regflow.bijections import (
     spline,
     wrap,
 )
+from openmm_regflow.compiling import WithFallback
 from openmm_regflow.errors import InputError
 from openmm_regflow.networks import MLP, ResidualMLP, TokenTransformer
 
@@ -286,7 +287,23 @@ def test_compiled_kernels_serve_every_number_of_samples():
         for n in (300, 17, 2, 1):
             for ours, plain in zip(module(z[:n]), expected):
                 assert (ours - plain[:n]).abs().max() < 1e-4
-    assert fused._VALUE.worked and not fused._VALUE.failed
+    assert "cpu" in fused._VALUE.worked - fused._VALUE.failed
+
+
+def test_a_device_that_cannot_compile_leaves_the_others_alone():
+    """One function on two devices, of which one has no compiler: a warning and the plain function, there alone."""
+
+    class Doubling(WithFallback):
+        def quick(self, *arguments):
+            if arguments[0].device.type == "meta":
+                raise RuntimeError(f"no compiler for {self.name}")
+            return 2 * arguments[0]
+
+    for order in (("cpu", "meta", "cpu"), ("meta", "cpu", "meta")):
+        double = Doubling(lambda x: x + x, f"doubling, {order[0]} first")
+        with pytest.warns(RuntimeWarning, match="running eagerly") as caught:
+            assert [double(torch.ones(2, device=device)).device.type for device in order] == list(order)
+        assert len(caught) == 1 and double.worked == {"cpu"} and double.failed == {"meta"}
 
 
 @pytest.mark.gpu
@@ -294,7 +311,7 @@ def test_compiled_kernels_serve_every_number_of_samples():
 def test_compiled_kernels_on_the_gpu_are_the_same_map(inverse):
     for ours, plain in zip(*fused_and_plain(inverse, device="cuda")):
         assert ours.is_cuda and (ours - plain).abs().max() < 1e-9 * (1 + plain.abs().max())
-    assert fused._VALUE.worked and fused._DERIVATIVE.worked  # compiled, not the plain functions after a warning
+    assert "cuda" in fused._VALUE.worked & fused._DERIVATIVE.worked  # compiled, not plain after a warning
 
 
 @pytest.mark.gpu

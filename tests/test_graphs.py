@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from openmm_regflow import Flow, TorchPotential, flows, load_system
+from openmm_regflow.bijections import fused
 from openmm_regflow.graphs import Gradients, Replayed
 from openmm_regflow.objectives import GeneralisedKLLoss, LikelihoodLoss
 from openmm_regflow.simulate import BatchedSettings
@@ -77,10 +78,10 @@ def test_copies_of_a_flow_have_recordings_of_their_own():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("path", [0.0, 0.5])
-@pytest.mark.parametrize("fused", [False, True])
-def test_recorded_steps_have_the_gradients_of_plain_ones(fused, path):
+@pytest.mark.parametrize("kernels", [False, True])
+def test_recorded_steps_have_the_gradients_of_plain_ones(kernels, path):
     flow, y = small_flow("cuda", torsion_layers=2)
-    flow.fuse(fused)
+    flow.fuse(kernels)
     loss = GeneralisedKLLoss(flow.prior, path)
     recorded = Gradients(loss.of, flow.bijection)
     plain = Gradients(loss.of, flow.bijection, record=False)
@@ -98,6 +99,7 @@ def test_recorded_steps_have_the_gradients_of_plain_ones(fused, path):
             for p in flow.bijection.parameters():
                 p.add_(0.01 * p.grad)
     assert recorded._replayed.recordings == 2 and not recorded._replayed.failed
+    assert "cuda" not in fused._VALUE.failed | fused._DERIVATIVE.failed
 
 
 @pytest.mark.gpu
@@ -128,10 +130,10 @@ def test_what_cannot_be_recorded_runs_as_it_is():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("fused", [False, True])
-def test_recorded_samples_and_densities_follow_the_weights(fused):
+@pytest.mark.parametrize("kernels", [False, True])
+def test_recorded_samples_and_densities_follow_the_weights(kernels):
     flow, _ = small_flow("cuda")
-    flow.fuse(fused)
+    flow.fuse(kernels)
     n = 300
 
     def same():
@@ -146,7 +148,11 @@ def test_recorded_samples_and_densities_follow_the_weights(fused):
         assert torch.allclose(parts, log_q, atol=1e-3)
         return log_q
 
+    with torch.inference_mode():
+        inside = same()
+    assert "cuda" not in fused._VALUE.failed
     first = same()
+    assert torch.equal(first, inside)
     assert flow._drawn.recordings == 1 and not flow._drawn.failed
     assert flow._judged.recordings == 1 and not flow._judged.failed
     with torch.no_grad():

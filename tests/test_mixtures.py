@@ -313,15 +313,16 @@ def test_rows_that_fill_up_a_size_change_nothing(mixture):
 
 @pytest.mark.gpu
 def test_draws_and_densities_on_the_gpu(tmp_path):
-    """Densities are those of the CPU, drawn and looked up; sizes that change with every draw do not matter."""
+    """Densities are those of the CPU, drawn and looked up, told or recorded; sizes that change do not matter."""
     FlowMixture([part(1, 0.05), part(2, 0.05)], [0.7, 0.3]).save(tmp_path / "mixture.safetensors")
     there, here = (load_flow(tmp_path / "mixture.safetensors", device) for device in ("cuda", "cpu"))
-    for n in (1, 64, 1000, 1000):
+    for n in (1, 64, *6 * [1000]):
         x, log_q = there.sample(n, torch.Generator(device="cuda").manual_seed(n))
         kept = torch.isfinite(x).flatten(1).all(1)
         assert x.device.type == "cuda" and len(x) == n
         torch.testing.assert_close(log_q[kept].cpu(), here.log_prob(x[kept].cpu()), rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(there.log_prob(x[kept]), log_q[kept], rtol=1e-9, atol=1e-9)
+    assert all(flow._drawn.recordings and flow._judged.recordings for flow in there.parts)
 
 
 def test_a_saved_mixture_is_its_own_file(tmp_path):

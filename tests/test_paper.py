@@ -100,6 +100,9 @@ def test_one_row_of_each_method_end_to_end(capsys, tmp_path):
     path.write_text(json.dumps(records[path.stem] | {"target": {"system": "another", "temperature": 600.0}}))
     with pytest.raises(IncompatibleFlowError, match="another system, temperature"):
         run_table(tmp_path / "t", tiny())
+    path.write_text(json.dumps(records[path.stem] | {"device": "cuda:1"}))
+    with pytest.raises(IncompatibleFlowError, match="another type of device"):
+        run_table(tmp_path / "t", tiny())
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -109,7 +112,11 @@ def test_one_row_of_each_method_end_to_end(capsys, tmp_path):
 )
 def test_a_run_on_each_device(architecture, method, device):
     """Networks, pairs and energies are there; the budget is processor time on a CPU and wall-clock on a GPU."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
     record, drawing = paper.run_cell(Cell("alanine-dipeptide", architecture, method, "", 0.5, 0), tiny(), device)
+    assert device == "cpu" or torch.cuda.max_memory_allocated() > before  # it was there, and not on the CPU
     assert "failed" not in record and record["device"] == device and drawing is not None
     assert record["training_seconds"] > 0.4 and math.isfinite(record["e_w1"]) and record["seconds_200k"] > 0
     assert ("teacher" in record) is (method == "regflow-reflow")

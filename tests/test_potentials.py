@@ -1,6 +1,7 @@
 """TorchPotential against OpenMM's Reference platform, force by force and for whole systems."""
 
 import ast
+import math
 import os
 import pickle
 import subprocess
@@ -99,6 +100,31 @@ def test_float32_error_against_float64():
     assert got.dtype == torch.float32
     bound = 32 * torch.finfo(torch.float32).eps * sum(parts)
     assert ((got.double() - exact(x)).abs() <= bound).all()
+
+
+def test_chunks_shrink_where_memory_does_not_suffice():
+    """A GPU's memory may be taken by others after the potential was made; one row that does not fit is an error."""
+
+    class Cramped(TorchPotential):
+        room, calls = 30, 0
+
+        def _evaluate_chunk(self, x, forces):
+            self.calls += 1
+            if len(x) > self.room:
+                raise torch.OutOfMemoryError("planted")
+            return super()._evaluate_chunk(x, forces)
+
+    molecule = load_system("alanine-dipeptide")
+    x = torch.as_tensor(molecule.reference("test")[:200]).double()
+    cramped, plain = Cramped(molecule.system), TorchPotential(molecule.system)
+    for ours, theirs in zip(cramped.energy_and_forces(x), plain.energy_and_forces(x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-9)
+    before = cramped.calls
+    cramped(x)
+    assert cramped.calls - before == math.ceil(200 / cramped._chunk) and cramped._chunk <= 30
+    cramped.room = 10
+    with pytest.raises(torch.OutOfMemoryError):
+        cramped(x)
 
 
 def test_chunks_and_batch_sizes_do_not_change_the_result():

@@ -39,7 +39,7 @@ def spline(raw: Tensor, ends: Tensor, v: Tensor, half: float, inverse: bool) -> 
 
 def usable(v: Tensor) -> bool:
     """Whether `v` `(m, n)` is worth a kernel: lengths of one would be compiled anew, and a compiler is needed."""
-    return min(v.shape) > 1 and not (_VALUE.failed or _DERIVATIVE.failed)
+    return min(v.shape) > 1 and v.device.type not in _VALUE.failed | _DERIVATIVE.failed
 
 
 class _Spline(torch.autograd.Function):

@@ -222,7 +222,7 @@ class InternalMap(CoordinateMap):
             raise InputError(
                 f"{x.shape[0]} frames cannot fit the covariance of {dim} coordinates; give {2 * dim} or more"
             )
-        x = x.double()
+        x = x.double().cpu()  # where the map is made; it may go to another device afterwards
         n_rows = len(zmatrix.rows)
         zmatrix = _order_rotors(zmatrix, x)
         plain = cls(zmatrix, list(range(n_rows)), torch.zeros(dim), torch.eye(dim - n_rows), fixed)

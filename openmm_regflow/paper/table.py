@@ -38,7 +38,8 @@ def run_table(
 
     Raises:
         InputError: an unknown system, or one without reference data.
-        IncompatibleFlowError: the folder holds runs of other settings, or of another System of that name.
+        IncompatibleFlowError: the folder holds runs of other settings, of another System of that name, or of a GPU
+            where these are of a CPU.
     """
     wanted = list(cells(config))
     molecules = {name: load_system(name) for name in config.systems}
@@ -46,7 +47,7 @@ def run_table(
         for split in ("train", "validation", "test"):
             molecule.reference(split)
     folder.mkdir(parents=True, exist_ok=True)
-    records = {cell: _finished(folder, cell, config, molecules[cell.system]) for cell in wanted}
+    records = {cell: _finished(folder, cell, config, molecules[cell.system], device) for cell in wanted}
     for done, cell in enumerate(wanted):
         if report:
             report(cell.name, done, len(wanted))
@@ -80,7 +81,9 @@ def _all_finished(folder: Path) -> list[dict[str, Any]]:
     return sorted(records, key=lambda record: [record["cell"][key] for key in keys])
 
 
-def _finished(folder: Path, cell: Cell, config: PaperConfig, molecule: MolecularSystem) -> dict[str, Any] | None:
+def _finished(
+    folder: Path, cell: Cell, config: PaperConfig, molecule: MolecularSystem, device: torch.device | str
+) -> dict[str, Any] | None:
     path = folder / f"{cell.name}.json"
     if not path.is_file():
         return None
@@ -88,6 +91,8 @@ def _finished(folder: Path, cell: Cell, config: PaperConfig, molecule: Molecular
     differing = [k for k, v in settings(config).items() if record["config"].get(k) != v]
     target = target_of(molecule)  # a record of an earlier version does not name it
     differing += [k for k, v in target.items() if record.get("target", target)[k] != v]
+    # Seconds are those of a processor on a CPU and of the clock on a GPU: no row may hold both.
+    differing += ["type of device"] * (torch.device(record["device"]).type != torch.device(device).type)
     if differing:
         raise IncompatibleFlowError(f"{path} was run with another {', '.join(differing)}; choose another --output")
     return record

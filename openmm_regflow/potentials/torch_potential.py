@@ -189,10 +189,28 @@ class TorchPotential:
             x = x.detach()
             if len(x) == 0:
                 return x[:, 0, 0].clone(), x.clone()
-            parts = [self._evaluate_chunk(part, forces) for part in x.split(self._chunk)]
+            parts: list[tuple[Tensor, Tensor]] = []
+            while (done := sum(len(energy) for energy, _ in parts)) < len(x):
+                if (part := self._fitting(x[done : done + self._chunk], forces)) is not None:
+                    parts.append(part)
             energy = torch.cat([part[0] for part in parts])
             force = torch.cat([part[1] for part in parts]) if forces else None
         return energy, force
+
+    def _fitting(self, x: Tensor, forces: bool) -> tuple[Tensor, Tensor] | None:
+        """A chunk's energies and forces; None, and chunks of half the size from now on, if memory does not suffice.
+
+        What was free when the potential was made, others may have taken since.
+        """
+        try:
+            return self._evaluate_chunk(x, forces)
+        except torch.OutOfMemoryError:
+            recording = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            if recording or len(x) <= self._lanes:
+                raise
+        blocks = max(1, min(len(x), self._chunk) // self._lanes // 2)
+        self._chunk = blocks * self._lanes
+        return None
 
     def _evaluate_chunk(self, x: Tensor, forces: bool) -> tuple[Tensor, Tensor]:
         n = len(x)

@@ -173,7 +173,10 @@ def architectures() -> dict[str, dict[str, float]]:
 
 
 def training() -> dict[str, dict[str, float]]:
-    """Optimiser steps per second of a tetrapeptide's spline (8 + 8 couplings of 128): kernel by kernel, or recorded."""
+    """Gradients and AdamW per second, tetrapeptide's spline (8 + 8 couplings of 128): kernel by kernel, or recorded.
+
+    `train` adds the choice of a batch, two waits for figures and the average of the weights.
+    """
     molecule = load_system("alanine-tetrapeptide")
     x = torch.as_tensor(molecule.reference("train"))
     coordinates = flows.coordinates_for(molecule.topology, x)
@@ -277,6 +280,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=0, help="for the tests; needs pytest-xdist")
     options = parser.parse_args()
     if not torch.cuda.is_available():
+        if driver := driver_version():
+            sys.exit(f"NOT RUN: torch cannot use the GPU of driver {driver}: {why_no_gpu()}")
         print(f"NOT RUN: there is no GPU here ({why_no_gpu()}). Neither the GPU tests nor the GPU benchmarks were run.")
         return
     chip = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")

@@ -44,9 +44,9 @@ def shipped(flow: Flow, n: int) -> dict[str, float]:
     found = {}
     for way in ("eager", "fused"):
         flow.fuse(way == "fused")
-        flow.sample(CHUNK)  # compiles
         for threads in (1, 2):
             torch.set_num_threads(threads)
+            flow.sample(CHUNK)  # compiles, for each number of threads anew
             seconds = once(lambda: flow.sample(n), wall=threads > 1)
             found[f"{way}, {threads} thread{'s' * (threads > 1)}"] = seconds
     torch.set_num_threads(1)
