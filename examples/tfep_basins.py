@@ -24,6 +24,7 @@ import openmm_regflow as rf
 from openmm_regflow import metrics, tfep
 from openmm_regflow.files import write_json
 from openmm_regflow.flows import coordinates_for
+from openmm_regflow.mixtures import one_flow
 from openmm_regflow.simulate import (
     BatchedSettings,
     batched_tempering,
@@ -108,7 +109,8 @@ def through(density, molecule, torsion, potential, left, right, n):
     u_left, u_right = (potential(torch.as_tensor(v).double()) / kt for v in (left, right))
     log_q = torch.where(fine & torch.isfinite(u), log_q.double(), 0.0)
     result = tfep.basin_free_energy(
-        log_q, u, angle < 0, angle > 0, log_q_left, u_left, log_q_right, u_right, generator=0
+        log_q, u, angle < 0, angle > 0, log_q_left, u_left, log_q_right, u_right,
+        temperature=molecule.temperature, generator=0,
     )  # fmt: skip
     return result, {"density": seconds, "samples": n + len(left) + len(right)}
 
@@ -139,11 +141,11 @@ def main(options):
     common, few = (molecule, torsion, potential), (left[::EVERY], right[::EVERY])
     runs = {"map": lambda: by_map(*common, left, right)}
     if options.flow:
-        flow = rf.Flow.load(options.flow)
+        flow = rf.load_flow(options.flow)
         runs["student"] = lambda: through(flow, *common, left, right, N_FLOW)
         runs["student, as few samples as the teacher"] = lambda: through(flow, *common, *few, N_TEACHER)
     if options.teacher:
-        teacher = Teacher(load_teacher(options.teacher), flow.coordinates)
+        teacher = Teacher(load_teacher(options.teacher), one_flow(flow, "the teacher").coordinates)
         runs["teacher"] = lambda: through(teacher, *common, *few, N_TEACHER)
     path = root / "basins.json"
     record = json.loads(path.read_text()) if path.exists() else {}

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 import openmm
 from openmm import unit
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from openmm_regflow.constraints import fixed_bonds
 
@@ -55,3 +57,13 @@ def bonded_pairs(system: openmm.System) -> dict[frozenset[int], bool]:
         elif isinstance(force, openmm.CustomCompoundBondForce) and force.getNumParticlesPerBond() == 2:
             found |= {frozenset(force.getBondParameters(k)[0]): False for k in range(force.getNumBonds())}
     return found | {frozenset((i, j)): True for i, j, _ in fixed_bonds(system)}
+
+
+def n_molecules(system: openmm.System) -> int:
+    """How many sets of atoms a System has that bonds join; virtual sites belong to the atoms that place them."""
+    pairs = [tuple(pair) for pair in bonded_pairs(system)]
+    for i in range(system.getNumParticles()):
+        if system.isVirtualSite(i):
+            pairs.append((i, system.getVirtualSite(i).getParticle(0)))
+    n, table = system.getNumParticles(), np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    return int(connected_components(coo_array((np.ones(len(table)), tuple(table.T)), shape=(n, n)), directed=False)[0])

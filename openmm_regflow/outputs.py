@@ -178,7 +178,9 @@ def basin_tfep(
         raise InputError(
             f"{molecule.name} has no backbone phi, so no basins phi > 0 and phi < 0; give two states in a states file"
         )
-    held_out = proposal.evaluate(torch.as_tensor(reference, dtype=torch.float64))
+    # A free molecule lies wherever its dynamics left it; the flow's own density has a frame.
+    generator = torch.Generator().manual_seed(seed)
+    held_out = proposal.evaluate(proposal.redraw_frame(torch.as_tensor(reference, dtype=torch.float64), generator))
     positive = metrics.dihedrals(held_out.positions.cpu().numpy(), phi)[:, 0] > 0
     angle = metrics.dihedrals(batch.positions.cpu().numpy(), phi)[:, 0]
     log_q, u = held_out.log_q.cpu().numpy(), held_out.u.cpu().numpy()

@@ -127,7 +127,7 @@ def check_box(path: Path | str, topology: app.Topology, system: openmm.System) -
         return
     import mdtraj
 
-    own = np.array([v.value_in_unit(unit.nanometer) for v in system.getDefaultPeriodicBoxVectors()])
+    own = box_vectors(system)
     known = {} if Path(path).suffix.lower() in _HDF5 else {"top": mdtraj.Topology.from_openmm(topology)}
     with _quiet_reader():
         parts = list(mdtraj.iterload(str(path), chunk=_ROWS, atom_indices=[0], **known))
@@ -139,12 +139,17 @@ def check_box(path: Path | str, topology: app.Topology, system: openmm.System) -
     cells = np.concatenate([np.hstack([part.unitcell_lengths, part.unitcell_angles]) for part in parts])
     for cell in np.unique(cells.astype(float), axis=0):
         found = _vectors(cell)
-        if not _same_lattice(found, own):
+        if not same_lattice(found, own):
             raise InputError(
-                f"a frame of {path} lies in a box of {_edges(found)} nm, the System's is one of {_edges(own)}; "
+                f"a frame of {path} lies in a box of {edges(found)} nm, the System's is one of {edges(own)}; "
                 "volumes that change are not covered, and for frames of constant volume "
                 "system.setDefaultPeriodicBoxVectors has to give the System their box"
             )
+
+
+def box_vectors(system: openmm.System) -> np.ndarray:
+    """Default box vectors `(3, 3)` [nm] of a System."""
+    return np.array([v.value_in_unit(unit.nanometer) for v in system.getDefaultPeriodicBoxVectors()])
 
 
 def _vectors(cell: np.ndarray) -> np.ndarray:
@@ -155,14 +160,14 @@ def _vectors(cell: np.ndarray) -> np.ndarray:
     return np.array(vectors.value_in_unit(unit.nanometer))
 
 
-def _same_lattice(one: np.ndarray, other: np.ndarray) -> bool:
+def same_lattice(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether two boxes are one, written in two ways: each vector of one a sum of whole vectors of the other."""
     ratio = one @ np.linalg.inv(other)
     whole = np.round(ratio)
     return bool(np.abs(ratio - whole).max() < _SAME_BOX and round(abs(np.linalg.det(whole))) == 1)
 
 
-def _edges(box: np.ndarray) -> str:
+def edges(box: np.ndarray) -> str:
     """A rectangular box by its lengths, another by its vectors."""
     if np.allclose(box, np.diag(np.diag(box)), atol=1e-6):
         return " x ".join(f"{edge:.4g}" for edge in np.diag(box))

@@ -219,6 +219,36 @@ def test_a_long_ladder_is_judged_by_its_weakest_link(n_states):
     assert bad.verdict.startswith("do not trust"), bad.verdict
 
 
+@pytest.mark.parametrize(("sigma", "delta_f"), [(0.01, 0.0), (0.3, 0.0), (1.0, 0.01)])
+def test_errors_near_a_difference_of_zero(sigma, delta_f):
+    """pymbar's own search ends there in BoundsError for up to four of five data sets, which became infinite errors."""
+    for seed in range(10):
+        works = gaussian_works(np.random.default_rng(seed), 400, 300, sigma=sigma, delta_f=delta_f)
+        bar, mbar = (tfep.estimate(*works, method=method, n_resamples=2, generator=0) for method in ("bar", "mbar"))
+        assert bar.pymbar_error == pytest.approx(mbar.pymbar_error, rel=0.01) and bar.verdict.startswith("reliable")
+
+
+def test_a_state_that_is_a_part_of_the_other_has_an_error():
+    """Forward works 0 or infinite, reverse ones all 0: the solution is an end of pymbar's bracket."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(50):
+        inside = rng.random(600) < 0.3
+        found.append(tfep.estimate(np.where(inside, 0.0, np.inf), np.zeros(400), n_resamples=20, generator=0))
+    scores = np.array([(r.delta_f + math.log(0.3)) / r.uncertainty for r in found])
+    assert abs(scores.mean()) < 4 / math.sqrt(50) and 0.6 < scores.std() < 1.4
+    assert all(r.verdict.startswith("reliable") for r in found)
+
+
+def test_a_state_that_no_sample_reaches_has_no_free_energy():
+    """It had one of 3000 kT, without error and reliable."""
+    u_kn = np.stack([np.zeros(2000), np.full(2000, np.inf)])
+    with pytest.raises(InsufficientDataError, match="state 1 has no samples"):
+        tfep.estimate_states(u_kn, [2000, 0])
+    middle = np.stack([np.zeros(200), np.full(200, np.inf), np.zeros(200)])
+    with pytest.raises(InsufficientDataError, match="state 1"):
+        tfep.estimate_states(middle, [100, 0, 100])
+
+
 def test_no_overlap_is_never_a_confident_number():
     w_f, w_r = gaussian_works(np.random.default_rng(7), 500, 500, sigma=30.0)
     result = tfep.estimate(w_f, w_r)

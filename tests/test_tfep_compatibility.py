@@ -184,3 +184,115 @@ def test_a_field_that_turns_a_molecule_has_a_free_energy():
     wrong = tfep.works(tfep.IdentityMap(), FREE, FIELD, aligned, y)
     one_sided = -math.log(np.exp(-wrong.forward).mean())
     assert abs(one_sided - exact) > 20 * found.uncertainty
+
+
+def gas(edge, bonded=False):
+    """Twenty Lennard-Jones particles in a cube; as beads of one molecule, if ``bonded``."""
+    system, nonbonded, bonds = openmm.System(), openmm.NonbondedForce(), openmm.HarmonicBondForce()
+    nonbonded.setNonbondedMethod(nonbonded.CutoffPeriodic)
+    for k in range(20):
+        system.addParticle(40.0)
+        nonbonded.addParticle(0.0, 0.34, 1.0)
+        if bonded and k:
+            bonds.addBond(k - 1, k, 0.4, 5000.0)
+    system.addForce(nonbonded)
+    system.addForce(bonds)
+    system.setDefaultPeriodicBoxVectors(*np.diag([edge] * 3))
+    return tfep.state_of(system, TEMPERATURE)
+
+
+def test_states_in_boxes_of_other_sizes_are_refused():
+    """Of twice the volume: 13.8 kT off, and an identity map that looked reliable; one molecule has no such volume."""
+    lattice = 0.8 * np.stack(np.meshgrid(*[range(5)] * 3), -1).reshape(-1, 3)[:20]
+    x = lattice + 0.02 * np.random.default_rng(0).standard_normal((50, 20, 3))
+    a, b = gas(4.0), gas(4.0 * 2 ** (1 / 3))
+    with pytest.raises(InputError, match=r"boxes, of 4 x 4 x 4 and 5\.04 x 5\.04 x 5\.04 nm"):
+        tfep.works(tfep.IdentityMap(), a, b, x, x)
+    assert np.isfinite(tfep.works(tfep.IdentityMap(), a, gas(4.0), x, x).forward).all()
+    chain = 0.4 * np.arange(20)[:, None] * np.array([1.0, 0, 0]) / 4 + 0.01 * x
+    together = [gas(edge, bonded=True) for edge in (4.0, 5.0)]
+    assert np.isfinite(tfep.works(tfep.IdentityMap(), *together, chain, chain).forward).all()
+
+
+def springs(k, n_frozen):
+    """Three particles on springs to the origin, and some without mass."""
+    system, force = openmm.System(), openmm.CustomExternalForce(f"{k / 2}*(x^2+y^2+z^2)")
+    for particle in range(3):
+        system.addParticle(40.0)
+        force.addParticle(particle, [])
+    for _ in range(n_frozen):
+        system.addParticle(0.0)
+    system.addForce(force)
+    return tfep.state_of(system, TEMPERATURE)
+
+
+def sprung(k, n_frozen, place, n=2000, seed=0):
+    x = np.random.default_rng(seed).standard_normal((n, 3 + n_frozen, 3)) * math.sqrt(KT / k)
+    x[:, 3:] = np.array([place, 0.1, 0.0])
+    return x
+
+
+@pytest.mark.parametrize("n_frozen", [0, 2])
+def test_a_fitted_map_does_not_count_frozen_atoms(n_frozen):
+    """Each was worth 2 kT, by the ridge on a variance of nothing."""
+    exact = 4.5 * math.log(250 / 1000)
+    a, b = springs(1000.0, n_frozen), springs(250.0, n_frozen)
+    x, y = sprung(1000.0, n_frozen, 0.3), sprung(250.0, n_frozen, 0.4, seed=1)
+    result = tfep.cross_fit(tfep.AffineMap.fit, a, b, x, y, folds=4, generator=0)
+    assert abs(result.delta_f - exact) < 4 * result.uncertainty < 0.1 and "reliable" in result.verdict
+    stretch = torch.eye(9 + 3 * n_frozen).double()
+    stretch[9:, 9:] *= 1.5
+    mean = torch.as_tensor(x).reshape(len(x), -1).mean(0)
+    if n_frozen:
+        with pytest.raises(InputError, match=r"stretches the frozen atoms \(2, from 3 on\)"):
+            tfep.works(tfep.AffineMap(mean, mean, stretch), a, b, x, y)
+
+
+def test_coordinates_that_stand_still_fit_no_covariance():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((100, 4)), rng.standard_normal((100, 4))
+    with pytest.raises(InputError, match="coordinate 2 stands still in the samples of one state"):
+        tfep.AffineMap.fit(x * [1, 1, 0, 1], y)
+    y[:, 3] = y[:, 0] + y[:, 1]
+    with pytest.raises(InputError, match="a combination of coordinates does not vary"):
+        tfep.AffineMap.fit(x, y)
+
+
+@pytest.mark.parametrize("shape", ["(n, 1)", "angle", "(n, n)"])
+def test_a_basin_says_yes_or_no_for_each_configuration(shape):
+    """Columns were broadcast against energies, and read as so many maps."""
+    angle = {"(n, 1)": lambda x: x[:, :1, 0] > 0, "angle": lambda x: x[:, 0, 0], "(n, n)": lambda x: x[:, 0] > 0}[shape]
+    a, b = springs(100.0, 0), replace(springs(100.0, 0), basin=lambda x: angle(np.asarray(x)))
+    x = sprung(100.0, 0, 0.0, n=300)
+    y = x[x[:, 0, 0] > 0]
+    if shape == "(n, 1)":
+        found = tfep.works(tfep.IdentityMap(), a, b, x, y)
+        assert found.forward.shape == (300,) and np.array_equal(np.isfinite(found.forward), x[:, 0, 0] > 0)
+    else:
+        with pytest.raises(InputError, match="one boolean each"):
+            tfep.works(tfep.IdentityMap(), a, b, x, y)
+
+
+def test_samples_that_trained_a_map_give_no_mapped_energies():
+    """1.5 kT off in thirty dimensions, and reliable: no Crooks check looks at several states."""
+    a, b = springs(100.0, 0), springs(300.0, 0)
+    x, y = sprung(100.0, 0, 0.0, n=80), sprung(300.0, 0, 0.0, n=80, seed=1)
+    maps = [tfep.IdentityMap(), tfep.AffineMap.fit(x, y)]
+    with pytest.raises(InputError, match="80 samples of state 0 also trained the map"):
+        tfep.mapped_energies(maps, [a, b], [x, y])
+    u_kn, n_k = tfep.mapped_energies(maps, [a, b], [sprung(100.0, 0, 0, 90, 2), sprung(300.0, 0, 0, 70, 3)])
+    assert u_kn.shape == (2, 160) and n_k.tolist() == [90, 70]
+
+
+def test_a_map_that_the_same_samples_contradict_is_not_trusted():
+    class Wrong(tfep.AffineMap):
+        """Forgets half of its Jacobian, both ways alike, which no fluctuation theorem of its works would show."""
+
+    a, b = springs(100.0, 0), springs(110.0, 0)
+    x, y = sprung(100.0, 0, 0.0), sprung(110.0, 0, 0.0, seed=1)
+    wrong = Wrong.fit(sprung(100.0, 0, 0.0, seed=2), sprung(110.0, 0, 0.0, seed=3))
+    right = tfep.free_energy_difference(wrong, a, b, x, y, trained_on=None, generator=0)
+    assert right.verdict.startswith("reliable") and abs(right.delta_f - 4.5 * math.log(1.1)) < 4 * right.uncertainty
+    wrong.log_det *= 0.5
+    result = tfep.free_energy_difference(wrong, a, b, x, y, trained_on=None, generator=0)
+    assert "without a map the same samples say" in result.verdict and result.verdict.startswith("do not trust")

@@ -10,12 +10,14 @@ import openmm
 import pytest
 import torch
 from openmmtools import testsystems
+from pydantic import ValidationError
 
 from openmm_regflow import tfep
 from openmm_regflow.cli import main
 from openmm_regflow.errors import CorruptFileError, InputError, InsufficientDataError
 from openmm_regflow.flows import Flow
 from openmm_regflow.potentials import TorchPotential
+from openmm_regflow.simulate import load_runs
 from openmm_regflow.systems import load_system
 from openmm_regflow.tfep import states as file_states
 from openmm_regflow.units import thermal_energy
@@ -144,6 +146,12 @@ def test_states_that_are_simulated(tmp_path):
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("run-*/chunk-*")}
     assert tfep.run_states(config, tmp_path, tmp_path / "out").delta_f == 0.0
     assert before == {p: p.stat().st_mtime_ns for p in before} and before
+    # With common random numbers two runs stay together, and errors would be too small by up to the root of two.
+    noise = [np.concatenate([run.positions for run in load_runs(tmp_path / "out" / f"run-{name}")]) for name in "ab"]
+    assert np.abs(noise[0] - noise[1]).max() > 0.01
+    ladder = [{"system": "alanine-dipeptide", "simulate": {"seed": seed}} for seed in (3, 3)]
+    with pytest.raises(ValidationError, match="both have seed 3"):
+        tfep.StatesConfig.model_validate(dict(zip("ab", ladder)))
     wrong = config.model_copy(update={"a": config.a.model_copy(update={"simulate": {"speed": 3}})})
     with pytest.raises(InputError, match="speed"):
         tfep.run_states(wrong, tmp_path, tmp_path / "other")
@@ -234,7 +242,11 @@ def test_toml_is_validated(tmp_path):
     file.write_text(good)
     assert tfep.load_states(file).folds == 5
     for text, words in ((good + "speed = 3\n", "speed"), ("[a", "not TOML"), ("folds = 1\n" + good, "folds"),
-                        ('map = "identity"\nrefine = true\n' + good, "refine")):  # fmt: skip
+                        ('map = "identity"\nrefine = true\n' + good, "refine"),
+                        ('map = "identity"\nfolds = 9\n' + good, "folds needs map = 'learned' or 'nearby'"),
+                        ('map = "identity"\ncoordinates = "cartesian"\n' + good, "coordinates needs"),
+                        (good.replace('trajectory="a.h5"', 'storage="a.nc"\nforce_field=["amber14-all.xml"]'),
+                         "force_field is of no effect")):  # fmt: skip
         file.write_text(text)
         with pytest.raises(InputError, match=words):
             tfep.load_states(file)

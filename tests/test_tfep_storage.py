@@ -262,3 +262,33 @@ def test_the_error_of_the_reference_sees_a_slow_mode_under_a_bath():
         scores.append((result.delta_f[1] - 0.5 * math.log(2)) / result.uncertainty[1])
     error = 1 / math.sqrt(2 * len(scores))  # of the spread of normal scores
     assert abs(np.std(scores) - 1) < 4 * error  # thinned by the total energy: 4.0
+
+
+@pytest.mark.parametrize(("offset", "refused"), [(0.0, False), (5.0, True)])
+def test_an_offset_that_a_large_energy_hides_is_seen_between_states(offset, refused):
+    """Energies of 100,000 kT, as of five thousand waters: 5 kT are half of what rounding may do to them."""
+    kt = thermal_energy(300.0)
+    points = []
+    for k in (100, 200):
+        system, force = openmm.System(), openmm.CustomExternalForce(f"{k / 2}*(x^2+y^2+z^2)-2.5e5/2")
+        for particle in range(2):
+            system.addParticle(40.0)
+            force.addParticle(particle, [])
+        system.addForce(force)
+        points.append(states.ThermodynamicState(system, 300 * unit.kelvin))
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((50, 2, 2, 3)) * np.sqrt(kt / np.array([100, 200]))[None, :, None, None]
+    u = [(k / 2 * (x**2).sum((-1, -2)) - 2.5e5) / kt for k in (100, 200)]
+    energies = np.stack([u[0], u[1] + offset], -1)
+    run = MultistateRun(Path("x"), np.tile([0, 1], (50, 1)), energies, np.arange(50), x.astype(np.float32))
+    run.__dict__["thermodynamic_states"] = points
+    for index in (0, 1):
+        if refused:
+            with pytest.raises(InputError, match="differences to those of another state"):
+                tfep.state_from_storage(run, index)
+        else:
+            assert len(tfep.state_from_storage(run, index)[1]) == 50
+    with pytest.raises(InputError, match="burn_in is -20"):
+        tfep.storage_reference(run, burn_in=-20)
+    with pytest.raises(InputError, match="burn_in is -1"):
+        run.frames(0, -1)

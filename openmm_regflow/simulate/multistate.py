@@ -123,7 +123,13 @@ class MultistateRun:
         return found
 
     def rows(self, index: int, burn_in: int = 0, stride: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Which stored frames (of ``stored``) and replicas `frames` takes, two arrays `(n,)`."""
+        """Which stored frames (of ``stored``) and replicas `frames` takes, two arrays `(n,)`.
+
+        Raises:
+            InputError: no such state, a negative burn-in, or a stride below one.
+        """
+        if burn_in < 0 or stride < 1:
+            raise InputError(f"burn_in is {burn_in} and stride {stride}; at least 0 and 1 are needed")
         self._state(index)
         wanted = index % len(self.thermodynamic_states)
         keep = np.flatnonzero(self.stored >= burn_in)[::stride]

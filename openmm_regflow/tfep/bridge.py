@@ -10,7 +10,8 @@ the flow's Jacobian is inside log q. Only differences of f_S between states in t
 measure) have a meaning.
 
 **Measure.** For a flow over Cartesian coordinates exp(-u) does not normalise: pass ``u -
-frame_log_density(x)``.
+frame_log_density(x)``, and give held-out samples of a free molecule, which lie wherever their dynamics left them, the
+flow's own distribution of place and orientation first (``FlowProposal.redraw_frame``).
 """
 
 import math

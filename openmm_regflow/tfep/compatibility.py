@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openmm_regflow.bonds import n_molecules
 from openmm_regflow.errors import InputError
 from openmm_regflow.rigid import N_TRIED, SHIFTS, Placement, placement
+from openmm_regflow.trajectories import box_vectors, edges, same_lattice
 
 #: Relative difference at which the lengths of a constraint, or masses, in two Systems count as one.
 SAME = 1e-9
@@ -52,15 +54,19 @@ def check_states(maps: Sequence[Any], start: Tensor, states: Sequence[Any], samp
         samples: `(n, n_atoms, 3)` [nm] of each state.
 
     Raises:
-        InputError: the states differ in their constraints or in the masses behind them, or in which atoms are frozen;
-            one holds the molecule in its
+        InputError: the states differ in their constraints or in the masses behind them, in which atoms are frozen, or,
+            unless all atoms are of one molecule, in their boxes; one holds the molecule in its
             place and another does not, so that their free energies differ by the logarithm of a volume that nothing
-            gives; a state knows place or orientation, and a map forgets them; or no state holds the molecule, and a map
-            changes how its centre is spread.
+            gives; a state knows place or orientation, and a map forgets them; a map stretches or scatters frozen atoms;
+            or no state holds the molecule, and a map changes how its centre is spread.
     """
     for state in states[1:]:
         _refuse_other_frozen(states[0], state)
+        _refuse_other_box(states[0], state)
         shared_bonds(states[0], state)
+    if frozen := sorted(_frozen(states[0].potential) or ()):
+        for one in maps:
+            _refuse_moving_frozen(one, start[:N_TRIED], frozen)
     found = [placement_of(state, x) for state, x in zip(states, samples)]
     known = [each for each in found if each is not None]
     if len(known) < len(found):
@@ -111,10 +117,16 @@ def shared_bonds(state_a: Any, state_b: Any) -> list[tuple[int, int, float]]:
     return [(i, j, d) for (i, j), d in a.items()]
 
 
+def _system(potential: Any) -> Any:
+    """The System of a potential, None where it knows none."""
+    system = getattr(getattr(potential, "potential", potential), "system", None)
+    return system if hasattr(system, "getParticleMass") else None
+
+
 def _frozen(potential: Any) -> set[int] | None:
     """Particles without mass, which dynamics leave where they are; None where a potential knows no System."""
-    system = getattr(getattr(potential, "potential", potential), "system", None)
-    if system is None or not hasattr(system, "getParticleMass"):
+    system = _system(potential)
+    if system is None:
         return None
     massless = (i for i in range(system.getNumParticles()) if system.getParticleMass(i)._value == 0)
     return {i for i in massless if not system.isVirtualSite(i)}
@@ -131,6 +143,44 @@ def _refuse_other_frozen(state_a: Any, state_b: Any) -> None:
         raise InputError(
             f"atom {min(a ^ b)} has no mass in one of the states, so that it stands still there, and moves in the "
             "other; such ensembles have no free energy difference; freeze the same atoms in both"
+        )
+
+
+def _refuse_other_box(state_a: Any, state_b: Any) -> None:
+    """Refuse periodic states in boxes of other sizes or shapes: N particles each have a volume to themselves.
+
+    Raises:
+        InputError: with both boxes. That of a single molecule is no volume which it has.
+    """
+    systems = [_system(state.potential) for state in (state_a, state_b)]
+    if not all(system is not None and system.usesPeriodicBoundaryConditions() for system in systems):
+        return
+    a, b = (box_vectors(system) for system in systems)
+    if not same_lattice(a, b) and n_molecules(systems[0]) > 1:
+        raise InputError(
+            f"the states lie in other boxes, of {edges(a)} and {edges(b)} nm: their free energies differ by the "
+            "logarithm of a volume for every molecule, which no map of positions gives; simulate both in one box"
+        )
+
+
+def _refuse_moving_frozen(one: Any, x: Tensor, frozen: list[int], shift: float = 1e-3) -> None:
+    """Refuse a map whose log-determinant counts atoms that stand still.
+
+    Raises:
+        InputError: their places depend on the other atoms, or do not move along with them by the same length.
+    """
+    with torch.no_grad():
+        there = one.forward(x)[0].double()
+        step = torch.zeros_like(x)
+        step[:, frozen] = shift * torch.randn(len(frozen), 3, generator=torch.Generator().manual_seed(0)).to(x)
+        moved = one.forward(x + step)[0].double() - there
+    scattered = (there - x)[:, frozen] - (there - x)[:1, frozen]
+    stretched = (moved - step)[:, frozen]
+    fine = torch.isfinite(there).flatten(1).all(1) & torch.isfinite(moved).flatten(1).all(1)
+    if len(fine) and fine[0] and max(float(t[fine].abs().max()) for t in (scattered, stretched)) > 0.01 * shift:
+        raise InputError(
+            f"the map scatters or stretches the frozen atoms ({len(frozen)}, from {frozen[0]} on), and its "
+            "log-determinant counts what they do not do; take a map of the atoms that move"
         )
 
 

@@ -26,6 +26,7 @@ from openmm_regflow.tfep.bennett import bar_overlap, bar_root, crooks_slope, one
 from openmm_regflow.tfep.results import TargetedFreeEnergy, kelvin, verdict_one_sided, verdict_two_sided
 from openmm_regflow.tfep.sides import (
     CLIP,
+    NO_OVERLAP,
     PERFECT_SPREAD,
     Side,
     bootstrap,
@@ -38,6 +39,8 @@ from openmm_regflow.tfep.sides import (
     spread,
 )
 
+#: [kT] A step of BAR's equation from its solution that is rounding.
+SOLVED = 1e-6
 METHODS = ("bar", "mbar", "exp", "exp_reverse", "cumulant")
 
 
@@ -80,8 +83,11 @@ def _pymbar_bar(w_f: np.ndarray, w_r: np.ndarray, root: float, method: str) -> t
     r = np.clip(w_r, -root + m - CLIP, -root + m + CLIP)
     with quiet():
         if method == "bar":
-            result = pymbar.bar(f, r, DeltaF=root, method="bisection", relative_tolerance=1e-12)
-            return float(result["Delta_f"]), float(result["dDelta_f"])
+            # One step from the solution that is known, and the error there: its own search fails near 0, and where the
+            # solution is an end of the bracket, as for a state that is a part of the other.
+            result = pymbar.bar(f - root, r + root, DeltaF=0.0, iterated_solution=False)
+            step = float(result["Delta_f"])
+            return root + step, float(result["dDelta_f"]) if abs(step) < SOLVED else math.inf
         u_kn = np.zeros((2, f.size + r.size))
         u_kn[1, : f.size], u_kn[0, f.size :] = f, r
         mbar = pymbar.MBAR(u_kn, [f.size, r.size], initial_f_k=np.array([0.0, root]))
@@ -90,14 +96,15 @@ def _pymbar_bar(w_f: np.ndarray, w_r: np.ndarray, root: float, method: str) -> t
 
 
 def _asymptotic(w_f: np.ndarray, w_r: np.ndarray, root: float, method: str) -> tuple[float, float]:
-    """As :func:`_pymbar_bar`, with pymbar's failures and its confident zero turned into an infinite error."""
+    """As :func:`_pymbar_bar`, with an infinite error where pymbar fails, and where nothing overlaps."""
     pymbar = load_pymbar()
+    if bar_overlap(w_f, w_r, root) < NO_OVERLAP:  # Bennett's variance is then that of a few samples, and small
+        return root, math.inf
     try:
         value, error = _pymbar_bar(w_f, w_r, root, method)
     except (pymbar.utils.ParameterError, pymbar.utils.ConvergenceError, pymbar.utils.BoundsError, FloatingPointError):
         return root, math.inf
-    # pymbar answers hopeless overlap by 0 with error 0, and underflowing variances by NaN.
-    if not (math.isfinite(value) and math.isfinite(error)) or (value == 0.0 and error == 0.0):
+    if not (math.isfinite(value) and math.isfinite(error)):  # variances that underflow
         return root, math.inf
     return value, error
 

@@ -13,10 +13,7 @@ from openmm_regflow.errors import InputError, InsufficientDataError
 from openmm_regflow.reweighting import Seed, as_generator, to_numpy
 from openmm_regflow.tfep.bennett import bar_root
 from openmm_regflow.tfep.results import INDEPENDENT_CARE, INDEPENDENT_LIMIT, OVERLAP_CARE, OVERLAP_LIMIT
-from openmm_regflow.tfep.sides import CLIP, check_resamples, load_pymbar, quiet
-
-#: Overlap that is rounding.
-NO_OVERLAP = 1e-9
+from openmm_regflow.tfep.sides import CLIP, NO_OVERLAP, check_resamples, load_pymbar, quiet
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ def estimate_states(u_kn: Any, n_k: Any, *, n_resamples: int = 50, generator: Se
 
     Raises:
         InputError: shapes that do not fit, NaN or -inf, fewer than two replicas.
-        InsufficientDataError: a state with one sample, or no sample at all.
+        InsufficientDataError: a state with one sample, or none that has a finite energy in it; or no sample at all.
     """
     check_resamples(n_resamples)
     u, counts = to_numpy(u_kn).astype(np.float64), to_numpy(n_k).astype(np.int64)
@@ -67,6 +64,11 @@ def estimate_states(u_kn: Any, n_k: Any, *, n_resamples: int = 50, generator: Se
     bad = int((~np.isfinite(u[owners, np.arange(u.shape[1])])).sum())
     if bad:
         raise InputError(f"{bad} samples have an infinite energy in their own state; filter the trajectories first")
+    if not (reached := np.isfinite(u).any(axis=1)).all():
+        raise InsufficientDataError(
+            f"state {int(np.argmin(reached))} has no samples, and those of the others have no finite energy in it; "
+            "give samples of it, or a map that leads there"
+        )
     offset = _neighbour_free_energies(u, owners)
     for _ in range(counts.size + 1):
         clipped = _relative(u, offset)

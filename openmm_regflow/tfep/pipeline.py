@@ -18,12 +18,17 @@ from torch import Tensor
 
 from openmm_regflow import metrics
 from openmm_regflow.errors import InputError, InsufficientDataError
-from openmm_regflow.reweighting import Seed
+from openmm_regflow.reweighting import Seed, to_numpy
 from openmm_regflow.rigid import N_TRIED
 from openmm_regflow.tfep.compatibility import check_states
 from openmm_regflow.tfep.estimators import estimate
 from openmm_regflow.tfep.results import TargetedFreeEnergy
 from openmm_regflow.units import temperature_kelvin, thermal_energy
+
+#: Variance, in units of the mean one, below which a coordinate stands still: rounding of positions is more.
+NULL = 1e-13
+#: Standard errors between the results with and without a map, of the same samples, that are no chance.
+DISAGREEMENT = 6.0
 
 Energy = Callable[[Any], Any]
 Basin = Callable[[Any], Any]
@@ -76,18 +81,35 @@ class AffineMap:
     def fit(cls, a: Any, b: Any, ridge: float = 1e-9) -> "AffineMap":
         """Moments of samples `(n, ...)` of A and `(m, ...)` of B; ``ridge`` is added to relative variances.
 
+        What stands still in both (frozen atoms) is shifted from its place in A to that in B, and not stretched.
+
         Raises:
+            InputError: a coordinate stands still in one state alone, or a combination of moving ones does in either.
             InsufficientDataError: fewer samples than dimensions on either side.
         """
         x, y = (_tensor(v).reshape(len(v), -1) for v in (a, b))
-        if min(len(x), len(y)) <= x.shape[1]:
-            raise InsufficientDataError(
-                f"{len(x)} and {len(y)} samples cannot fix a covariance in {x.shape[1]} dimensions; give more"
+        still, still_b = ((v - v[:1]).square().mean(0) <= NULL * (v - v[:1]).square().mean() for v in (x, y))
+        if len(x) and len(y) and bool((still != still_b).any()):
+            raise InputError(
+                f"coordinate {int((still != still_b).nonzero()[0])} stands still in the samples of one state and moves "
+                "in those of the other; no map between them has a Jacobian"
             )
-        c_a, c_b = (torch.atleast_2d(torch.cov(v.T)) for v in (x, y))
+        moving = (~still).nonzero().flatten()
+        if min(len(x), len(y)) <= len(moving):
+            raise InsufficientDataError(
+                f"{len(x)} and {len(y)} samples cannot fix a covariance in {len(moving)} dimensions; give more"
+            )
+        c_a, c_b = (torch.atleast_2d(torch.cov(v[:, moving].T)) for v in (x, y))
+        if any(bool(torch.linalg.eigvalsh(c)[:1] <= NULL * c.diagonal().mean()) for c in (c_a, c_b)):
+            raise InputError(
+                "a combination of coordinates does not vary over the samples of a state, and the Jacobian of no map "
+                "follows from them; use coordinates that are free to move"
+            )
         c_a, c_b = (c + ridge * c.diagonal().mean() * torch.eye(len(c)).to(c) for c in (c_a, c_b))
         root, inverse = _power(c_a, 0.5), _power(c_a, -0.5)
-        fitted = cls(x.mean(0), y.mean(0), inverse @ _power(root @ c_b @ root, 0.5) @ inverse)
+        matrix = torch.eye(x.shape[1]).to(x)
+        matrix[moving[:, None], moving] = inverse @ _power(root @ c_b @ root, 0.5) @ inverse
+        fitted = cls(x.mean(0), y.mean(0), matrix)
         fitted.trained_on = (a, b)
         return fitted
 
@@ -213,7 +235,7 @@ class State:
         """Reduced energies `(n,)` [kT]; +inf outside the basin and for energies that are not a number.
 
         Raises:
-            InputError: the potential does not return one energy for each configuration.
+            InputError: the potential does not return one energy, or the basin not one boolean, for each configuration.
         """
         energies = torch.as_tensor(self.potential(x)).detach().cpu().to(torch.float64)
         if energies.shape != (len(x),) and energies.shape != (len(x), 1):
@@ -224,8 +246,18 @@ class State:
         u = energies.reshape(-1).numpy() / thermal_energy(self.temperature)
         u = np.where(np.isnan(u), np.inf, u)
         if self.basin is not None:
-            u = np.where(torch.as_tensor(self.basin(x)).cpu().numpy().astype(bool), u, np.inf)
+            u = np.where(self._inside(x), u, np.inf)
         return u
+
+    def _inside(self, x: Tensor) -> np.ndarray:
+        """Whether each configuration lies in the basin, bool `(n,)`."""
+        inside = to_numpy(self.basin(x))  # type: ignore[misc]
+        if inside.shape not in ((len(x),), (len(x), 1)) or inside.dtype != bool:
+            raise InputError(
+                f"the basin returned {inside.dtype} of shape {inside.shape} for {len(x)} configurations; one boolean "
+                "each is needed"
+            )
+        return inside.reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -352,7 +384,8 @@ def mapped_energies(
         ``u_kn`` `(n_states, n)` [kT] of all samples, grouped by state, and ``n_k`` `(n_states,)`.
 
     Raises:
-        InputError: unequal numbers of maps, states and samples, or works that would be no free energy
+        InputError: unequal numbers of maps, states and samples, samples that trained a map (as far as the map knows:
+            ``map.trained_on``), or works that would be no free energy
             (:func:`openmm_regflow.tfep.compatibility.check_states`).
     """
     if not len(maps) == len(states) == len(positions):
@@ -360,6 +393,9 @@ def mapped_energies(
             f"{len(maps)} maps, {len(states)} states and {len(positions)} sets of samples; one of each is needed"
         )
     samples = [_tensor(x) for x in positions]
+    for known in (each for one in maps for each in getattr(one, "trained_on", None) or ()):
+        for k, x in enumerate(positions):
+            check_disjoint(x, known, str(k), remedy="evaluate on held-out samples")
     columns = []
     with torch.no_grad():
         if samples and all(map(len, samples)):
@@ -565,6 +601,18 @@ def result_of(
         return result
     try:
         same = works(IdentityMap(), state_a, state_b, positions_a, positions_b, batch_size=batch_size)
-        return replace(result, plain=estimate(same.forward, same.reverse, **keywords))
+        plain = estimate(same.forward, same.reverse, **keywords)
     except InsufficientDataError:
         return result
+    return replace(result, plain=plain, verdict=_beside(result, plain))
+
+
+def _beside(result: TargetedFreeEnergy, plain: TargetedFreeEnergy) -> str:
+    """The verdict on a map's result beside that of the identity map, which has no Jacobian that could be wrong."""
+    off, error = abs(result.delta_f - plain.delta_f), math.hypot(result.uncertainty, plain.uncertainty)
+    if off > DISAGREEMENT * error and all(each.verdict.startswith("reliable") for each in (result, plain)):
+        return (
+            f"do not trust: without a map the same samples say {plain.delta_f:.4g} ± {plain.uncertainty:.2g} kT, "
+            f"{off / error:.0f} standard errors away; check the map's log-determinant"
+        )
+    return result.verdict

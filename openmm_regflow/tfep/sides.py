@@ -15,6 +15,8 @@ from openmm_regflow.reweighting import Seed, as_generator, block_indices, to_num
 
 #: exp(-CLIP) relative to the Fermi function's scale is nothing in float64; pymbar overflows beyond 700.
 CLIP = 200.0
+#: Overlap that is rounding.
+NO_OVERLAP = 1e-9
 #: Works that spread by less than this [kT] come from a perfect map: they all equal delta_f.
 PERFECT_SPREAD = 1e-6
 #: Stretches of a series whose means are compared, and by how much their variance exceeds that of independent ones in

@@ -22,8 +22,8 @@ Instead of ``trajectory`` a state may name one state of an openmmtools sampler (
 ``state = 3``), which brings its own System and temperature (``system`` is then needed for the topology, which a storage
 lacks, and for nothing else), or be simulated in the output folder, resumably:
 ``simulate = { n_copies = 8, n_iterations = 200 }``, with the keys of
-:class:`~openmm_regflow.simulate.BatchedSettings`. ``burn_in`` leaves out that many iterations of either, or frames of
-a trajectory.
+:class:`~openmm_regflow.simulate.BatchedSettings`; seeds are 0 and 1 unless given, and must differ. ``burn_in``
+leaves out that many iterations of either, or frames of a trajectory.
 
 Relative paths are taken from the folder of the TOML file. States may differ in system (force field, restraints),
 temperature and basin; the atoms and their order, and the constraints, must be the same. A map keeps constrained
@@ -109,6 +109,9 @@ class StateConfig(_Section):
             raise ValueError("give one of trajectory, storage (of openmmtools) and simulate")
         if self.state and self.storage is None:
             raise ValueError("state is one of a storage, and there is none; leave it out")
+        for name in ("force_field", "system_xml"):
+            if self.storage is not None and getattr(self, name) is not None:
+                raise ValueError(f"{name} is of no effect beside storage, which brings its own System; leave it out")
         return self
 
 
@@ -147,10 +150,21 @@ class StatesConfig(_Section):
 
     @model_validator(mode="after")
     def _map_is_needed(self) -> "StatesConfig":
-        if self.map != "learned":
-            for name in ("coupling", "architecture", "max_pairs", "target_noise", "refine"):
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"{name} needs map = 'learned'; leave it out")
+        learned = ("coupling", "architecture", "max_pairs", "target_noise", "refine")
+        fitted = ("folds", "gap", "coordinates", "train")
+        for name in (*(learned if self.map != "learned" else ()), *(fitted if self.map == "identity" else ())):
+            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
+                kinds = "'learned' or 'nearby'" if name in fitted else "'learned'"
+                raise ValueError(f"{name} needs map = {kinds}; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _noise_of_their_own(self) -> "StatesConfig":
+        """Runs with common random numbers stay together, and errors take the two sides as independent."""
+        if self.a.simulate is not None and self.b.simulate is not None:
+            seeds = [each.simulate.get("seed", k) for k, each in enumerate((self.a, self.b))]  # type: ignore[union-attr]
+            if seeds[0] == seeds[1]:
+                raise ValueError(f"a.simulate and b.simulate both have seed {seeds[0]}; give each one of its own")
         return self
 
 
@@ -177,7 +191,7 @@ def load_states(path: str | Path) -> StatesConfig:
 
 
 def open_state(
-    config: StateConfig, folder: Path, run_folder: Path, device: torch.device | str = "cpu"
+    config: StateConfig, folder: Path, run_folder: Path, device: torch.device | str = "cpu", seed: int = 0
 ) -> tuple[State, np.ndarray, MolecularSystem]:
     """The state, its samples inside the basin `(n, n_atoms, 3)` [nm], and its molecule.
 
@@ -186,6 +200,7 @@ def open_state(
         folder: that relative paths start from.
         run_folder: for the state's own simulation, if it asks for one.
         device: of the energies, and of that simulation unless its settings name one.
+        seed: of that simulation, likewise.
 
     Raises:
         InputError: missing or unfitting files or settings.
@@ -198,7 +213,8 @@ def open_state(
         system_xml=None if config.system_xml is None else folder / config.system_xml,
         temperature=config.temperature,
     )
-    state, x = _source(config, folder, run_folder, molecule, device)
+    defaults = {"device": str(device), "seed": seed}
+    state, x = _source(config, folder, run_folder, molecule, defaults)
     if config.basin is not None:
         low, high = np.radians(config.basin.range)
         basin = torsion_basin(config.basin.torsion, (float(low), float(high)))
@@ -218,9 +234,10 @@ def open_state(
 
 
 def _source(
-    config: StateConfig, folder: Path, run_folder: Path, molecule: MolecularSystem, device: torch.device | str
+    config: StateConfig, folder: Path, run_folder: Path, molecule: MolecularSystem, defaults: dict[str, Any]
 ) -> tuple[State, np.ndarray]:
     """The state without its basin, and its frames, from whichever source the file names."""
+    device = defaults["device"]
     if config.storage is not None:
         state, x = state_from_storage(
             folder / config.storage, config.state, burn_in=config.burn_in, stride=config.stride, device=device
@@ -238,7 +255,7 @@ def _source(
         frames = molecule.load_trajectory(folder / str(config.trajectory), stride=config.stride)
         check_box(folder / str(config.trajectory), molecule.topology, molecule.system)
         return state, frames[math.ceil(config.burn_in / config.stride) :]
-    batched_tempering(molecule, run_folder, BatchedSettings.create(**{"device": str(device)} | config.simulate))
+    batched_tempering(molecule, run_folder, BatchedSettings.create(**defaults | config.simulate))
     ladders = load_runs(run_folder, config.burn_in)
     return state, np.concatenate([run.at_temperature(run.positions)[:: config.stride] for run in ladders])
 
@@ -270,7 +287,8 @@ def run_states(
     """
     folder, output = Path(folder), Path(output)
     (state_a, x_a, molecule), (state_b, x_b, other) = (
-        open_state(c, folder, output / f"run-{name}", device) for name, c in (("a", config.a), ("b", config.b))
+        open_state(c, folder, output / f"run-{name}", device, seed)
+        for seed, (name, c) in enumerate((("a", config.a), ("b", config.b)))
     )
     names = [[symbol(atom) for atom in m.topology.atoms()] for m in (molecule, other)]
     if names[0] != names[1]:

@@ -23,6 +23,8 @@ from openmm_regflow.tfep.sides import load_pymbar, statistical_inefficiency
 N_COMPARED, ENOUGH = 8, 500
 #: [kT], and relative to the energy: what single precision makes of stored positions and of a GPU's energies.
 ROUNDING = 0.1, 1e-4
+#: Relative to differences between two states, in which most rounding cancels, and to their energies.
+ROUNDING_BETWEEN = 1e-4, 3e-6
 
 
 def state_from_storage(
@@ -55,12 +57,17 @@ def state_from_storage(
     run = storage if isinstance(storage, MultistateRun) else load_multistate(storage)
     frames = run.frames(index, burn_in, stride)
     state = state_of(run.system(index), run.temperature(index), device=device)
-    _check_energies(run, state, index, frames, run.rows(index, burn_in, stride))
+    _check_energies(run, state, index, frames, run.rows(index, burn_in, stride), device)
     return state, frames
 
 
 def _check_energies(
-    run: MultistateRun, state: State, index: int, frames: np.ndarray, rows: tuple[np.ndarray, np.ndarray]
+    run: MultistateRun,
+    state: State,
+    index: int,
+    frames: np.ndarray,
+    rows: tuple[np.ndarray, np.ndarray],
+    device: torch.device | str,
 ) -> None:
     """Refuse a state whose energies of some frames are not those that the sampler stored.
 
@@ -70,17 +77,30 @@ def _check_energies(
         InputError: they differ by more than rounding.
     """
     some = np.linspace(0, len(frames) - 1, min(N_COMPARED, len(frames))).astype(int)
-    bare = replace(state, potential=getattr(state.potential, "potential", state.potential))  # without a metric term
-    own = bare.reduced(torch.as_tensor(frames[some], dtype=torch.float64))
-    time, replica = (each[some] for each in rows)
-    stored = run.energies[run.stored[time], replica, index]
-    off = np.abs(own - stored)
-    if not (off <= ROUNDING[0] + ROUNDING[1] * np.abs(stored)).all():
+    x, (time, replica) = torch.as_tensor(frames[some], dtype=torch.float64), (each[some] for each in rows)
+    stored = run.energies[run.stored[time], replica]
+    own = _without_metric(state).reduced(x)
+    off, allowed = np.abs(own - stored[:, index]), ROUNDING[0] + ROUNDING[1] * np.abs(stored[:, index])
+    index %= len(run.thermodynamic_states)
+    # A large energy hides an offset that the difference to another state does not.
+    known = [k for k in (index - 1, index + 1) if 0 <= k < stored.shape[1] and np.isfinite(stored[:, k]).all()]
+    for other in known[:1]:
+        there = _without_metric(state_of(run.system(other), run.temperature(other), device=device)).reduced(x)
+        between = stored[:, index] - stored[:, other]
+        relative, absolute = ROUNDING_BETWEEN
+        off = np.append(off, abs(np.mean(own - there - between)))
+        allowed = np.append(allowed, ROUNDING[0] + np.mean(relative * np.abs(between) + absolute * np.abs(own)))
+    if not (off <= allowed).all():
         raise InputError(
-            f"the energies of state {index % len(run.thermodynamic_states)} are off by up to {off.max():.3g} kT from "
-            f"those in {run.storage}: the sampler had other parameters, or another box, than the state says; make the "
-            "state by tfep.state_of, of the System that was simulated"
+            f"the energies of state {index} are off by up to {off[off > allowed].max():.3g} kT from those in "
+            f"{run.storage}, or their differences to those of another state are: the sampler had other parameters, or "
+            "another box, than the state says; make the state by tfep.state_of, of the System that was simulated"
         )
+
+
+def _without_metric(state: State) -> State:
+    """The state as a sampler counts its energies, without the metric term of constraints."""
+    return replace(state, potential=getattr(state.potential, "potential", state.potential))
 
 
 def storage_reference(
@@ -99,10 +119,12 @@ def storage_reference(
         generator: NumPy generator or seed.
 
     Raises:
-        InputError: no such file, or energies that a sampler with ``locality`` has not computed.
+        InputError: no such file, a negative burn-in, or energies that a sampler with ``locality`` has not computed.
         CorruptFileError: a damaged file.
         InsufficientDataError: too few independent iterations.
     """
+    if burn_in < 0:
+        raise InputError(f"burn_in is {burn_in}; at least 0 iterations are left out")
     run = storage if isinstance(storage, MultistateRun) else load_multistate(storage)
     states, energies = run.states[burn_in:], run.energies[burn_in:]
     if len(states) < 10:
