@@ -229,7 +229,8 @@ def evaluate(
     if not any(len(rows) for rows in (phi, psi, torsions)):
         verdict += "; no torsions were compared with the reference's, so a missing basin would not be seen"
     if figures["missing"]:
-        verdict = f"do not trust: the samples lack {', '.join(figures['missing'])} of the reference; " + verdict
+        lacking = ", ".join(figures["missing"])
+        verdict = f"do not trust: the samples lack {lacking} of the reference; by weights alone: {verdict}"
     return Evaluation(n=len(x), n_finite=int(np.isfinite(u_n).sum()), verdict=verdict, **figures)
 
 

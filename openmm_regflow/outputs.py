@@ -178,6 +178,7 @@ def basin_tfep(
         raise InputError(
             f"{molecule.name} has no backbone phi, so no basins phi > 0 and phi < 0; give two states in a states file"
         )
+    proposal.check_labels(reference[:1000], "the held-out frames")
     # A free molecule lies wherever its dynamics left it; the flow's own density has a frame.
     generator = torch.Generator().manual_seed(seed)
     held_out = proposal.evaluate(proposal.redraw_frame(torch.as_tensor(reference, dtype=torch.float64), generator))

@@ -23,6 +23,7 @@ from openmm_regflow.refusals import (
     check_atoms,
     check_bonded,
     check_flow,
+    check_labels,
     check_subset,
     check_subset_supported,
     check_supported,
@@ -326,6 +327,16 @@ class FlowProposal:
         """``log_q`` and ``u`` of given configurations `(n, n_atoms, 3)` [nm] as a batch."""
         positions = self.as_tensor(positions)
         return ProposalBatch(positions, self.log_q(positions), self.reduced_potential(positions))
+
+    def check_labels(self, positions: Any, what: str = "the positions") -> None:
+        """Refuse positions `(n, n_atoms, 3)` [nm] whose methyl hydrogens go round the other way than the flow's.
+
+        Raises:
+            InputError: more than half of them.
+        """
+        positions = self.as_tensor(positions)
+        subset = self.atom_subset
+        check_labels(self.flow, positions if subset is None else positions[:, subset], what)
 
     def redraw_frame(self, positions: Any, generator: torch.Generator | None = None) -> Tensor:
         """Centre and orientation drawn anew from the flow's own frame distribution, shapes unchanged.

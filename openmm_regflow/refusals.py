@@ -27,6 +27,25 @@ def barostats_of(system: openmm.System) -> list[str]:
     return [force.__class__.__name__ for force in system.getForces() if force.__class__.__name__ in BAROSTATS]
 
 
+def check_labels(flow: Any, x: Any, what: str) -> None:
+    """Refuse positions for which a flow has no place: their interchangeable hydrogens go round the other way.
+
+    Args:
+        flow: or a mixture, whose parts are alike in this.
+        x: tensor `(n, n_atoms, 3)` [nm], of one numbering.
+        what: they are, for the message.
+
+    Raises:
+        InputError: more than half of them.
+    """
+    coordinates = getattr(next(iter(getattr(flow, "parts", [flow]))), "coordinates", None)
+    if coordinates is not None and not bool(coordinates.covers(x).double().mean() > 0.5):
+        raise InputError(
+            f"{what} have hydrogens of a methyl numbered the other way round than the frames that trained the flow; "
+            "exchange two of their labels"
+        )
+
+
 def check_subset(subset: Sequence[int], n_atoms: int, n_flow: int) -> None:
     """Refuse indices that are no subset of a System's atoms, or another number than the flow's.
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from openmm_regflow import metrics
 from openmm_regflow.bonds import bonded_pairs
 from openmm_regflow.elements import symbol
-from openmm_regflow.errors import InputError, complaints
+from openmm_regflow.errors import InputError, complaints, warn_once
 from openmm_regflow.fingerprints import fingerprint
 from openmm_regflow.trajectories import check_bond_lengths, load_trajectory, warn_of_temperature
 from openmm_regflow.units import temperature_kelvin, to_float
@@ -265,7 +265,7 @@ def available_systems() -> list[str]:
 def load_system(
     source: str | Path,
     *,
-    force_field: tuple[str, ...] | list[str] | None = None,
+    force_field: str | tuple[str, ...] | list[str] | None = None,
     system_xml: str | Path | None = None,
     temperature: Any = None,
     nonbonded_method: str | None = None,
@@ -276,7 +276,7 @@ def load_system(
 
     Args:
         source: a name from :func:`available_systems`, a folder with ``system.toml``, or a PDB file.
-        force_field: OpenMM force-field files, for a PDB.
+        force_field: OpenMM force-field file or files, for a PDB.
         system_xml: serialised ``openmm.System``, for a PDB.
         temperature: [K or Quantity]; needed for a PDB, overrides ``system.toml`` otherwise.
         nonbonded_method: see :class:`SystemConfig`.
@@ -293,8 +293,9 @@ def load_system(
         >>> load_system("alanine-dipeptide").n_atoms
         22
     """
+    files = (force_field,) if isinstance(force_field, str) else tuple(force_field or ())
     overrides = {
-        "force_field": tuple(force_field) if force_field else None,
+        "force_field": files or None,
         "system_xml": None if system_xml is None else str(Path(system_xml).resolve()),
         "temperature": None if temperature is None else temperature_kelvin(temperature),
         "nonbonded_method": nonbonded_method,
@@ -314,7 +315,10 @@ def _locate(source: str | Path) -> Path:
     """Folder with a system.toml, or structure file, that ``source`` names."""
     path = Path(source)
     if isinstance(source, str) and source in available_systems():
-        return systems_folder() / source
+        shipped = systems_folder() / source
+        if (path / "system.toml").is_file() and not path.samefile(shipped):
+            warn_once(f"{source!r} is the shipped system; give ./{source} for the folder of that name that is here")
+        return shipped
     if path.is_dir():
         if not (path / "system.toml").is_file():
             raise InputError(f"{path} has no system.toml; write one with structure, force_field and temperature")
@@ -331,7 +335,7 @@ def _read_config(folder: Path, overrides: dict[str, Any]) -> SystemConfig:
     """``system.toml`` of a folder with keyword overrides applied."""
     file = folder / "system.toml"
     try:
-        values = tomllib.loads(file.read_text())
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is not valid TOML: {error}") from error
     for key, other in (("force_field", "system_xml"), ("system_xml", "force_field")):
@@ -379,7 +383,7 @@ def _system_from_xml(path: Path, n_atoms: int) -> openmm.System:
     if not path.is_file():
         raise InputError(f"no serialised System at {path}; write one with openmm.XmlSerializer.serialize")
     try:
-        system = openmm.XmlSerializer.deserialize(path.read_text())
+        system = openmm.XmlSerializer.deserialize(path.read_text(encoding="utf-8"))
     except Exception as error:  # SWIG raises a bare Exception or OpenMMException
         raise InputError(f"{path} is not a serialised System: {error}") from error
     if not isinstance(system, openmm.System):

@@ -2,10 +2,11 @@
 
 import ctypes
 import os
+import struct
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from openmm import app, unit
 
 from openmm_regflow.bonds import Bonds, bonds_of
 from openmm_regflow.elements import symbol
-from openmm_regflow.errors import CorruptFileError, InputError
+from openmm_regflow.errors import CorruptFileError, InputError, first_line
 from openmm_regflow.units import thermal_energy
 
 _HDF5 = (".h5", ".hdf5")
@@ -96,6 +97,8 @@ def _read_other(path: Path, topology: app.Topology, stride: int) -> np.ndarray:
     """Frames of a file that names no atoms."""
     import mdtraj
 
+    if path.suffix.lower() == ".dcd":
+        _check_length(path)
     try:
         with _quiet_reader():
             trajectory = mdtraj.load(str(path), top=mdtraj.Topology.from_openmm(topology), stride=stride)
@@ -104,10 +107,37 @@ def _read_other(path: Path, topology: app.Topology, stride: int) -> np.ndarray:
             f"{path} does not have the {topology.getNumAtoms()} atoms of the system; give data of this molecule"
         ) from error
     except Exception as error:  # mdtraj's readers raise a dozen unrelated types on damaged files
+        if (path.parent / "trajectory.h5").is_file() and path.suffix.lower() == ".nc":
+            remedy = "if it is the storage of a sampler, give the trajectory.h5 beside it"
+        else:
+            remedy = "copy it again, or convert it (mdconvert)"
         raise CorruptFileError(
-            f"{path} cannot be read as a trajectory ({type(error).__name__}); copy it again"
+            f"{path} cannot be read as a trajectory ({type(error).__name__}: {first_line(error)}); {remedy}"
         ) from error
     return np.asarray(trajectory.xyz)
+
+
+def _check_length(path: Path) -> None:
+    """Refuse a DCD file that ends before the frames that it announces; mdtraj reads what there is.
+
+    Raises:
+        CorruptFileError: with both numbers.
+    """
+    from mdtraj.formats import DCDTrajectoryFile
+
+    with open(path, "rb") as file:
+        head = file.read(12)
+    order = next((order for order in "<>" if head[:4] == struct.pack(f"{order}i", 84)), None)
+    if len(head) < 12 or head[4:8] != b"CORD" or order is None:
+        return  # mdtraj says what it thinks of it
+    (announced,) = struct.unpack(f"{order}i", head[8:])
+    there = announced
+    with _quiet_reader(), suppress(Exception), DCDTrajectoryFile(str(path)) as file:
+        there = len(file)
+    if there < announced:
+        raise CorruptFileError(
+            f"{path} announces {announced} frames and ends after {there}; copy it again, or cut it there (mdconvert)"
+        )
 
 
 def check_box(path: Path | str, topology: app.Topology, system: openmm.System) -> None:

@@ -16,6 +16,9 @@ GAS_CONSTANT = 8.31446261815324e-3
 #: kcal/mol in kJ/mol (thermochemical calorie).
 KJ_PER_KCAL = 4.184
 
+#: [ps] With hydrogens of 4 dalton; a number above is one in fs.
+LONGEST_STEP = 0.01
+
 _UNITS = {
     "length": unit.nanometer,
     "energy": unit.kilojoule_per_mole,
@@ -48,6 +51,18 @@ def to_float(value: Any, kind: str) -> float:
     if not np.isfinite(number):
         raise InputError(f"{kind} is {number}; a finite number in {_UNITS[kind]} is needed")
     return number
+
+
+def time_step(value: Any) -> float:
+    """A time step of dynamics [ps] from a Quantity or a number.
+
+    Raises:
+        InputError: not above zero, or longer than bonds allow.
+    """
+    step = to_float(value, "time")
+    if not 0 < step <= LONGEST_STEP:
+        raise InputError(f"the time step is in ps, and {step:g} is no step that bonds allow; did you mean 0.002?")
+    return step
 
 
 def temperature_kelvin(value: Any) -> float:

@@ -472,6 +472,45 @@ def test_a_chain_follows_from_its_seed():
     assert np.array_equal(a, b) and not np.allclose(a[0], c[0], atol=1e-4)
 
 
+def test_what_a_command_reads_is_not_replaced_by_it(capsys, flow_file, tmp_path):
+    """`sample runs/flow/flow.safetensors --output runs/flow --overwrite` deleted the flow and its training."""
+    folder = tmp_path / "flow"
+    folder.mkdir()
+    shutil.copy(flow_file, folder / "flow.safetensors")
+    (folder / "run.json").write_text(json.dumps({"command": "train", "settings": {}, "finished": True}))
+    line = refused(capsys, "sample", folder / "flow.safetensors", "-n", 20, "-o", folder, "--overwrite")
+    assert "holds what `train` made" in line and (folder / "flow.safetensors").is_file()
+    (folder / "run.json").write_text(json.dumps({"command": "sample", "settings": {}, "finished": True}))
+    line = refused(capsys, "sample", folder / "flow.safetensors", "-n", 20, "-o", folder, "--overwrite")
+    assert "lies in the folder for the results" in line and (folder / "flow.safetensors").is_file()
+    simulated = tmp_path / "simulated"
+    simulated.mkdir()
+    (simulated / "run.json").write_text(json.dumps({"n_iterations": 5}))
+    (simulated / "tempering.nc").write_text("hours")
+    assert "not replaced" in refused(capsys, "sample", flow_file, "-n", 20, "-o", simulated, "--overwrite")
+    assert (simulated / "tempering.nc").is_file()
+
+
+def test_a_run_is_known_by_its_files_however_they_are_spelled(capsys, flow_file, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    assert run(capsys, "sample", flow_file, "-n", 20, "-o", output)[0] == 0
+    record = json.loads((output / "run.json").read_text())
+    assert record["settings"]["flow"] == str(Path(flow_file).resolve())
+    (output / "run.json").write_text(json.dumps(record | {"finished": False}))
+    monkeypatch.chdir(Path(flow_file).parent)
+    relative = Path(flow_file).name
+    line = refused(capsys, "sample", relative, "-n", 30, "-o", output)
+    assert "other settings (n)" in line and "--overwrite" not in line and (output / "samples.dcd").is_file()
+    assert run(capsys, "sample", relative, "-n", 20, "-o", output)[0] == 0
+
+
+def test_output_of_another_encoding_is_no_end(flow_file, tmp_path):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "openmm_regflow", "sample", flow_file, "-n", "200", "-o", tmp_path / "out"]
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=300)
+    assert done.returncode == 0 and b"ESS" in done.stdout and b"?" in done.stdout
+
+
 def test_workers_do_not_share_a_gpu(capsys, teacher_file, tmp_path, monkeypatch):
     monkeypatch.setattr("openmm_regflow.device.resolve_device", lambda name: torch.device("cuda"))
     line = refused(capsys, "pairs", teacher_file, "-n", 50, "--workers", 2, "--device", "auto", "-o", tmp_path / "x")
@@ -554,7 +593,7 @@ def test_unknown_option_is_a_usage_error(capsys):
     ("command", "words"),
     [
         (["mcmc", "flow_file", "--iterations", 10**6], "begins anew"),
-        (["pairs", "teacher_file", "-n", 10**8], "continues where it stopped"),
+        (["pairs", "teacher_file", "-n", 10**8], "goes on from what it wrote last"),
     ],
 )
 def test_an_interrupted_command_says_what_a_second_run_does(command, words, request, capsys, tmp_path):
@@ -623,7 +662,7 @@ def test_an_interrupted_run_does_not_go_on_for_another_temperature(capsys, molec
         marker = output / "run.json"
         marker.write_text(marker.read_text().replace('"finished": true', '"finished": false'))
         (mine / "system.toml").write_text(text.replace("temperature = 300", "temperature = 600"))
-        assert "holds a run of other settings" in refused(capsys, name, *options, "-o", output)
+        assert "of other settings (" in refused(capsys, name, *options, "-o", output)
 
 
 def test_a_folder_that_another_process_writes_is_refused(capsys, flow_file, tmp_path):

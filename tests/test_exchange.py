@@ -125,7 +125,7 @@ def test_flow_in_the_hottest_state_alone(flow_path, tmp_path):
 def test_flow_in_every_state_and_another_sampler(flow_path, tmp_path):
     sampler = learned_replica_exchange(
         MOLECULE.system, [300, 350 * unit.kelvin], make_move(flow_path), MOLECULE.sample(1, generator())[0].numpy(),
-        str(tmp_path / "every.nc"), dynamics=dynamics(), sampler_class=MultiStateSampler, online_analysis_interval=None,
+        tmp_path / "every.nc", dynamics=dynamics(), sampler_class=MultiStateSampler, online_analysis_interval=None,
     )  # fmt: skip
     sampler.run(1)
     assert type(sampler) is MultiStateSampler

@@ -372,7 +372,8 @@ def test_storage_and_statistics(tmp_path, exact):
 
 
 def test_a_protocol_that_blows_up_is_a_counted_rejection(exact):
-    move = make_move(n_steps=4, timestep=1e200)
+    move = make_move(n_steps=4)
+    move.timestep = 1e200 * unit.picosecond
     moved = after_one_move(move, exact[:5])
     assert torch.equal(moved, exact[:5])
     assert move.n_accepted == 0 and move.n_proposed == 5

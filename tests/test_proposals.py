@@ -337,3 +337,18 @@ def test_a_field_in_another_force_is_found_in_double_precision():
     assert FlowProposal(flow, potential, TEMPERATURE).frame == "free"
     potential.set_parameter("field", 7.0)
     assert FlowProposal(flow, potential, TEMPERATURE).frame == "fixed"
+
+
+def test_hydrogens_numbered_the_other_way_round_have_no_place_in_a_flow():
+    """openmmtools numbers those of its alanine dipeptide so: moves were never accepted, and refinement did nothing."""
+    molecule = load_system("alanine-dipeptide")
+    flow = flows.Flow.load(molecule.folder / "flow.safetensors")
+    proposal = FlowProposal(flow, TorchPotential(molecule.system), molecule.temperature)
+    x = torch.as_tensor(molecule.reference("test")[:50]).double()
+    order = list(range(22))
+    order[12], order[13] = order[13], order[12]
+    proposal.check_labels(x)
+    with pytest.raises(InputError, match="the frames have hydrogens of a methyl numbered the other way round"):
+        proposal.check_labels(x[:, order], "the frames")
+    with pytest.raises(InputError, match="the state's positions have hydrogens"):
+        FlowStep(proposal)(x[0, order].numpy())

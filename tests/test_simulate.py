@@ -10,7 +10,7 @@ import mdtraj
 import numpy as np
 import openmm
 import pytest
-from openmm import app
+from openmm import app, unit
 
 from openmm_regflow import metrics, simulate
 from openmm_regflow.constraints import fixed_bonds
@@ -608,3 +608,13 @@ def test_round_trips():
 def test_running_prints_nothing(dipeptide, tmp_path, capfd):
     parallel_tempering(dipeptide, tmp_path, TemperingSettings.create(**SHORT))
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("kind", [BatchedSettings, TemperingSettings])
+def test_settings_take_quantities_and_no_femtoseconds(kind):
+    given = {"max_temperature": 450 * unit.kelvin, "timestep": 2 * unit.femtoseconds, "hydrogen_mass": 3 * unit.dalton}
+    found = kind.create(**given, collision_rate=2 / unit.picosecond)
+    assert (found.max_temperature, found.timestep, found.hydrogen_mass, found.collision_rate) == (450, 0.002, 3, 2)
+    for wrong, words in ((2.0, "did you mean 0.002"), (0, "no step"), (2 * unit.kelvin, "not a time")):
+        with pytest.raises(InputError, match=words):
+            kind.create(timestep=wrong)

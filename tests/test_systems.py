@@ -564,3 +564,22 @@ def test_equal_forces_are_counted(dipeptide):
     assert compare_fingerprints(with_restraints(1.0, 1.0, 2.0), with_restraints(1.0, 2.0, 2.0))
     assert compare_fingerprints(with_restraints(1.0, 1.0), with_restraints(1.0), extra_forces=True)
     assert not compare_fingerprints(with_restraints(1.0, 1.0), with_restraints(1.0, 1.0, 3.0), extra_forces=True)
+
+
+def test_a_folder_with_the_name_of_a_shipped_system(tmp_path, monkeypatch):
+    """The shipped one is meant, which is said; a path names the other."""
+    own = tmp_path / "alanine-dipeptide"
+    own.mkdir()
+    text = (systems.systems_folder() / "alanine-dipeptide" / "system.toml").read_text()
+    (own / "system.toml").write_text(text.replace("temperature = 300.0", "temperature = 333.0"))
+    (own / "structure.pdb").write_bytes((systems.systems_folder() / "alanine-dipeptide" / "structure.pdb").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(RuntimeWarning, match=r"give \./alanine-dipeptide for the folder"):
+        assert load_system("alanine-dipeptide").temperature == 300.0
+    assert load_system("./alanine-dipeptide").temperature == load_system(Path("alanine-dipeptide")).temperature == 333.0
+
+
+def test_one_force_field_may_be_a_string():
+    structure = systems.systems_folder() / "alanine-dipeptide" / "structure.pdb"
+    one = load_system(structure, force_field="amber14-all.xml", temperature=300)
+    assert one.fingerprint == load_system(structure, force_field=["amber14-all.xml"], temperature=300).fingerprint

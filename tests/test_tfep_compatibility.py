@@ -296,3 +296,9 @@ def test_a_map_that_the_same_samples_contradict_is_not_trusted():
     wrong.log_det *= 0.5
     result = tfep.free_energy_difference(wrong, a, b, x, y, trained_on=None, generator=0)
     assert "without a map the same samples say" in result.verdict and result.verdict.startswith("do not trust")
+
+def test_samples_that_trained_a_map_are_two_sets():
+    a, x = springs(100.0, 0), sprung(100.0, 0, 0.0, n=20)
+    for nothing in ((), (x,)):
+        with pytest.raises(InputError, match="or None if none did"):
+            tfep.free_energy_difference(tfep.IdentityMap(), a, a, x, x, trained_on=nothing)

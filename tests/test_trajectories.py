@@ -439,3 +439,18 @@ def test_a_d_residue_is_right_where_the_structure_has_it(dipeptide, frames):
     assert not metrics.wrong_chirality(frames * [1, 1, -1], mirror.chiral_centres).any()
     assert metrics.wrong_chirality(frames, mirror.chiral_centres).all()
     assert metrics.wrong_chirality(frames * [1, 1, -1], dipeptide.chiral_centres).all()
+
+
+def test_a_file_that_ends_before_what_it_announces(dipeptide, frames, tmp_path):
+    """mdtraj reads what there is and prints a warning, which nobody sees."""
+    path = tmp_path / "whole.dcd"
+    mdtraj.Trajectory(frames[:90], mdtraj.Topology.from_openmm(dipeptide.topology)).save_dcd(str(path))
+    assert len(load_trajectory(path, dipeptide.topology)) == 90
+    content = path.read_bytes()
+    (tmp_path / "CUT.DCD").write_bytes(content[: len(content) // 2 + 37])
+    with pytest.raises(CorruptFileError, match="announces 90 frames and ends after 44"):
+        load_trajectory(tmp_path / "CUT.DCD", dipeptide.topology)
+    (tmp_path / "stored.nc").write_bytes(b"CDF")
+    (tmp_path / "trajectory.h5").touch()
+    with pytest.raises(CorruptFileError, match=r"give the trajectory\.h5 beside it"):
+        load_trajectory(tmp_path / "stored.nc", dipeptide.topology)

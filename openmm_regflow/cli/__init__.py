@@ -1,7 +1,9 @@
 """The command line: a thin shell over the package. Bad input gives one line and exit code 2, Ctrl-C gives 130."""
 
+import io
 import logging
 import signal
+import sys
 import threading
 from typing import Any, NoReturn
 
@@ -23,6 +25,10 @@ def main(arguments: list[str] | None = None) -> None:
     # Dependencies announce themselves through logging when they are imported; errors still show.
     for name in ("pymbar", "openmmtools.multistate"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # A phi or a plus-minus must not end a command whose output goes to a file or terminal of another encoding.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     # What a queue sends when the time is up, and `kill` to a job in the background, which does not hear Ctrl-C. One of
     # several ranks may be waiting for another, where Python hears nothing: they end as they would.
     listening = not one_of_several() and threading.current_thread() is threading.main_thread()

@@ -12,14 +12,11 @@ from openmm_regflow.cli.shell import (
     bars,
     command,
     extendable,
+    platform_of_dynamics,
     resumable,
     show_table,
-    use_platform,
 )
 from openmm_regflow.errors import InputError
-
-#: [ps] With hydrogens of 4 dalton; a number above is one in fs.
-LONGEST_STEP = 0.01
 
 
 @command
@@ -52,8 +49,10 @@ def simulate(
     max_temperature: Annotated[float, typer.Option(help="Highest temperature [K].")] = 700.0,
     engine: Annotated[str, typer.Option(help="openmmtools, or batched (many ladders in torch).")] = "openmmtools",
     copies: Annotated[int, typer.Option(min=1, help="Independent ladders of the batched engine.")] = 32,
-    scramble: Annotated[int, typer.Option(help="Steps at the highest state that part the starting points.")] = 20_000,
-    frames: Annotated[int | None, typer.Option(help="Most frames to export, evenly spaced.")] = None,
+    scramble: Annotated[
+        int, typer.Option(min=0, help="Steps at the highest state that part the starting points.")
+    ] = 20_000,
+    frames: Annotated[int | None, typer.Option(min=1, help="Most frames to export, evenly spaced.")] = None,
     burn_in: Annotated[
         int, typer.Option(min=0, help="Iterations left out of the export, but at most half of them.")
     ] = 100,
@@ -75,13 +74,10 @@ def simulate(
 
     if engine not in ("openmmtools", "batched"):
         raise InputError(f"unknown engine {engine!r}; known: openmmtools, batched")
-    if timestep > LONGEST_STEP:
-        raise InputError(f"--timestep is in ps, and {timestep:g} is too long for bonds; did you mean 0.002?")
     where: dict[str, Any] = {"device": str(resolve_device(device))}
-    if engine == "openmmtools":
-        platform = use_platform(device)
-        where = {} if platform is None else {"platform": platform}
     mol = load_system(system)
+    if engine == "openmmtools":
+        where = {"platform": platform_of_dynamics(device, mol.system)}
     values: dict[str, Any] = {
         "n_iterations": iterations,
         "steps_per_iteration": steps,
@@ -149,7 +145,7 @@ def pairs(
     n_steps: Annotated[int, typer.Option(help="ODE steps.")] = 10,
     method: Annotated[str, typer.Option(help="ODE method of torchdiffeq.")] = "midpoint",
     log_det: Annotated[str, typer.Option(help="none, exact or hutchinson.")] = "none",
-    workers: Annotated[int, typer.Option(help="Processes on the CPU.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processes on the CPU.")] = 1,
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:

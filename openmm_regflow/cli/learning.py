@@ -224,6 +224,7 @@ def _refine(
         if opened.coordinates.held:
             held, free = "the flow is of a molecule in its place", f"nothing holds {mol.name}"
         raise IncompatibleFlowError(f"{held}, and {free}; train a flow for this System")
+    proposal.check_labels(frames[:1000], "the frames")
     described = {"flow": str(flow), "system": system, "data": str(data), "compile": compile}
     described |= {"config": settings.model_dump(), "target": target}
     with ExitStack() as stack:
@@ -262,6 +263,8 @@ def _write_refined(output: Path, flow: Any, refined: dict[str, Any], records: li
     write_json(output / "refinement.json", [record.to_dict() for record in records])
     best = min(record.divergence for record in records)
     print(f"KL {records[0].divergence:.3f} -> {best:.3f} nat, {energies:,} energies in all")
+    if best == records[0].divergence:
+        print("no round was better than the flow as it came, whose weights are kept")
     print(f"wrote {output / 'flow.safetensors'}")
 
 
@@ -294,9 +297,6 @@ def mix(
 
     if n < 1:
         raise InputError(f"-n is {n}; at least one sample of each flow is needed")
-    inside = [flow for flow in flows if flow.resolve().is_relative_to(output.resolve())]
-    if inside:
-        raise InputError(f"{inside[0]} lies in the folder for the results; choose another --output")
     opened = [open_proposal(flow, system, device) for flow in flows]
     name, proposals = opened[0][0], [proposal for *_, proposal in opened]
     mixture = FlowMixture([p.flow for p in proposals], share)  # refuses what cannot be mixed

@@ -17,6 +17,7 @@ from openmm_regflow.cli.shell import (
     given_frames,
     open_proposal,
     output_of,
+    platform_of_dynamics,
     resumable,
     show_table,
     use_platform,
@@ -153,7 +154,7 @@ def mcmc(
     output: Output = Path("runs/mcmc"),
     system: System = None,
     iterations: Annotated[int, typer.Option(help="Iterations of dynamics and flow move.")] = 1000,
-    md_steps: Annotated[int, typer.Option(help="Langevin steps per iteration.")] = 250,
+    md_steps: Annotated[int, typer.Option(min=0, help="Langevin steps per iteration.")] = 250,
     n_proposals: Annotated[int, typer.Option(help="1: Metropolis-Hastings; more: i-SIR.")] = 1,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -171,7 +172,7 @@ def mcmc(
     from openmm_regflow.moves import FlowMove
 
     system, mol, proposal = open_proposal(flow, system, device)
-    platform = use_platform(device) or "Reference"
+    platform = platform_of_dynamics(device, mol.system)
     settings = {"flow": str(flow), "system": system, "iterations": iterations, "md_steps": md_steps, "seed": seed}
     with output_of(output, "mcmc", settings | {"n_proposals": n_proposals}, overwrite):
         with bars() as bar:

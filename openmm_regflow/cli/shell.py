@@ -116,7 +116,7 @@ def resumable(kept: bool = True) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt("continues where it stopped" if kept else "begins anew") from interrupt
+        raise KeyboardInterrupt("goes on from what it wrote last" if kept else "begins anew") from interrupt
 
 
 def fail(line: str, code: int) -> None:
@@ -171,10 +171,12 @@ def output_of(folder: Path, command: str, settings: dict[str, Any], overwrite: b
     """The folder of one run: made, or that of an interrupted run of the same settings; finished when the block ends.
 
     A run that was refused before it computed anything leaves a folder that any other may have. Two processes never
-    write one folder.
+    write one folder. Paths among the settings are those of the same files, however they are spelled. What is replaced
+    was made by the same command and holds nothing that this one reads.
 
     Raises:
-        InputError: not writable, holding something else, or written by another process.
+        InputError: not writable, holding something else, a run of another command or of other settings, or what is to
+            be read; or written by another process.
         CorruptFileError: what a run left there is damaged.
     """
     from openmm_regflow.files import read_json, write_json
@@ -187,7 +189,7 @@ def output_of(folder: Path, command: str, settings: dict[str, Any], overwrite: b
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error}; choose a writable --output") from error
     with locked(folder):
-        _prepare(folder, {"command": command, "settings": settings}, overwrite)
+        _prepare(folder, {"command": command, "settings": _located(settings)}, overwrite)
         yield
         write_json(marker, read_json(marker, "give the command again") | {"finished": True})
 
@@ -239,6 +241,23 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def _located(settings: Any) -> Any:
+    """Settings whose paths are absolute."""
+    if isinstance(settings, dict):
+        return {name: _located(value) for name, value in settings.items()}
+    if isinstance(settings, list | tuple):
+        return [_located(value) for value in settings]
+    return str(Path(settings).resolve()) if isinstance(settings, str) and Path(settings).exists() else settings
+
+
+def _strings(settings: Any) -> Iterator[str]:
+    if isinstance(settings, dict | list):
+        for value in settings.values() if isinstance(settings, dict) else settings:
+            yield from _strings(value)
+    elif isinstance(settings, str):
+        yield settings
+
+
 def _prepare(folder: Path, wanted: dict[str, Any], overwrite: bool) -> None:
     """Begin a run in its folder, or go on with it."""
     from openmm_regflow.files import read_json, write_json
@@ -248,12 +267,29 @@ def _prepare(folder: Path, wanted: dict[str, Any], overwrite: bool) -> None:
         found = read_json(marker, "remove the folder or choose another --output")
         if found.get("finished") and not overwrite:
             raise InputError(f"{folder} holds a finished run; choose another --output or give --overwrite")
-        same = {k: found.get(k) for k in wanted} == wanted
-        if not same and not overwrite and _begun(folder):
-            raise InputError(f"{folder} holds a run of other settings; choose another --output or give --overwrite")
-        if found.get("finished") or not same:
+        differing = _differing(_located({k: found.get(k) for k in wanted}), wanted)
+        if differing and not overwrite and _begun(folder):
+            raise InputError(
+                f"{folder} holds a run that is not finished, of other settings ({', '.join(differing)}); choose "
+                "another --output, or go on with that run by its own settings"
+            )
+        if found.get("finished") or differing:
+            if _begun(folder) and found.get("command") != wanted["command"]:
+                made = f"`{found['command']}`" if found.get("command") else "another command"
+                raise InputError(f"{folder} holds what {made} made, which is not replaced; choose another --output")
+            inside = [text for text in _strings(wanted) if Path(text).resolve().is_relative_to(folder.resolve())]
+            if any(Path(text).exists() for text in inside):
+                raise InputError(f"{inside[0]} lies in the folder for the results; choose another --output")
             _clear(folder)
     write_json(marker, wanted | {"finished": False})
+
+
+def _differing(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Names of the settings that two runs do not share; that of a section where it holds settings of its own."""
+    if not isinstance(found.get("settings"), dict) or found["command"] != wanted["command"]:
+        return ["command"]
+    one, other = found["settings"], wanted["settings"]
+    return [name for name in {**one, **other} if one.get(name) != other.get(name)]
 
 
 def _begun(folder: Path) -> bool:
@@ -297,6 +333,13 @@ def use_platform(device: str) -> str | None:
     for name, value in openmm_properties("CUDA", where).items():
         platform.setPropertyDefaultValue(name, value)
     return "CUDA"
+
+
+def platform_of_dynamics(device: str, system: Any) -> str:
+    """OpenMM's platform for dynamics of a System: that of the GPU, or the faster one of CPUs."""
+    from openmm_regflow.potentials import small_platform
+
+    return use_platform(device) or small_platform(system) or "CPU"
 
 
 def given_frames(molecule: "MolecularSystem", data: Path | None, split: "Split") -> "np.ndarray":

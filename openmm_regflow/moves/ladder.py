@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -38,7 +39,7 @@ def learned_replica_exchange(
         temperatures: [K or Quantities], such as :func:`openmm_regflow.ladders.temperature_ladder` gives.
         flow_moves: one move for all states, or state index -> move; negative indices count from the end.
         positions: start `(n_atoms, 3)` for all replicas, or `(n_states, n_atoms, 3)` [nm or Quantity].
-        storage: path of the NetCDF file, or an openmmtools reporter.
+        storage: path of the NetCDF file (str or Path), or an openmmtools reporter.
         dynamics: move before each flow move; by default 500 Langevin steps of 1 fs at 1/ps, seeded from NumPy's global
             state. An exchange leaves velocities at the temperature that a replica came from, so the copies of this move
             draw them anew at every iteration (openmmtools' ``reassign_velocities``); one of another kind has to do that
@@ -70,6 +71,7 @@ def learned_replica_exchange(
     if len(starts) != len(kelvin):
         raise InputError(f"{len(starts)} sets of positions for {len(kelvin)} temperatures; give one per state")
     options = {"number_of_iterations": math.inf} | options
+    storage = os.fspath(storage) if isinstance(storage, os.PathLike) else storage
     sampler = (sampler_class or multistate.ReplicaExchangeSampler)(mcmc_moves=moves, **options)
     ladder = [states.ThermodynamicState(system, t * unit.kelvin) for t in kelvin]
     box = system.getDefaultPeriodicBoxVectors() if system.usesPeriodicBoundaryConditions() else None

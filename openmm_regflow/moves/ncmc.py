@@ -21,7 +21,7 @@ from openmm_regflow.errors import CorruptFileError, InputError
 from openmm_regflow.moves.flow_move import FlowMove, box_of, check_atom_count, numbers_in
 from openmm_regflow.proposals import SubsetProposal
 from openmm_regflow.sampling import KernelInfo, redrawn, system_masses
-from openmm_regflow.units import thermal_energy, to_float
+from openmm_regflow.units import thermal_energy, time_step, to_float
 
 _SETTINGS = ("n_steps", "steps_per_drive", "timestep", "collision_rate")
 
@@ -89,7 +89,7 @@ class NCMCFlowMove(FlowMove):
             )
         super().__init__(proposal, 1, pool_size, flow_path=flow_path, energy="context", seed=seed)
         self.n_steps, self.steps_per_drive = n_steps, steps_per_drive
-        self.timestep = to_float(timestep, "time") * unit.picosecond
+        self.timestep = time_step(timestep) * unit.picosecond
         self.collision_rate = to_float(collision_rate, "rate") / unit.picosecond
         self.last_work = _unknown_work()
         self._switched: Any = None

@@ -172,10 +172,13 @@ class FlowStep:
             The new positions `(n_atoms, 3)` [nm] on the flow's device, or None after a rejection.
 
         Raises:
-            InputError: an energy that changes when the molecule moves as a whole, in a free frame (tested once).
+            InputError: an energy that changes when the molecule moves as a whole, in a free frame, or a state for whose
+                numbering of hydrogens the flow has no place (tested once).
         """
         proposal = self.proposal
         current = proposal.as_tensor(positions[None])
+        if not self.statistics.n_proposed:
+            proposal.check_labels(current, "the state's positions")
         if energy is not None and energy != self._tested:
             # Contexts compute in single precision, as other energies may.
             self._tested = energy if proposal.check_state_energy(energy, current, torch.float32) else None

@@ -36,7 +36,7 @@ from openmm_regflow.ladders import temperature_ladder
 from openmm_regflow.potentials import platform_names
 from openmm_regflow.rigid import Placement, placement
 from openmm_regflow.systems import MolecularSystem
-from openmm_regflow.units import GAS_CONSTANT
+from openmm_regflow.units import GAS_CONSTANT, time_step, to_float
 
 #: Called as ``progress(done, total)`` in iterations.
 Progress = Callable[[int, int], None]
@@ -51,10 +51,23 @@ def no_progress(done: int, total: int) -> None:
     """Reports nothing."""
 
 
+#: Settings that may be Quantities, and of what.
+_KINDS = {"max_temperature": "temperature", "collision_rate": "rate", "hydrogen_mass": "mass"}
+
+
 class Settings(BaseModel):
     """Settings of a simulation; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers(cls, values: Any) -> Any:
+        """Numbers of Quantities, and a time step that is one."""
+        if not isinstance(values, dict):
+            return values
+        found = {k: to_float(v, _KINDS[k]) for k, v in values.items() if k in _KINDS and unit.is_quantity(v)}
+        return values | found | ({"timestep": time_step(values["timestep"])} if "timestep" in values else {})
 
     @classmethod
     def create(cls, **values: Any) -> Self:

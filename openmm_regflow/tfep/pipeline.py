@@ -453,6 +453,8 @@ def free_energy_difference(
     several = list(maps) if isinstance(maps, Sequence) else [maps]
     for known in (trained_on, *(getattr(one, "trained_on", None) for one in several)):
         if known is not None:
+            if len(known) != 2:
+                raise InputError("trained_on is (samples of A, samples of B) that trained the map, or None if none did")
             check_disjoint(positions_a, known[0], "A")
             check_disjoint(positions_b, known[1], "B")
     mapped = works(maps, state_a, state_b, positions_a, positions_b, batch_size=batch_size)
