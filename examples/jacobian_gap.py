@@ -411,13 +411,16 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default="runs/gap", help="of finished rows; default: runs/gap")
     parser.add_argument("rows", nargs="*", type=int, metavar="row", help="numbers from 0; default: all")
+    parser.add_argument("--page", action="store_true", help="put the folder's rows into examples/jacobian_gap.md")
     options = parser.parse_args()
     bench = Bench(options.folder)
     for name in [list(ROWS)[k] for k in options.rows] or ROWS:
         run_row(bench, name)
-    page = Path(__file__).with_suffix(".md")
-    head, rest = page.read_text().split("<!-- table: begin -->")
-    tail = rest.split("<!-- table: end -->")[1]
-    page.write_text(f"{head}<!-- table: begin -->\n{table(bench.folder)}\n<!-- table: end -->{tail}")
+    print(table(bench.folder))
+    if options.page:
+        page = Path(__file__).with_suffix(".md")
+        head, rest = page.read_text().split("<!-- table: begin -->")
+        tail = rest.split("<!-- table: end -->")[1]
+        page.write_text(f"{head}<!-- table: begin -->\n{table(bench.folder)}\n<!-- table: end -->{tail}")
     if not options.rows:
         print(*annealing(bench), sep="\n")

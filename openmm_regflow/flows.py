@@ -138,6 +138,10 @@ class Flow(nn.Module):
             replayed.forget()
         return self
 
+    def covers(self, x: Tensor) -> Tensor:
+        """Whether positions `(n, n_atoms, 3)` [nm] have a place in the coordinates `(n,)`: hydrogens numbered alike."""
+        return self.coordinates.covers(x)
+
     @property
     def dtype(self) -> torch.dtype:
         """Floating-point type of the weights."""

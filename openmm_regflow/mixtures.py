@@ -160,6 +160,10 @@ class FlowMixture(nn.Module):
         more = self._size(len(x)) - len(x)
         return flow.log_prob(torch.cat([x, x[-1:].expand(more, -1, -1)]))[: len(x)].double()
 
+    def covers(self, x: Tensor) -> Tensor:
+        """Whether positions `(n, n_atoms, 3)` [nm] have a place in the coordinates of the parts `(n,)`."""
+        return self._flows[0].covers(x)
+
     def frame_log_density(self, x: Tensor) -> Tensor:
         """Log-density `(n,)` of the rigid-body coordinates that `log_prob` carries and ``exp(-u)`` does not."""
         return self._flows[0].frame_log_density(x)

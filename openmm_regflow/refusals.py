@@ -31,15 +31,14 @@ def check_labels(flow: Any, x: Any, what: str) -> None:
     """Refuse positions for which a flow has no place: their interchangeable hydrogens go round the other way.
 
     Args:
-        flow: or a mixture, whose parts are alike in this.
+        flow: or a mixture.
         x: tensor `(n, n_atoms, 3)` [nm], of one numbering.
         what: they are, for the message.
 
     Raises:
         InputError: more than half of them.
     """
-    coordinates = getattr(next(iter(getattr(flow, "parts", [flow]))), "coordinates", None)
-    if coordinates is not None and not bool(coordinates.covers(x).double().mean() > 0.5):
+    if hasattr(flow, "covers") and not bool(flow.covers(x).double().mean() > 0.5):
         raise InputError(
             f"{what} have hydrogens of a methyl numbered the other way round than the frames that trained the flow; "
             "exchange two of their labels"

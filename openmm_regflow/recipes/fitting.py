@@ -17,7 +17,6 @@ from openmm_regflow.recipes import stages
 from openmm_regflow.recipes.config import RunConfig, check_config, needs_energies, needs_mover
 from openmm_regflow.recipes.data import check_data, features
 from openmm_regflow.recipes.workspace import FitResult, Workspace
-from openmm_regflow.refusals import check_labels
 from openmm_regflow.slopes import differentiable
 from openmm_regflow.targets import Pairs
 from openmm_regflow.training import Stage
@@ -72,8 +71,12 @@ def fit(
     _check_physics(config, reduced_potential, mover)
     check_data(x_train, x_validation, config, watch)
     coordinates = flows.coordinates_for(topology, x_train, config.coordinates, fixed, held)
+    if not bool(coordinates.covers(x_validation).double().mean() > 0.5):
+        raise InputError(
+            "the validation frames have hydrogens of a methyl numbered the other way round than the training frames; "
+            "exchange two labels in one of them"
+        )
     flow = stages.new_student(coordinates, x_train, config.flow, metadata).to(device).fuse(config.compile)
-    check_labels(flow, x_validation.to(device), "the validation frames")
     result = FitResult(flow, None)
     # Before frames are made, which takes energies: what others made may not fit, and settings of a network neither.
     source = stages.source_of_pairs(flow, config)
