@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -377,8 +378,9 @@ def test_the_command(tmp_path, capsys):
         start = ["check", "alanine-dipeptide"] if command == "check" else [command]
         with pytest.raises(SystemExit, match="0"):
             main([*start, str(out / "flow.safetensors"), *end])
+    shutil.copy(tmp_path / "other.safetensors", out / "other.safetensors")
     with pytest.raises(SystemExit, match="2"):  # before anything is deleted
-        main(["mix", str(out / "flow.safetensors"), str(shipped), "--output", str(out), "--overwrite"])
+        main(["mix", str(out / "other.safetensors"), str(shipped), "--output", str(out), "--overwrite"])
     assert "lies in the folder" in capsys.readouterr().err and (out / "flow.safetensors").is_file()
     with pytest.raises(SystemExit, match="2"):
         main(["refine", str(out / "flow.safetensors"), "--output", str(tmp_path / "refined")])

@@ -71,10 +71,12 @@ def simulate(
     from openmm_regflow import simulate as engines
     from openmm_regflow.device import resolve_device
     from openmm_regflow.systems import load_system
+    from openmm_regflow.units import time_step
 
     if engine not in ("openmmtools", "batched"):
         raise InputError(f"unknown engine {engine!r}; known: openmmtools, batched")
     where: dict[str, Any] = {"device": str(resolve_device(device))}
+    timestep = time_step(timestep)
     mol = load_system(system)
     if engine == "openmmtools":
         where = {"platform": platform_of_dynamics(device, mol.system)}
