@@ -13,7 +13,7 @@ from openmm import app, unit
 from openmmtools import testsystems
 
 from openmm_regflow import tfep
-from openmm_regflow.errors import InputError
+from openmm_regflow.errors import InputError, InsufficientDataError
 from openmm_regflow.flows import coordinates_for
 from openmm_regflow.potentials import OpenMMPotential, TorchPotential
 from openmm_regflow.rigid import Placement
@@ -253,6 +253,8 @@ def test_coordinates_that_stand_still_fit_no_covariance():
     x, y = rng.standard_normal((100, 4)), rng.standard_normal((100, 4))
     with pytest.raises(InputError, match="coordinate 2 stands still in the samples of one state"):
         tfep.AffineMap.fit(x * [1, 1, 0, 1], y)
+    with pytest.raises(InsufficientDataError, match="1 and 1 samples"):
+        tfep.AffineMap.fit(x[:1], y[:1])
     y[:, 3] = y[:, 0] + y[:, 1]
     with pytest.raises(InputError, match="a combination of coordinates does not vary"):
         tfep.AffineMap.fit(x, y)

@@ -95,7 +95,7 @@ class AffineMap:
                 "in those of the other; no map between them has a Jacobian"
             )
         moving = (~still).nonzero().flatten()
-        if min(len(x), len(y)) <= len(moving):
+        if min(len(x), len(y)) <= len(moving) or not len(moving):
             raise InsufficientDataError(
                 f"{len(x)} and {len(y)} samples cannot fix a covariance in {len(moving)} dimensions; give more"
             )
