@@ -64,12 +64,14 @@ def sample(
         with timed(bar, "samples", n):
             batch, annealed = drawn(proposal, n, seed, refine_samples)
         kept = write_batch(output, batch, mol, density=annealed is None)
-        words = write_equilibrium(output, batch, mol, equilibrium, seed) if equilibrium else ""
+        words = write_equilibrium(output, batch, mol, equilibrium, seed) if equilibrium else None
     for name, value in annealed.rows() if annealed else []:
         print(f"{name}: {value}")
     print(f"ESS {ess_words(batch.log_weights, seed)} of {n:,} samples")
     print(reweighting.verdict(batch.log_weights.cpu()))
-    print(f"wrote {kept:,} frames to {output / 'samples.dcd'}", *words.splitlines(), sep="\n")
+    print(f"wrote {kept:,} frames to {output / 'samples.dcd'}")
+    if words:
+        print(words)
 
 
 @command

@@ -15,6 +15,7 @@ import openmm
 from openmm import unit
 
 from openmm_regflow.errors import CorruptFileError, InputError, InsufficientDataError
+from openmm_regflow.trajectories import box_vectors
 
 #: Relative difference at which two boxes count as one; openmmtools stores their vectors in single precision.
 SAME_BOX = 1e-5
@@ -90,8 +91,7 @@ class MultistateRun:
                     "start all of them with the same box vectors"
                 )
             # Replicas may have started in another box than that of the System (after equilibration at a pressure).
-            default = np.array([v.value_in_unit(unit.nanometer) for v in system.getDefaultPeriodicBoxVectors()])
-            if not np.allclose(default, first, rtol=SAME_BOX, atol=SAME_BOX):
+            if not np.allclose(box_vectors(system), first, rtol=SAME_BOX, atol=SAME_BOX):
                 system.setDefaultPeriodicBoxVectors(*(openmm.Vec3(*row) for row in first))
         return system
 
