@@ -300,7 +300,7 @@ def streamed(bench: Bench, start: Any) -> flows.Flow:
 def teacher_of_many(bench: Bench, start: Any) -> flows.Flow:
     """Row: everything from a teacher that has seen the many frames."""
     p = bench.pairs("many", bench.many)
-    return regression(bench, (p.z, p.y, p.log_det), RegFlowLoss(bench.circular, log_det=1e-3, forward_backward=1e-6))
+    return regression(bench, (p.z, p.y, p.log_det), RegFlowLoss(bench.circular, log_det=0.06, forward_backward=1e-6))
 
 
 LOG_DET = "100,000 pairs, log-determinants"
@@ -313,9 +313,9 @@ ROWS: dict[str, tuple[str | None, Any]] = {
     "20,000 reflow pairs": (None, of_pairs(FEW_PAIRS)),
     "100,000 reflow pairs": (None, of_pairs(PAIRS)),
     "1,024,000 reflow pairs, streamed": (None, streamed),
-    LOG_DET: (None, of_pairs(PAIRS, log_det=1e-3)),
+    LOG_DET: (None, of_pairs(PAIRS, log_det=0.06)),
     "100,000 pairs, Jacobian-vector products": (None, directional()),
-    "100,000 pairs, both": (None, directional(log_det=1e-3)),
+    "100,000 pairs, both": (None, directional(log_det=0.06)),
     "teacher of 200,000 frames, log-determinants": (None, teacher_of_many),
     "likelihood alone, 10,000 frames": (None, lambda b, s: likelihood(b, b.flow(), b.few)),
     "the same with noise of 0.1": (None, lambda b, s: likelihood(b, b.flow(), b.few, 0.1)),

@@ -84,7 +84,7 @@ def demo_config(seed: int = 0) -> RunConfig:
         pairs=PairsConfig(n=50_000, n_steps=8, log_det="hutchinson", seed=seed + 1),
         regression=RegressionConfig(
             forward_backward=1e-6,
-            log_det=1e-3,
+            log_det=0.06,
             train=TrainConfig(steps=1500, seconds=110, learning_rate=1e-3, ema=0.998, seed=seed),
         ),
         likelihood=LikelihoodConfig(

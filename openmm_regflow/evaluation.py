@@ -223,15 +223,17 @@ def evaluate(
         **_chirality_figures(x, log_w_n, centres),
         **_basin_figures(x, x_ref, log_w_n, phi),
         "clip_bias": _clip_bias(u_n, log_w_n),
-        "missing": missing_basins(x, x_ref, phi, psi, torsions),
     }
+    undrawn = missing_basins(x, x_ref, phi, psi, torsions)
+    lacking = undrawn or missing_basins(x, x_ref, phi, psi, torsions, log_weights=log_w_n)
     verdict = reweighting.verdict(log_w_n)
     if not any(len(rows) for rows in (phi, psi, torsions)):
         verdict += "; no torsions were compared with the reference's, so a missing basin would not be seen"
-    if figures["missing"]:
-        lacking = ", ".join(figures["missing"])
-        verdict = f"do not trust: the samples lack {lacking} of the reference; by weights alone: {verdict}"
-    return Evaluation(n=len(x), n_finite=int(np.isfinite(u_n).sum()), verdict=verdict, **figures)
+    if lacking:
+        who = "the samples lack" if undrawn else "the samples, as they are weighted, lack"
+        verdict = f"do not trust: {who} {', '.join(lacking)} of the reference; by weights alone: {verdict}"
+    n_finite = int(np.isfinite(u_n).sum())
+    return Evaluation(n=len(x), n_finite=n_finite, missing=lacking, verdict=verdict, **figures)
 
 
 def rotatable_torsions(topology: Any, but: Any = ()) -> np.ndarray:
@@ -260,7 +262,7 @@ def rotatable_torsions(topology: Any, but: Any = ()) -> np.ndarray:
 
 
 def missing_basins(
-    x: Any, x_ref: Any, phi: Any, psi: Any, torsions: Any = (), factor: float = 10.0
+    x: Any, x_ref: Any, phi: Any, psi: Any, torsions: Any = (), factor: float = 10.0, log_weights: Any = None
 ) -> tuple[str, ...]:
     """Parts of the circle of single torsions that hold ``factor`` times less of the samples than of the reference.
 
@@ -269,7 +271,8 @@ def missing_basins(
 
     Weights cannot make up for a basin in which there are no samples, nor tell that it is missing. A basin counts if the
     reference has a hundred frames in it and its share would give ten samples or more: fewer than a tenth of these then
-    have a probability below 1e-3 by chance.
+    have a probability below 1e-3 by chance. With weights it is what is left of it that counts, and effective samples:
+    a basin that was drawn, but not as the target has it there.
 
     Args:
         x: `(n, n_atoms, 3)` [nm]; NaN rows are left out.
@@ -278,6 +281,7 @@ def missing_basins(
         psi: `(k', 4)` atom indices.
         torsions: `(k'', 4)` atom indices of others, named by their atoms, which are counted from 0.
         factor: how much too few.
+        log_weights: `(n,)` of the samples; None for equal ones.
 
     Returns:
         of each its name, such as phi2, where the residues with a phi or psi are counted from 1, and what is there.
@@ -289,6 +293,9 @@ def missing_basins(
     there = np.isfinite(x).all(axis=(1, 2))
     if not there.any():
         return ()
+    log_w = np.zeros(len(there)) if log_weights is None else to_numpy(log_weights)
+    w = reweighting.normalised_weights(log_w[there])
+    n = 1.0 / np.square(w).sum()
     others = np.asarray(torsions, dtype=np.int64).reshape(-1, 4)
     found: list[str] = []
     for rows, words, parts in (
@@ -298,8 +305,11 @@ def missing_basins(
         for row, name in zip(rows, words, strict=True):
             mine, theirs = (np.degrees(metrics.dihedrals(positions, row[None])) for positions in (x, x_ref))
             for where, (low, high) in parts.items():
-                had, share = (((a - low) % 360 < high - low).mean() for a in (mine[there], theirs))
-                if share * len(theirs) >= 100 and share * there.sum() >= 10 and had * factor < share:
+                had, share = (
+                    float(weight @ ((a - low) % 360 < high - low).ravel())
+                    for a, weight in ((mine[there], w), (theirs, np.full(len(theirs), 1 / len(theirs))))
+                )
+                if share * len(theirs) >= 100 and share * n >= 10 and had * factor < share:
                     found.append(f"{name} {where} (has {100 * had:.2g} % for {100 * share:.2g} %)")
     return tuple(found)
 
@@ -425,6 +435,8 @@ def reference_block(angle: np.ndarray) -> int:
     In replica exchange the number of replicas beyond a barrier changes far more slowly than the lowest state forgets
     which of them it holds, so its correlation time alone is too short.
     """
+    if len(angle) < 4:  # too few for a correlation time
+        return 1
     return max(metrics.block_length(np.where(angle > 0, 1.0, 0.0)), len(angle) // 20)
 
 

@@ -471,6 +471,8 @@ def _halves(
     circular: Tensor, n_layers: int, generator: torch.Generator, kinds: tuple[Tensor, ...]
 ) -> list[Tensor]:
     """`n_layers` masks, every second one the rest of the one before among these kinds of elements."""
+    if n_layers == 1:
+        raise InputError("a single coupling leaves half of the features as they were drawn; give 2 or more of a kind")
     dim = circular.numel()
     taken = torch.stack(kinds).any(0)
     masks: list[Tensor] = []

@@ -51,9 +51,9 @@ def temperature_ladder(
         raise InputError(f"the ladder runs from {cold:g} to {hot:g} K; the maximum must be above the minimum: raise it")
     if n_states is None:
         n_states = _fewest(hot / cold, n_atoms, heat_capacity, acceptance)
-    if n_states < 2:
-        raise InputError(f"a ladder of {n_states} states has no exchange; at least 2 are needed")
-    return np.geomspace(cold, hot, n_states)
+    if n_states < 2 or n_states != int(n_states):
+        raise InputError(f"a ladder of {n_states} states has no exchange; 2 or more are needed, a whole number")
+    return np.geomspace(cold, hot, int(n_states))
 
 
 def _fewest(span: float, n_atoms: int | None, heat_capacity: float | None, acceptance: float) -> int:
@@ -64,6 +64,8 @@ def _fewest(span: float, n_atoms: int | None, heat_capacity: float | None, accep
         if n_atoms is None or n_atoms < 3:
             raise InputError("give n_states, or n_atoms (at least 3) or heat_capacity to find it from")
         heat_capacity = (3 * n_atoms - 6) / 2
+    if not 0 < heat_capacity < math.inf:
+        raise InputError(f"heat_capacity is {heat_capacity}; a positive one, in units of k, is needed")
     n_states = 2
     while exchange_acceptance(span ** (1 / (n_states - 1)), heat_capacity) < acceptance:
         n_states += 1

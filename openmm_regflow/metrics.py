@@ -361,6 +361,18 @@ def torus_distance(
     return value, _distance_error(value, 2.0, squared, duals["v"])
 
 
+def _finite_angles(angle: Any) -> np.ndarray:
+    """Angles `(n,)` [rad] as float64.
+
+    Raises:
+        InputError: NaN or infinite ones, which have no bin.
+    """
+    values = to_numpy(angle).astype(np.float64).ravel()
+    if bad := int((~np.isfinite(values)).sum()):
+        raise InputError(f"{bad} of {values.size} angles are NaN or infinite; leave those samples out")
+    return values
+
+
 def ramachandran(
     phi: Any, psi: Any, *, bins: int = 72, log_weights: Any | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -375,7 +387,7 @@ def ramachandran(
     Returns:
         `(bins, bins)` density [1/rad^2], first axis phi, and the `(bins + 1,)` edges [rad] of both axes.
     """
-    phi_n, psi_n = (to_numpy(a).astype(np.float64).ravel() for a in (phi, psi))
+    phi_n, psi_n = (_finite_angles(a) for a in (phi, psi))
     edges = np.linspace(-math.pi, math.pi, bins + 1)
     w_n = _weights(log_weights, phi_n.size)
     density, _, _ = np.histogram2d(wrap(phi_n), wrap(psi_n), bins=(edges, edges), weights=w_n)
@@ -417,7 +429,7 @@ def free_energy_profile(
         generator: NumPy generator or seed.
     """
     edges = np.linspace(-math.pi, math.pi, bins + 1)
-    phi_n = wrap(to_numpy(angle).astype(np.float64).ravel())
+    phi_n = wrap(_finite_angles(angle))
     bin_n = np.clip(np.searchsorted(edges, phi_n, side="left") - 1, 0, bins - 1)
     w_n = _weights(log_weights, phi_n.size)
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from openmm_regflow.errors import InputError
 from openmm_regflow.products import Linear, SiluLinear, columns
 
+#: Attention heads of a transformer, unless it is told otherwise.
+HEADS = 4
 #: Outputs of a head that are computed by one product in a training step.
 SMALL_HEAD = 256
 
@@ -191,7 +193,7 @@ class TokenTransformer(Conditioner):
         places: Sequence[tuple[int, int]] | None = None,
         hidden: int = 64,
         depth: int = 2,
-        heads: int = 4,
+        heads: int = HEADS,
     ) -> None:
         super().__init__()
         places = [(i, 0) for i in range(n_out)] if places is None else places

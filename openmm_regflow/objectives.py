@@ -63,7 +63,7 @@ def wrapped_difference(a: Tensor, b: Tensor, circular: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RegFlowLoss(SplitLoss):
-    """``E |f(z) - y|^2 + regularisers`` (arXiv 2506.01158, equation 5 and section 4.2), per dimension.
+    """``E |f(z) - y|^2 + regularisers`` (arXiv 2506.01158, equation 5 and section 4.2), all of it per dimension.
 
     Attributes:
         circular: `(dim,)` bool.
@@ -95,11 +95,11 @@ class RegFlowLoss(SplitLoss):
         parts = {"regression": wrapped_difference(out, y, self.circular).square().mean()}
         if self.log_det:
             reference = drawn[2] if len(drawn) > 2 else 0.0
-            parts["log_det"] = self.log_det * (log_det - reference).square().mean()
+            parts["log_det"] = self.log_det * (log_det - reference).square().mean() / z.shape[1]
         if self.forward_backward:
             # On a quarter of the batch: the expectation is the same and the inverse costs as much as all the rest.
             back, _ = module.inverse(out[::QUARTER])
-            error = wrapped_difference(back, z[::QUARTER], self.circular).square().sum(-1).mean()
+            error = wrapped_difference(back, z[::QUARTER], self.circular).square().mean()
             parts["forward_backward"] = self.forward_backward * error
         return torch.stack(list(parts.values())).sum(), parts
 

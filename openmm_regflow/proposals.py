@@ -6,6 +6,8 @@ place that says which measure ``log_q`` refers to and which configurations count
 """
 
 import copy
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from openmm_regflow.constraints import Constraints
 from openmm_regflow.errors import IncompatibleFlowError, InputError, UnsupportedForceError
+from openmm_regflow.files import digest
 from openmm_regflow.potentials import OpenMMPotential, TorchPotential
 from openmm_regflow.refusals import (
     check_atoms,
@@ -243,6 +246,16 @@ class FlowProposal:
     def frame_atoms(self) -> list[int] | None:
         """Places in ``atom_subset`` of the atoms that fix the frame; None where there is no subset."""
         return None
+
+    @property
+    def stream(self) -> list[int]:
+        """What tells the random numbers of a seed from those of other proposals: flow, atoms, temperature.
+
+        A chain of two that drew alike would propose what its state already depends on, and have another target.
+        """
+        weights = digest(self.flow.state_dict()) if hasattr(self.flow, "state_dict") else type(self.flow).__qualname__
+        what = json.dumps([self.temperature, self.atom_subset, self.frame_atoms, weights])
+        return [int(digit, 16) for digit in hashlib.sha256(what.encode()).hexdigest()[:16]]
 
     @property
     def device(self) -> torch.device:

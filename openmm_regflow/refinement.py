@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from openmm_regflow import ranks, reweighting
@@ -77,6 +77,14 @@ class RefineConfig(BaseModel):
     )
     tolerance: float = Field(0.9, gt=0, le=1, description="undo a round if exp(-KL) is below this part of the best")
     seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _effective(self) -> "RefineConfig":
+        if self.anchor_moves and not self.anchors:
+            raise ValueError("anchor_moves are of anchors, and these are 0; leave them out")
+        if self.tail_after and not self.tail:
+            raise ValueError("tail_after says when tail begins, and that is 0; leave it out")
+        return self
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def unsupported_in(subset: Sequence[int]) -> tuple[Feature, ...]:
 def _sites_of(system: openmm.System, members: set[int]) -> list[int]:
     """Virtual sites that are in a set of atoms or depend on one of them."""
     sites = []
-    for site in _virtual_sites(system):
+    for site in virtual_sites(system):
         virtual = system.getVirtualSite(site)
         if members & {site, *(virtual.getParticle(k) for k in range(virtual.getNumParticles()))}:
             sites.append(site)
@@ -205,12 +205,13 @@ def fixed_bonds_of(flow: Any) -> tuple[tuple[int, int, float], ...]:
     return tuple(getattr(flow, "fixed_bonds", ()))
 
 
-def _virtual_sites(system: openmm.System) -> list[int]:
+def virtual_sites(system: openmm.System) -> list[int]:
+    """Indices of the particles whose positions follow from others."""
     return [i for i in range(system.getNumParticles()) if system.isVirtualSite(i)]
 
 
 def _refuse_virtual_sites(system: openmm.System, flow: Any = None) -> None:
-    if sites := _virtual_sites(system):
+    if sites := virtual_sites(system):
         raise UnsupportedForceError(
             f"atom {sites[0]} is a virtual site, whose position is not a degree of freedom; "
             "use a model without virtual sites"
@@ -240,7 +241,7 @@ def _refuse_periodic(system: openmm.System, flow: Any = None) -> None:
 #: What a whole-molecule proposal may not cover.
 UNSUPPORTED: tuple[Feature, ...] = (
     ("constraints", lambda system: system.getNumConstraints(), _refuse_constraints),
-    ("virtual sites", lambda system: len(_virtual_sites(system)), _refuse_virtual_sites),
+    ("virtual sites", lambda system: len(virtual_sites(system)), _refuse_virtual_sites),
     ("particles without mass", lambda system: len(_frozen_atoms(system)), _refuse_frozen_atoms),
     ("periodic box", lambda system: int(system.usesPeriodicBoundaryConditions()), _refuse_periodic),
 )

@@ -29,6 +29,8 @@ FEWEST_EFFECTIVE = 3.0
 PARETO_K_LIMIT = 0.7
 #: Above this part of the sum of squared weights one sample decides what error bars there are.
 LARGEST_SHARE = 0.25
+#: Effective samples of what is called reliable.
+ENOUGH_EFFECTIVE = 400
 #: Below this number of steps a chain that never stuck has shown little.
 FEWEST_STEPS = 100
 #: Part of the bootstrap replicas that must have enough data for their spread to be an error.
@@ -54,6 +56,8 @@ class Estimate:
     ess: float = 1.0
 
     def __str__(self) -> str:
+        if np.ndim(self.value):
+            return f"{self.value} ± {self.error} (n = {self.n}, ESS {self.ess:.3g})"
         return f"{self.value:.4g} ± {self.error:.2g} (n = {self.n}, ESS {self.ess:.3g})"
 
 
@@ -260,8 +264,9 @@ def effective_sample_size_error(log_weights: Any, n_resamples: int = 2000, gener
     Weights that were seen, resampled, forget that larger ones exist, and the Kish fraction rests on those: for tails
     that are worth the name their spread is half of what it should be. So the largest min(n/5, 3 sqrt(n)) of a replica
     are drawn from a generalised Pareto distribution, fitted to the largest observed as in PSIS, and the sums of the
-    others from their normal distribution. For light tails it is the plain bootstrap's error. (For skewed weights the
-    fraction itself is biased upwards, which no error bar tells.)
+    others from their normal distribution. Where the largest weight lies beyond the fit, drawing from the observed ones
+    spreads more, and the larger error counts. For light tails both are the plain bootstrap's. (For skewed weights
+    the fraction itself is biased upwards, which no error bar tells.)
 
     Args:
         log_weights: `(n,)`.
@@ -291,12 +296,15 @@ def effective_sample_size_error(log_weights: Any, n_resamples: int = 2000, gener
     powers = np.stack([body, np.square(body)])
     sizes = rng.binomial(n, n_tail / n, n_resamples)
     noise = rng.multivariate_normal([0.0, 0.0], np.cov(powers), n_resamples, method="eigh")
-    sums = (n - sizes)[:, None] * powers.mean(1) + np.sqrt(n - sizes)[:, None] * noise
-    tails = threshold + genpareto.rvs(shape, scale=scale, size=sizes.sum(), random_state=rng)
+    bulk = (n - sizes)[:, None] * powers.mean(1) + np.sqrt(n - sizes)[:, None] * noise
     replica = np.repeat(np.arange(n_resamples), sizes)
-    for power in (1, 2):
-        sums[:, power - 1] += np.bincount(replica, tails**power, n_resamples)
-    return float(np.minimum(1.0, np.square(sums[:, 0]) / (n * sums[:, 1])).std(ddof=1))
+
+    def spread(tails: np.ndarray) -> float:
+        first, second = (b + np.bincount(replica, tails**k, n_resamples) for k, b in ((1, bulk[:, 0]), (2, bulk[:, 1])))
+        return float(np.minimum(1.0, np.square(first) / (n * second)).std(ddof=1))
+
+    fitted = threshold + genpareto.rvs(shape, scale=scale, size=sizes.sum(), random_state=rng)
+    return max(spread(fitted), spread(threshold + rng.choice(excess, sizes.sum())))
 
 
 def _check_values(values: Any, w_n: np.ndarray) -> np.ndarray:
@@ -554,7 +562,7 @@ def verdict(log_weights: Any) -> str:
             f"use with care: {figures}; one sample holds {100 * share:.0f} % of the sum of squared weights, on which "
             "this ESS and all error bars rest"
         )
-    if k_hat > 0.5 or ess * n < 400:
+    if k_hat > 0.5 or ess * n < ENOUGH_EFFECTIVE:
         return f"use with care: {figures}"
     return f"reliable: {figures}"
 
@@ -568,8 +576,10 @@ def longest_stretch(accepted: Any) -> int:
 def chain_verdict(accepted: Any) -> str:
     """What the acceptances of an independence chain say about it, in one line of words.
 
-    A state of very large weight is left by hardly any proposal. If rejections were independent, the longest run of them
-    among n steps of rejection rate r would be about ``log(n (1 - r)) / log(1 / r)`` (Erdos & Renyi 1970).
+    States that were held for l_k of n steps are worth ``n^2 / sum l_k^2`` independent samples: each is a draw of
+    the flow, weighted by its holding time (Kish). A state of very large weight is left by hardly any proposal. If
+    rejections were independent, the longest run of them among n steps of rejection rate r would be about ``log(n (1
+    - r)) / log(1 / r)`` (Erdos & Renyi 1970).
 
     Args:
         accepted: `(n,)` bool, whether each step moved.
@@ -580,11 +590,18 @@ def chain_verdict(accepted: Any) -> str:
         return f"do not trust: none of {n} flow moves was accepted"
     longest = longest_stretch(moved)
     expected = max(1.0, math.log(max(n * rate, math.e)) / -math.log1p(-min(rate, 1.0 - 1e-12)))
-    figures = f"{100 * rate:.3g} % of n = {n} accepted, longest stuck stretch {longest} (about {expected:.0f} expected)"
+    held = np.diff(np.flatnonzero(np.concatenate([[True], moved[1:], [True]])))
+    worth = float(n**2 / np.square(held).sum())
+    figures = (
+        f"{100 * rate:.3g} % of n = {n} accepted, worth about {worth:.0f} independent samples, longest stuck stretch "
+        f"{longest} (about {expected:.0f} expected)"
+    )
     if longest > n / (10 if n >= FEWEST_STEPS else 2):  # in few steps two rejections in a row are a tenth
         return f"do not trust: {figures}; one state was held for too much of the chain"
     if longest > 10 * expected:
         return f"use with care: {figures}; a state of large weight was hardly left"
     if n < FEWEST_STEPS:
         return f"use with care: {figures}; only {n} steps, too few to meet a state of large weight"
+    if worth < ENOUGH_EFFECTIVE:
+        return f"use with care: {figures}"
     return f"reliable: {figures}"

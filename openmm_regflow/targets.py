@@ -28,6 +28,8 @@ DAMAGED = "delete the folder and make the pairs again"
 #: Full-batch OT takes 40 bytes for each of n x n entries (costs, plan, network simplex), measured as the peak at 5,000
 #: and 10,000 points: 16 GB at 20,000.
 MAX_EXACT = 20_000
+#: Pairs of the subsample whose clusters split a hierarchical transport.
+CLUSTERED = 2048
 
 
 @dataclass(frozen=True)
@@ -165,12 +167,15 @@ def hierarchical_transport_pairs(
         InputError: unequal numbers, NaN, or a block above 20,000.
     """
     _check_points(z, y)
-    if not 2 <= branches <= block <= MAX_EXACT:
-        raise InputError(f"branches is {branches}, block {block}; 2 <= branches <= block <= {MAX_EXACT} is needed")
+    if not 2 <= branches <= block <= MAX_EXACT or branches > CLUSTERED:
+        raise InputError(
+            f"branches is {branches}, block {block}; 2 <= branches <= block <= {MAX_EXACT} is needed, and at most "
+            f"{CLUSTERED} branches"
+        )
     if len(z) <= block:
         return optimal_transport_pairs(z, y, circular)
     rng = np.random.default_rng(seed)
-    some_z, some_y = (torch.as_tensor(rng.choice(len(z), min(block, 2048), replace=False)) for _ in range(2))
+    some_z, some_y = (torch.as_tensor(rng.choice(len(z), min(block, CLUSTERED), replace=False)) for _ in range(2))
     sample = optimal_transport_pairs(z[some_z], y[some_y], circular)
     anchors = _centres(torch.cat([sample.z, sample.y], 1), circular.repeat(2), branches, rng).split(z.shape[1], 1)
     room = np.bincount(np.arange(len(z)) % branches).astype(float)
@@ -187,6 +192,8 @@ def hierarchical_transport_pairs(
 def _check_points(z: Tensor, y: Tensor) -> None:
     if z.shape != y.shape or z.ndim != 2:
         raise InputError(f"latents {tuple(z.shape)} and features {tuple(y.shape)} must have one shape (n, dim)")
+    if not len(z):
+        raise InputError("there are no points to be matched; give at least one latent and its feature vector")
     if not bool(torch.isfinite(z).all() & torch.isfinite(y).all()):
         raise InputError("the points to be matched hold NaN or infinite values; remove those rows first")
 

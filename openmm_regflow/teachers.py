@@ -273,8 +273,11 @@ def integrate(
             return field(time, state[0]), torch.zeros_like(state[1])
         return divergence(field, time, state[0], probe)
 
+    def grid(_: Any, __: Any, t: Tensor) -> Tensor:  # with a step size, torchdiffeq rounds some numbers of steps up
+        return torch.linspace(float(t[0]), float(t[-1]), n_steps + 1, dtype=t.dtype, device=t.device)
+
     times = torch.tensor([1.0, 0.0] if reverse else [0.0, 1.0], dtype=x.dtype, device=x.device)
-    options = {} if method in ADAPTIVE else {"options": {"step_size": 1.0 / n_steps}}
+    options = {} if method in ADAPTIVE else {"options": {"grid_constructor": grid}}
     end, total = odeint(
         rate, (x, x.new_zeros(x.shape[0])), times, method=method, rtol=tolerance, atol=tolerance, **options
     )

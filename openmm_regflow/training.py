@@ -49,7 +49,9 @@ class TrainConfig(BaseModel):
     final_rate: float = Field(0.01, ge=0, le=1, description="last learning rate, as a fraction of the first")
     warmup: int = Field(50, ge=0, description="steps of linear warm-up")
     schedule: Literal["steps", "seconds"] = Field(
-        "steps", description="what the cosine follows; with seconds a resumed run is not bit for bit the same"
+        "steps",
+        description="what the cosine follows; with seconds a resumed run is not bit for bit the same, and steps "
+        "have to be more than there is time for",
     )
     weight_decay: float = Field(0.01, ge=0)
     ema: float = Field(0.999, ge=0, lt=1, description="decay of the exponential moving average of the weights")
@@ -445,7 +447,10 @@ class _Run:
     def finish(self) -> None:
         """Leave the averaged weights (the best validated ones) in the module."""
         if self.validation and self.step not in self.history.validation_step:
+            stale, stopped = self.stale, self.history.stopped
             self.validate()
+            # Patience counts what the schedule validates: a run that gets more seconds goes on as if it had had them.
+            self.stale, self.history.stopped = min(stale, self.stale), stopped
         if self.history.stopped != "steps":
             self.snapshot = self._state()
             self._write()

@@ -23,10 +23,10 @@ class Loose(Bijection):
         self.scale = nn.Parameter(torch.tensor(2.0))
 
     def forward(self, z):
-        return self.scale * z, torch.full((len(z),), 3 * math.log(2.0))
+        return self.scale * z, torch.full((len(z),), z.shape[1] * math.log(2.0))
 
     def inverse(self, y):
-        return y / self.scale + 0.1, torch.full((len(y),), -3 * math.log(2.0))
+        return y / self.scale + 0.1, torch.full((len(y),), -y.shape[1] * math.log(2.0))
 
 
 def batch(n=400, seed=0):
@@ -39,9 +39,18 @@ def test_regression_and_regularisers_add_up():
     loss = RegFlowLoss(LINES, log_det=0.1, forward_backward=0.01)
     total, parts = loss(Loose(), batch(), torch.Generator())
     assert float(parts["regression"]) == pytest.approx(0.25, rel=1e-5)
-    assert float(parts["log_det"]) == pytest.approx(0.1 * (3 * math.log(2)) ** 2, rel=1e-5)
-    assert float(parts["forward_backward"]) == pytest.approx(0.01 * 3 * 0.01, rel=1e-4)
+    assert float(parts["log_det"]) == pytest.approx(0.1 * (3 * math.log(2)) ** 2 / 3, rel=1e-5)
+    assert float(parts["forward_backward"]) == pytest.approx(0.01 * 0.01, rel=1e-4)
     assert float(total) == pytest.approx(sum(float(p) for p in parts.values()), rel=1e-6)
+
+
+@pytest.mark.parametrize("dim", [3, 60])
+def test_weights_are_those_of_the_published_sum(dim):
+    """Loss times dim is equation 5, whatever the dimension is: |f(z) - y|^2 + weighted regularisers."""
+    z, lines = torch.randn(400, dim, generator=torch.Generator().manual_seed(0)), torch.zeros(dim, dtype=torch.bool)
+    loss, _ = RegFlowLoss(lines, log_det=0.1, forward_backward=0.01)(Loose(), (z, 2 * z + 0.5), torch.Generator())
+    published = dim * 0.25 + 0.1 * (dim * math.log(2)) ** 2 + 0.01 * dim * 0.01
+    assert dim * float(loss) == pytest.approx(published, rel=1e-4)
 
 
 def test_regularisers_can_be_switched_off():
@@ -52,7 +61,7 @@ def test_regularisers_can_be_switched_off():
 def test_teachers_log_determinant_is_the_target_where_given():
     z, y = batch()
     _, parts = RegFlowLoss(LINES, log_det=1.0)(Loose(), (z, y, torch.full((len(z),), 2.0)), torch.Generator())
-    assert float(parts["log_det"]) == pytest.approx((3 * math.log(2) - 2.0) ** 2, rel=1e-5)
+    assert float(parts["log_det"]) == pytest.approx((3 * math.log(2) - 2.0) ** 2 / 3, rel=1e-5)
 
 
 def test_target_noise_adds_its_variance():
@@ -80,7 +89,7 @@ def test_forward_backward_error_wraps_on_circles():
             return z + 2 * math.pi, log_det
 
     turned = Turned([])
-    for circular, error in ((torch.ones(3).bool(), 0.0), (LINES, 3 * 4 * math.pi**2)):
+    for circular, error in ((torch.ones(3).bool(), 0.0), (LINES, 4 * math.pi**2)):
         _, parts = RegFlowLoss(circular, forward_backward=1.0)(turned, batch(), torch.Generator())
         assert float(parts["forward_backward"]) == pytest.approx(error, abs=1e-9, rel=1e-4)
 

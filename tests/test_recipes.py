@@ -382,7 +382,7 @@ def test_one_coupling_at_a_time(data):
 LOSSES = {
     "likelihood.noise": ("likelihood", "likelihood", {"noise": 0.3}),
     "regression.target_noise": ("regression", "regression", {"target_noise": 0.5}),
-    "regression.log_det": ("regression", "regression", {"log_det": 1e-2}),
+    "regression.log_det": ("regression", "regression", {"log_det": 1.0}),
     "regression.forward_backward": ("regression", "regression", {"forward_backward": 1e9}),
 }
 

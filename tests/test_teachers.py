@@ -113,6 +113,25 @@ def equivariant():
     return field
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fixed_steps_are_as_many_as_asked_for(dtype, reverse):
+    """1 / 49 and 1 / 61 times their number are a little less than one in one precision or the other."""
+
+    class Counted(torch.nn.Module):
+        circular, calls = torch.zeros(2, dtype=torch.bool), 0
+
+        def forward(self, t, x):
+            self.calls += 1
+            return torch.ones_like(x)
+
+    for n_steps in (1, 7, 49, 61, 109):
+        field = Counted()
+        end, _ = integrate(field, torch.zeros(3, 2, dtype=dtype), n_steps=n_steps, method="euler", reverse=reverse)
+        assert field.calls == n_steps
+        torch.testing.assert_close(end, torch.full_like(end, -1.0 if reverse else 1.0))
+
+
 def test_equivariant_field_turns_with_the_molecule_and_knows_its_mirror_image():
     field = equivariant()
     x = torch.randn(6, 5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

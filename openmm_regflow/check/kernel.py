@@ -174,7 +174,8 @@ def kernel_test(
     if n_effective < FEWEST_EFFECTIVE:
         words = f"undecided: only {n_effective:.0f} of {n} samples count (ESS {100 * ess:.2g} %); give more with -n"
         return Finding("kernel", words, None)
-    stages = [batch.positions[rows].double(), *_moved(proposal, batch.positions[rows], generator)]
+    after, moved = _moved(proposal, batch.positions[rows], generator)
+    stages = [batch.positions[rows].double(), after]
     observed = _observables(molecule, proposal)
     engine = _engine(proposal, molecule, seed)
     engine.find_timestep(own[0].numpy(), N_LEAPS)
@@ -182,8 +183,7 @@ def kernel_test(
     stages.append(torch.as_tensor(np.array(relaxed)))
     values = [observed(x.cpu(), proposal.reduced_potential(x).cpu()) for x in stages]
     changes = {"flow": values[-2] - values[0], "dynamics": values[-1] - values[-2]}
-    acceptance = float((stages[-2].cpu() != stages[0].cpu()).flatten(1).any(1).double().mean())
-    return _judged(changes, weights, n_effective, acceptance, engine)
+    return _judged(changes, weights, n_effective, moved, engine)
 
 
 def _judged(
@@ -237,25 +237,30 @@ def largest_score(changes: np.ndarray, weights: np.ndarray) -> float:
     return float(np.max(np.divide(np.abs(products.sum(0)), error, out=np.zeros_like(error), where=error > 0)))
 
 
-def _moved(proposal: FlowProposal, positions: Tensor, generator: torch.Generator) -> list[Tensor]:
-    """Positions after Metropolis-Hastings steps and then i-SIR steps."""
-    half = N_FLOW_STEPS // 2
+def _moved(proposal: FlowProposal, positions: Tensor, generator: torch.Generator) -> tuple[Tensor, float]:
+    """Positions after Metropolis-Hastings steps and then i-SIR steps, and the part that any of them changed."""
+    half, changed = N_FLOW_STEPS // 2, np.zeros(len(positions), dtype=bool)
     for n_proposals in (1, 8):
         if proposal.atom_subset is not None:
             step = FlowStep(proposal, n_proposals, 4096, generator)
-            positions = torch.stack([_stepped(step, x, half) for x in positions.cpu()])
+            stepped = [_stepped(step, x, half) for x in positions.cpu()]
+            positions = torch.stack([x for x, _ in stepped])
+            changed |= np.array([moved for _, moved in stepped])
             continue
         chain = run_chain(proposal, positions, half, generator=generator, n_proposals=n_proposals, thin=half)
         positions = chain.positions[-1]
-    return [positions.double()]
+        changed |= chain.accepted.any(0).cpu().numpy()
+    return positions.double(), float(changed.mean())
 
 
-def _stepped(step: FlowStep, x: Tensor, n_steps: int) -> Tensor:
-    """A configuration `(n_atoms, 3)` after steps of a subset's flow."""
+def _stepped(step: FlowStep, x: Tensor, n_steps: int) -> tuple[Tensor, bool]:
+    """A configuration `(n_atoms, 3)` after steps of a subset's flow, and whether any was accepted."""
+    moved = False
     for _ in range(n_steps):
         new = step(x.numpy())
-        x = x if new is None else torch.as_tensor(new)
-    return x
+        if new is not None:
+            x, moved = torch.as_tensor(new), True
+    return x, moved
 
 
 def _relaxed(engine: HybridMonteCarlo, positions: np.ndarray, progress: Progress | None) -> Iterator[np.ndarray]:

@@ -18,6 +18,7 @@ from openmm_regflow.cli.shell import (
     open_proposal,
     output_of,
     platform_of_dynamics,
+    report_of,
     resumable,
     show_table,
     use_platform,
@@ -132,6 +133,7 @@ def check(
     from openmm_regflow.potentials import cpu_platform
     from openmm_regflow.systems import load_system, select_atoms
 
+    report_of(output, flow)
     platform = use_platform(device)
     molecule = load_system(system)
     platform = platform or cpu_platform(molecule.system)

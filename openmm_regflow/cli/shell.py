@@ -166,6 +166,20 @@ def bars() -> Iterator[Callable[[str, int], Callable[[int, int, dict[str, float]
         yield open_bar
 
 
+def report_of(output: Path | None, *inputs: Path) -> None:
+    """Refuse a file for a report, before anything is computed, that is a folder or what the command reads.
+
+    Raises:
+        InputError: naming it.
+    """
+    if output is None:
+        return
+    if output.is_dir():
+        raise InputError(f"{output} is a folder; --output names the JSON file that is to be written")
+    if any(output.exists() and path.exists() and output.samefile(path) for path in inputs):
+        raise InputError(f"{output} is what the command reads; --output would replace it, name another file")
+
+
 @contextmanager
 def output_of(folder: Path, command: str, settings: dict[str, Any], overwrite: bool) -> Iterator[None]:
     """The folder of one run: made, or that of an interrupted run of the same settings; finished when the block ends.

@@ -15,6 +15,7 @@ from openmm_regflow.cli.shell import (
     command,
     fail,
     output_of,
+    report_of,
     resumable,
     show_table,
 )
@@ -70,6 +71,7 @@ def benchmark(
     from openmm_regflow.speed import speed_table
     from openmm_regflow.systems import load_system
 
+    report_of(output)
     n = n or 4096
     rows = speed_table(load_system(system), n, resolve_device(device), seed or 0)
     show_table(f"{system}, {n} samples, {torch.get_num_threads()} threads, {device}", [("what", "per second"), *rows])
@@ -111,6 +113,7 @@ def doctor(
     from openmm_regflow.doctor import platform_rows, torch_rows, transfer_rows, version_rows
     from openmm_regflow.files import write_json
 
+    report_of(output)
     versions = [("what", "found"), *version_rows()]
     show_table("Versions and devices", versions)
     rows, fine = platform_rows()

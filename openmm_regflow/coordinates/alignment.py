@@ -1,7 +1,8 @@
 """Distances between conformations after the best rotation, and relabelling of identical atoms.
 
-Rotating a conformation, or exchanging atoms that the force field cannot tell apart, changes neither its energy nor its
-place in the target; it shortens the way from a latent to it.
+Rotating a conformation, or exchanging hydrogens on one tetrahedral centre, changes neither its energy nor its place in
+the target; it shortens the way from a latent to it. Planar groups that look alike are left as they are: improper
+torsions depend on the order of their atoms and tell the two oxygens of a carboxylate apart (by up to 1 kT).
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ CHUNK = 256
 
 
 def identical_atoms(topology: Any) -> list[list[int]]:
-    """Groups of atoms of one element whose only neighbour is the same atom, e.g. the hydrogens of a methyl group.
+    """Groups of hydrogens on one centre with four neighbours, as in a methyl group.
 
     Args:
         topology: an ``openmm.app.Topology``, or anything with its atoms() and bonds().
@@ -29,10 +30,11 @@ def identical_atoms(topology: Any) -> list[list[int]]:
         i, j = bond[0].index, bond[1].index
         neighbours[i].add(j)
         neighbours[j].add(i)
-    groups: dict[tuple[int, str], list[int]] = {}
+    groups: dict[int, list[int]] = {}
     for atom in atoms:
-        if len(neighbours[atom.index]) == 1:
-            groups.setdefault((min(neighbours[atom.index]), symbol(atom)), []).append(atom.index)
+        centres = neighbours[atom.index]
+        if symbol(atom) == "H" and len(centres) == 1 and len(neighbours[min(centres)]) == 4:
+            groups.setdefault(min(centres), []).append(atom.index)
     return [group for group in groups.values() if len(group) > 1]
 
 

@@ -160,12 +160,13 @@ class InternalMap(CoordinateMap):
     def _prepare_rotors(self) -> None:
         first_torsion = 2 * len(self.zmatrix.rows) + 3
         row_of = {row[0]: k for k, row in enumerate(self.zmatrix.rows)}
-        self._rotor_raw = [
-            ([first_torsion + row_of[a] for a in rotor.atoms], len(rotor.atoms))
-            for rotor in self.zmatrix.rotors
-            if row_of[rotor.atoms[0]] in self.soft
-        ]
-        self.rotors = [r for r in self.zmatrix.rotors if row_of[r.atoms[0]] in self.soft]
+        lengths = _fixed_columns(self.zmatrix, self.fixed_bonds)
+
+        def alike(rotor: Rotor) -> bool:  # or a turn of the labels would put atoms at the length of others
+            return len({lengths.get(row_of[a] + 2) for a in rotor.atoms}) == 1
+
+        self.rotors = [r for r in self.zmatrix.rotors if row_of[r.atoms[0]] in self.soft and alike(r)]
+        self._rotor_raw = [([first_torsion + row_of[a] for a in r.atoms], len(r.atoms)) for r in self.rotors]
         # Buffers, as for the levels below: a list as an index would be sent to a GPU in every call, which waits for it.
         for k, (rotor, (raw, _)) in enumerate(zip(self.rotors, self._rotor_raw)):
             self.register_buffer(f"rotor_atoms_{k}", torch.tensor(rotor.atoms), persistent=False)
@@ -331,12 +332,14 @@ class InternalMap(CoordinateMap):
         return torch.stack(turns, dim=1)
 
     def to_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions `(n, n_atoms, 3)` [nm] -> features `(n, dim)`, log-determinant `(n,)`."""
+        """Positions `(n, n_atoms, 3)` [nm] -> features `(n, dim)`, log-determinant `(n,)`: -inf where none `covers`."""
         raw = self.raw(self.canonical(x))
         if self.fixed_bonds:
             raw = raw.clone()
             raw[:, self.fixed_columns] = self.fixed_lengths.to(raw.dtype)
         log_volume = self._log_volume(raw)
+        for gaps in self._gaps(raw):  # no latent leads there
+            log_volume = torch.where((gaps > 0).all(1) & (gaps < math.pi).all(1), log_volume, torch.inf)
         delta = self._deviation(raw[:, self.order], self.origin.to(raw.dtype))
         stiff = delta[:, : self.n_stiff] @ self.unwhitening.T.to(raw.dtype)
         soft = wrap(delta[:, self.n_stiff :] * self.multiplicity[self.n_stiff :].to(raw.dtype))
@@ -362,19 +365,20 @@ class InternalMap(CoordinateMap):
         n_bonds, n_lengths = len(self.zmatrix.rows) + 2, 2 * len(self.zmatrix.rows) + 3
         bonds, angles = raw[:, :n_bonds], raw[:, n_bonds:n_lengths]
         fine = (bonds > 0).all(1) & (angles > 0).all(1) & (angles < math.pi).all(1)
-        for siblings in self._siblings(raw):
-            fine = fine & ((siblings > 0) & (siblings < math.pi)).all(1)
+        for gaps in self._gaps(raw):
+            fine = fine & ((gaps > 0) & (gaps < math.pi)).all(1)
         return fine & (delta[:, self.n_lengths : self.n_stiff].abs() < math.pi).all(1)
 
-    def _siblings(self, raw: Tensor) -> Iterator[Tensor]:
-        """Torsions `(n, m - 1)` of the siblings in every rotor, positive where they are in the frames of the fit.
+    def _gaps(self, raw: Tensor) -> Iterator[Tensor]:
+        """Angles `(n, 3)` between neighbours in every rotor, positive where they are as in the frames of the fit.
 
-        Past its side a sibling would count as deviating the other way, and the rotor's mean would jump.
+        Below pi all of them: past its side a sibling would count as deviating the other way, and the rotor's mean would
+        jump, whichever atom the labels call the first.
         """
-        for k, (_, m) in enumerate(self._rotor_raw):
-            if m > 2:
-                columns = getattr(self, f"rotor_siblings_{k}")
-                yield raw[:, columns] * _side(self.origin[self.unorder[columns]]).to(raw.dtype)
+        for k in range(len(self.rotors)):
+            columns = getattr(self, f"rotor_siblings_{k}")
+            siblings = raw[:, columns] * _side(self.origin[self.unorder[columns]]).to(raw.dtype)
+            yield torch.cat([siblings, 2.0 * math.pi - siblings.sum(1, keepdim=True)], dim=1)
 
     def _log_volume(self, raw: Tensor) -> Tensor:
         n_bonds, n_lengths = len(self.zmatrix.rows) + 2, 2 * len(self.zmatrix.rows) + 3
@@ -403,8 +407,8 @@ class InternalMap(CoordinateMap):
     def covers(self, x: Tensor) -> Tensor:
         """Whether rotors go round as in the frames of the fit `(n,)`; others have no place in these coordinates."""
         fine = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        for siblings in self._siblings(self.raw(x.double())):
-            fine &= (siblings > 0).all(1)
+        for gaps in self._gaps(self.raw(x.double())):
+            fine &= (gaps > 0).all(1) & (gaps < math.pi).all(1)
         return fine
 
     def between(self, x: Tensor, y: Tensor, share: Tensor) -> Tensor:

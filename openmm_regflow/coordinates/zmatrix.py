@@ -17,7 +17,7 @@ class Rotor:
     """Three hydrogens on one centre (CH3, NH3+) that a turn about the bond to that centre interchanges.
 
     Other groups that look alike are left as they are: in a carboxylate, force fields' improper torsions
-    depend on the order of the atoms and tell the two oxygens apart (by 0.04 kJ/mol in amber14).
+    depend on the order of the atoms and tell the two oxygens apart (by up to 1 kT in the tripeptide).
 
     Attributes:
         atoms: in the order of rising torsion; the first one carries the soft torsion of the Z-matrix, the

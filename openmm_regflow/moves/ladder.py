@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,8 @@ def learned_replica_exchange(
     from openmmtools import mcmc, multistate, states
 
     kelvin = [temperature_kelvin(t) for t in temperatures]
+    if not kelvin:
+        raise InputError("there are no temperatures; give one per state, such as temperature_ladder does")
     if dynamics is None:
         dynamics = _langevin_class()(
             timestep=1.0 * unit.femtosecond, collision_rate=1.0 / unit.picosecond, n_steps=500
@@ -70,6 +73,8 @@ def learned_replica_exchange(
     starts = np.repeat(starts[None], len(kelvin), axis=0) if starts.ndim == 2 else starts
     if len(starts) != len(kelvin):
         raise InputError(f"{len(starts)} sets of positions for {len(kelvin)} temperatures; give one per state")
+    if starts.shape[1] != system.getNumParticles():
+        raise InputError(f"positions of {starts.shape[1]} atoms for a System of {system.getNumParticles()}")
     options = {"number_of_iterations": math.inf} | options
     storage = os.fspath(storage) if isinstance(storage, os.PathLike) else storage
     sampler = (sampler_class or multistate.ReplicaExchangeSampler)(mcmc_moves=moves, **options)
@@ -139,7 +144,7 @@ def _moves_by_state(flow_moves: FlowMove | Mapping[int, FlowMove], n_states: int
     """State index (from zero) -> flow move."""
     if not isinstance(flow_moves, Mapping):
         return dict.fromkeys(range(n_states), flow_moves)
-    wrong = [k for k in flow_moves if not -n_states <= k < n_states]
+    wrong = [k for k in flow_moves if not (isinstance(k, Integral) and -n_states <= k < n_states)]
     if wrong:
         raise InputError(f"flow_moves names state {wrong[0]}; there are {n_states}")
     return {k % n_states: move for k, move in flow_moves.items()}

@@ -17,9 +17,10 @@ from openmm import unit
 from torch import Tensor
 
 from openmm_regflow.device import openmm_properties
-from openmm_regflow.errors import CorruptFileError, InputError
+from openmm_regflow.errors import CorruptFileError, InputError, UnsupportedForceError
 from openmm_regflow.moves.flow_move import FlowMove, box_of, check_atom_count, numbers_in
 from openmm_regflow.proposals import SubsetProposal
+from openmm_regflow.refusals import virtual_sites
 from openmm_regflow.sampling import KernelInfo, redrawn, system_masses
 from openmm_regflow.units import thermal_energy, time_step, to_float
 
@@ -82,15 +83,17 @@ class NCMCFlowMove(FlowMove):
     ) -> None:
         if proposal.atom_subset is None:
             raise InputError("NCMCFlowMove switches a part of a System; give it a SubsetProposal")
-        if steps_per_drive < 1 or n_steps < 2 * steps_per_drive or n_steps % steps_per_drive:
+        if n_steps != int(n_steps) or steps_per_drive < 1 or n_steps < 2 * steps_per_drive or n_steps % steps_per_drive:
             raise InputError(
                 f"{n_steps} steps cannot be split into two or more blocks of {steps_per_drive}; choose n_steps as a "
                 "multiple of steps_per_drive"
             )
         super().__init__(proposal, 1, pool_size, flow_path=flow_path, energy="context", seed=seed)
-        self.n_steps, self.steps_per_drive = n_steps, steps_per_drive
+        self.n_steps, self.steps_per_drive = int(n_steps), steps_per_drive
         self.timestep = time_step(timestep) * unit.picosecond
         self.collision_rate = to_float(collision_rate, "rate") / unit.picosecond
+        if not self.collision_rate > 0.0 / unit.picosecond:
+            raise InputError(f"collision_rate is {self.collision_rate}; a positive one is needed")
         self.last_work = _unknown_work()
         self._switched: Any = None
 
@@ -98,7 +101,7 @@ class NCMCFlowMove(FlowMove):
         """One switching protocol at a thermodynamic state.
 
         Raises:
-            UnsupportedForceError: virtual sites in the subset, or constraints there that the flow does not hold fixed.
+            UnsupportedForceError: virtual sites, or constraints there that the flow does not hold fixed.
             InputError: a flow file that is gone.
         """
         step = self._loaded(thermodynamic_state)
@@ -213,6 +216,13 @@ class NCMCFlowMove(FlowMove):
 
         if self._switched is None or not self._switched[0].is_state_compatible(thermodynamic_state):
             system = thermodynamic_state.get_system(remove_thermostat=True, remove_barostat=True)
+            sites = virtual_sites(system)
+            if sites:
+                raise UnsupportedForceError(
+                    f"the System has {len(sites)} virtual sites (four-point water has them); the switching integrator "
+                    "takes forces before it has moved them, so that the work is not that of the dynamics; use water "
+                    "without them, or FlowMove on the subset"
+                )
             frozen = frozen_system(system, self._step.proposal.atom_subset)  # type: ignore[union-attr, arg-type]
             contexts = cache.global_context_cache if context_cache is None else context_cache
             integrator = integrators.ExternalPerturbationLangevinIntegrator(

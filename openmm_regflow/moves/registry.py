@@ -68,15 +68,6 @@ class Description:
         """Equal for the copies of one move; the flow counts by its contents, not by its path."""
         return json.dumps({**vars(self), "flow_path": None}, sort_keys=True)
 
-    @property
-    def stream(self) -> list[int]:
-        """What sets a seeded random state apart from those of other moves with the same seed: flow, atoms, temperature.
-
-        Not the identity, with which a seed would not make a run repeatable; so equal moves with equal seeds draw alike.
-        """
-        what = [self.temperature, self.atom_subset, self.frame_atoms, self.flow_path and self.flow_sha256]
-        return [int(digit, 16) for digit in hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]]
-
 
 @dataclass
 class Shared:
@@ -157,7 +148,7 @@ def register(description: Description, proposal: FlowProposal, n_steps: int = 0)
         proposal: live.
         n_steps: flow steps before a restart; a random state that had begun at the seed again would repeat them.
     """
-    generator = torch.Generator().manual_seed(_seed(description, n_steps))
+    generator = torch.Generator().manual_seed(_seed(description, proposal, n_steps))
     shared = Shared(proposal, new_pool(proposal, description.pool_size, generator), generator, n_steps)
     _SHARED[description.key] = shared
     return shared
@@ -318,7 +309,7 @@ def _build_proposal(description: Description, flow: Flow | FlowMixture, system: 
     return SubsetProposal(flow, potential, description.temperature, description.atom_subset, **options)
 
 
-def _seed(description: Description, n_steps: int) -> int:
+def _seed(description: Description, proposal: FlowProposal, n_steps: int) -> int:
     """The seed of this MPI rank and run, from the user's or from NumPy's global state (what openmmtools users set).
 
     Ranks run the same program, but each draws for its own replicas: with one seed they would all propose the same. A
@@ -329,6 +320,6 @@ def _seed(description: Description, n_steps: int) -> int:
     communicator = mpiplus.get_mpicomm()
     rank = 0 if communicator is None else communicator.rank
     seed = description.seed
-    entropy = np.random.randint(0, 2**31 - 1, size=2).tolist() if seed is None else [seed % 2**64, *description.stream]
+    entropy = np.random.randint(0, 2**31 - 1, size=2).tolist() if seed is None else [seed % 2**64, *proposal.stream]
     entropy += [rank, n_steps]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from openmm_regflow.errors import InputError, complaints
+from openmm_regflow.networks import HEADS
 
 #: Regularisers of the RegFlow loss, one at a time (section 4.2; weights as published, or ours where none was).
 REGULARISERS: dict[str, dict[str, float]] = {
@@ -53,6 +54,17 @@ class PaperConfig(BaseModel):
     torsion_points: int = Field(2000, ge=10, description="on either side of T-W2")
     ablations: tuple[Literal["regularisers", "pairs"], ...] = Field((), description="of the spline by reflow")
     pair_numbers: tuple[int, ...] = (10_000, 100_000, 1_000_000)
+
+    @model_validator(mode="after")
+    def _fit_each_other(self) -> "PaperConfig":
+        """What a run would find out after its teacher was trained."""
+        if "jet" in self.architectures and (self.hidden // 2) % HEADS:
+            raise ValueError(f"hidden = {self.hidden}: jet takes half of it, which {HEADS} heads have to divide")
+        if self.teacher_kind == "transformer" and self.teacher_hidden % HEADS:
+            raise ValueError(f"teacher_hidden = {self.teacher_hidden}: {HEADS} attention heads have to divide it")
+        if self.ablations and min(self.pair_numbers, default=self.batch_size) < self.batch_size:
+            raise ValueError(f"pair_numbers {list(self.pair_numbers)}: each has to fill a batch of {self.batch_size}")
+        return self
 
     @field_validator("seconds", mode="before")
     @classmethod

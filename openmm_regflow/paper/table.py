@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from openmm_regflow import plots
-from openmm_regflow.errors import IncompatibleFlowError
+from openmm_regflow.errors import IncompatibleFlowError, warn_once
 from openmm_regflow.files import read_json, write_json, write_text
 from openmm_regflow.paper.design import Cell, PaperConfig, cells, settings
 from openmm_regflow.paper.runs import ABSURD, run_cell, target_of
@@ -57,6 +57,8 @@ def run_table(
                 plots.save(drawing, folder / f"{cell.name}.png")
             write_json(folder / f"{cell.name}.json", record)
             records[cell] = record
+            if "failed" in record:
+                warn_once(f"{cell.name} failed: {record['failed']}")
             write_table(folder, _all_finished(folder), config)
     if report:
         report("", len(wanted), len(wanted))

@@ -37,7 +37,7 @@ class FlowConfig(_Section):
     """The student's architecture."""
 
     name: Literal["real_nvp", "res_nvp", "spline", "jet"] = "spline"
-    n_layers: int = Field(8, ge=1, description="couplings")
+    n_layers: int = Field(8, ge=2, description="couplings; each moves half of the features")
     hidden: int = Field(128, ge=1, description="width of conditioners")
     depth: int = Field(1, ge=1, description="hidden layers, residual or transformer blocks of a conditioner")
     n_bins: int = Field(8, ge=2, description="spline only: bins of circles, and of lines where line_bins says nothing")
@@ -59,6 +59,21 @@ class FlowConfig(_Section):
         "normal", description="harmonic: covariance of the data; cartesian only"
     )
     seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _effective(self) -> "FlowConfig":
+        fields = type(self).model_fields
+        if self.name != "spline":
+            idle = [key for key in SPLINE_KEYS if getattr(self, key) != fields[key].default]
+            if idle:
+                raise ValueError(f'{idle[0]} is for name = "spline" and does nothing in "{self.name}"; leave it out')
+        if self.line_bins == 1:
+            raise ValueError("line_bins = 1 is a spline that changes nothing; take 2 or more, or 0 for shift and scale")
+        if self.torsion_layers == 1:
+            raise ValueError("torsion_layers = 1 would move half of the torsions alone; take 2 or more, or 0")
+        if self.torsion_layers == 0 and (self.torsion_hidden or self.torsion_depth):
+            raise ValueError("torsion_hidden and torsion_depth are of torsion_layers, and these are 0; leave them out")
+        return self
 
     def architecture(self, circular: Tensor) -> dict[str, Any]:
         """As ``flows.build`` takes it, for features `(dim,)` of which these are circles."""
@@ -100,7 +115,7 @@ class PairsConfig(_Section):
 
 
 class RegressionConfig(_Section):
-    """RegFlow and its regularisers."""
+    """RegFlow and its regularisers, whose weights are those of equation 5, in features of unit variance."""
 
     log_det: float = Field(
         0.0, ge=0, description="weight of squared errors of log-determinants, or without pairs.log_det of their squares"
@@ -166,8 +181,8 @@ def check_config(config: RunConfig, held: bool = False) -> None:
 
     Raises:
         InputError: a choice for free molecules where forces hold it, or for Cartesian coordinates in internal ones,
-            alignment without exact transport, or another setting that the source of the pairs would leave without
-            effect.
+            alignment without exact transport, or another setting that the objective or the source of the pairs would
+            leave without effect.
     """
     wants = {
         'flow.prior = "harmonic"': config.flow.prior == "harmonic",
@@ -186,15 +201,15 @@ def check_config(config: RunConfig, held: bool = False) -> None:
         raise InputError("teacher.align and teacher.couple are two ways of coupling a batch; choose one")
     if config.pairs.folder is not None and config.pairs.source != "reflow":
         raise InputError(f'pairs.folder needs pairs.source = "reflow", not "{config.pairs.source}"')
+    no_teacher = config.pairs.source in ("ot", "hierarchical") or config.pairs.folder is not None
+    if no_teacher and (config.teacher.couple or config.teacher.align):
+        raise InputError("teacher.couple and teacher.align are of a teacher, and these pairs need none; leave them out")
+    _check_targets(config)
     if config.pairs.log_det != "none" and config.pairs.source in ("ot", "hierarchical"):
         raise InputError(
             f'pairs.log_det = "{config.pairs.log_det}" is of a teacher, and pairs.source = "{config.pairs.source}" has '
             "none; leave it out (regression.log_det then draws the log-determinants towards zero)"
         )
-    if config.regression.held_out and config.pairs.source == "stream":
-        raise InputError('regression.held_out needs pairs that are kept; leave it out with pairs.source = "stream"')
-    if config.regression.train.patience is not None and not config.regression.held_out:
-        raise InputError("regression.train.patience needs pairs to judge by; set regression.held_out, without a stream")
     if config.likelihood.path and config.likelihood.noise:
         raise InputError("likelihood.noise moves frames from where their forces are; leave it out with likelihood.path")
     peers, r = ranks.current(), config.refinement
@@ -210,3 +225,23 @@ def check_config(config: RunConfig, held: bool = False) -> None:
                 f'{name}.train.precision = "bfloat16" would break the inverse of the flow; only the '
                 'teacher can have it, take "mixed"'
             )
+
+
+def _check_targets(config: RunConfig) -> None:
+    """Refuse settings of pairs and regression that would have no effect."""
+    pairs, regression = config.pairs, config.regression
+    if config.objective == "mle":
+        if not config.likelihood.enabled:
+            raise InputError('objective = "mle" is the likelihood phase alone; leave likelihood.enabled at true')
+        if pairs.folder or regression.held_out:
+            raise InputError('objective = "mle" has no pairs; leave pairs.folder and regression.held_out out')
+    if pairs.log_det != "none" and not regression.log_det and pairs.source in ("reflow", "stream"):
+        raise InputError(
+            f'pairs.log_det = "{pairs.log_det}" takes time and is used by nothing; set regression.log_det, its weight'
+        )
+    if regression.held_out and pairs.source == "stream":
+        raise InputError('regression.held_out needs pairs that are kept; leave it out with pairs.source = "stream"')
+    if regression.held_out and not pairs.folder and int(regression.held_out * pairs.n) == 0:
+        raise InputError(f"regression.held_out = {regression.held_out:g} of {pairs.n} pairs is none; make it larger")
+    if regression.train.patience is not None and not regression.held_out:
+        raise InputError("regression.train.patience needs pairs to judge by; set regression.held_out, without a stream")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from openmm_regflow import flows
-from openmm_regflow.errors import InputError
+from openmm_regflow.coordinates import CoordinateMap
+from openmm_regflow.errors import InputError, warn_once
 from openmm_regflow.files import digest
 from openmm_regflow.flows import FlowMetadata
 from openmm_regflow.frames import Indicator, Mover, lifted
@@ -71,11 +72,10 @@ def fit(
     _check_physics(config, reduced_potential, mover)
     check_data(x_train, x_validation, config, watch)
     coordinates = flows.coordinates_for(topology, x_train, config.coordinates, fixed, held)
-    if not bool(coordinates.covers(x_validation).double().mean() > 0.5):
-        raise InputError(
-            "the validation frames have hydrogens of a methyl numbered the other way round than the training frames; "
-            "exchange two labels in one of them"
-        )
+    if not bool(coordinates.covers(x_train).all()):
+        x_train = _covered(coordinates, x_train, "training")
+        coordinates = flows.coordinates_for(topology, x_train, config.coordinates, fixed, held)
+    x_validation = _covered(coordinates, x_validation, "validation")
     flow = stages.new_student(coordinates, x_train, config.flow, metadata).to(device).fuse(config.compile)
     result = FitResult(flow, None)
     # Before frames are made, which takes energies: what others made may not fit, and settings of a network neither.
@@ -100,6 +100,27 @@ def fit(
     flow.metadata = dataclasses.replace(flow.metadata, training=flow.metadata.training | result.costs())
     flow.eval()
     return result
+
+
+def _covered(coordinates: CoordinateMap, x: Tensor, what: str) -> Tensor:
+    """The frames that have a place in the coordinates; a few without one would outweigh all others.
+
+    Raises:
+        InputError: they are half of the frames and more, so that it is the labels and not the frames that differ.
+    """
+    covers = coordinates.covers(x)
+    n_outside = int((~covers).sum())
+    if 2 * n_outside >= len(x):
+        raise InputError(
+            f"the {what} frames have hydrogens of a methyl numbered the other way round than the training frames; "
+            "exchange two labels in one of them"
+        )
+    if n_outside:
+        warn_once(
+            f"{n_outside} of {len(x)} {what} frames have hydrogens of a methyl numbered the other way round than the "
+            "others; they are left out"
+        )
+    return x[covers]
 
 
 def _check_physics(

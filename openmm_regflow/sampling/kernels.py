@@ -1,6 +1,7 @@
 """Markov kernels as pure functions, the pool of proposals and running statistics."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
@@ -163,6 +164,7 @@ class ProposalPool:
         self.proposal, self.size, self.generator = proposal, size, generator
         self._batch, self._next = batch, 0
         self._has_energies = batch is not None
+        self._parameters = dict(getattr(getattr(proposal, "potential", None), "parameters", {}))
 
     def __len__(self) -> int:
         """Draws left before the next refill."""
@@ -187,9 +189,11 @@ class ProposalPool:
             self._next += len(parts[-1].u)
         return ProposalBatch(*(torch.cat(columns) for columns in zip(*parts)))
 
-    def forget_energies(self) -> None:
-        """Energies of what is left are those of a potential that has changed; they are computed anew when asked for."""
-        self._has_energies = self._has_energies and self.proposal is None  # a fixed reservoir has no others
+    def heed(self, parameters: Mapping[str, float]) -> None:
+        """Have energies computed anew, when asked for, if those of what is left are of other parameters than these."""
+        if parameters != self._parameters:
+            self._parameters = dict(parameters)
+            self._has_energies = self._has_energies and self.proposal is None  # a fixed reservoir has no others
 
     def _evaluate(self, batch: ProposalBatch) -> ProposalBatch:
         """Energies of the draws that are left of a batch; the others are gone."""

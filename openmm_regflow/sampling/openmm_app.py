@@ -84,7 +84,6 @@ class FlowSimulation:
             and not simulation.system.usesPeriodicBoundaryConditions()
             and not has_global_parameters(simulation.system)
             and simulation.integrator.getIntegrationForceGroups() in ALL_GROUPS
-            and fingerprint(proposal.system)["sha256"] == fingerprint(simulation.system)["sha256"]
         )
 
     @property
@@ -122,10 +121,14 @@ class FlowSimulation:
         """
         if not self._begun and self._seed is not None:
             stage = self.simulation.context.getStepCount() if stage is None else stage
-            self.step.generator.manual_seed(seed_of(self._seed, stage))
+            self.step.generator.manual_seed(seed_of(self._seed, *self.step.proposal.stream, stage))
             self.step.pool = new_pool(self.step.proposal, self.step.pool.size, self.step.generator)
         self._begun = True
-        self._same_energy = self._same_energy and self._agrees()
+        self._same_energy = self._same_energy and self._is_own_system() and self._agrees()
+
+    def _is_own_system(self) -> bool:
+        """Whether the System reads as the proposal's does; `updateParametersInContext` brings what it holds."""
+        return fingerprint(self.step.proposal.system)["sha256"] == fingerprint(self.simulation.system)["sha256"]
 
     def _agrees(self) -> bool:
         """Whether the Context has the energy of the proposal's potential where it is; where neither is finite, yes."""
@@ -226,6 +229,8 @@ class FlowReporter:
     """
 
     def __init__(self, path: str | Path, interval: int, flow_simulation: FlowSimulation) -> None:
+        if interval < 1:
+            raise InputError(f"interval is {interval}; a line every so many steps needs at least 1")
         self._interval, self._source = interval, flow_simulation
         self._file = Path(path).open("w", newline="")  # noqa: SIM115  (open until close())
         self._writer = csv.writer(self._file)

@@ -1,6 +1,7 @@
 """Flow steps: many chains on tensors, or one molecule with its frame, and what belongs to an accepted move."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +23,8 @@ from openmm_regflow.units import GAS_CONSTANT, positions_nm, temperature_kelvin
 #: Reduced potential [kT] of a batch `(n, n_atoms, 3)` [nm] -> `(n,)`.
 ReducedPotential = Callable[[Tensor], Tensor]
 Orientation = Literal["random", "aligned"]
+#: Energies of states that a step remembers to have tested, the last ones: those of a replica exchange.
+MOST_TESTED = 256
 
 
 @dataclass
@@ -138,8 +141,7 @@ class FlowStep:
         self.generator = generator if generator is not None else seeded_generator(None)
         self.pool = pool if pool is not None else new_pool(proposal, pool_size, self.generator)
         self.statistics = FlowStatistics()
-        self._tested: ReducedPotential | None = None
-        self._parameters = dict(getattr(proposal.potential, "parameters", {}))
+        self._tested: deque[ReducedPotential] = deque(maxlen=MOST_TESTED)
 
     def __call__(
         self, positions: Any, temperature: Any = None, energy: ReducedPotential | None = None
@@ -179,14 +181,11 @@ class FlowStep:
         current = proposal.as_tensor(positions[None])
         if not self.statistics.n_proposed:
             proposal.check_labels(current, "the state's positions")
-        if energy is not None and energy != self._tested:
-            # Contexts compute in single precision, as other energies may.
-            self._tested = energy if proposal.check_state_energy(energy, current, torch.float32) else None
+        # Contexts compute in single precision, as other energies may.
+        if energy is not None and energy not in self._tested:
+            self._test(energy, current)
         framed = proposal.redraw_frame(current, self.generator)
-        parameters = getattr(proposal.potential, "parameters", {})
-        if parameters != self._parameters:  # the pool has energies of before
-            self.pool.forget_energies()
-            self._parameters = dict(parameters)
+        self.pool.heed(getattr(proposal.potential, "parameters", {}))
         drawn = self.pool.take(self.n_proposals, energies=energy is None)
         batch = drawn._replace(positions=proposal.in_place(drawn.positions, current))
         if energy is not None:
@@ -200,6 +199,11 @@ class FlowStep:
         new, info = flow_kernel(state, ProposalBatch(*(part.unsqueeze(0) for part in batch)), self.generator)
         self.statistics.update(info, None if proposal.atom_subset is None else state_log_weight(state))
         return self._place(new.positions[0], current[0]) if bool(info.accepted) else None
+
+    def _test(self, energy: ReducedPotential, current: Tensor) -> None:
+        """Refuse an energy that changes when the molecule moves as a whole; once for each that could tell."""
+        if self.proposal.check_state_energy(energy, current, torch.float32):
+            self._tested.append(energy)
 
     def _place(self, new: Tensor, old: Tensor) -> Tensor:
         """An accepted configuration in the place of the old one."""
