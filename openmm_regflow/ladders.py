@@ -52,7 +52,7 @@ def temperature_ladder(
     if n_states is None:
         n_states = _fewest(hot / cold, n_atoms, heat_capacity, acceptance)
     if n_states < 2 or n_states != int(n_states):
-        raise InputError(f"a ladder of {n_states} states has no exchange; 2 or more are needed, a whole number")
+        raise InputError(f"a ladder of {n_states} states has no exchange; at least 2 are needed, a whole number")
     return np.geomspace(cold, hot, int(n_states))
 
 

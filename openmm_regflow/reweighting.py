@@ -301,7 +301,8 @@ def effective_sample_size_error(log_weights: Any, n_resamples: int = 2000, gener
 
     def spread(tails: np.ndarray) -> float:
         first, second = (b + np.bincount(replica, tails**k, n_resamples) for k, b in ((1, bulk[:, 0]), (2, bulk[:, 1])))
-        return float(np.minimum(1.0, np.square(first) / (n * second)).std(ddof=1))
+        some = second > 0  # a replica may have drawn none of a few weights
+        return float(np.minimum(1.0, np.square(first[some]) / (n * second[some])).std(ddof=1))
 
     fitted = threshold + genpareto.rvs(shape, scale=scale, size=sizes.sum(), random_state=rng)
     return max(spread(fitted), spread(threshold + rng.choice(excess, sizes.sum())))

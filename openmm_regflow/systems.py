@@ -69,6 +69,8 @@ class SystemConfig(BaseModel):
         idle = [key for key in OF_FORCE_FIELD if key in self.model_fields_set]
         if self.system_xml is not None and idle:
             raise ValueError(f"{' and '.join(idle)}: only with force_field; a serialised System has its own")
+        if self.nonbonded_method == "NoCutoff" and "nonbonded_cutoff" in idle:
+            raise ValueError('nonbonded_cutoff: does nothing with nonbonded_method = "NoCutoff"; choose another')
         return self
 
 
@@ -206,7 +208,7 @@ def backbone_torsions(topology: app.Topology, kind: Literal["phi", "psi", "omega
         residues = list(chain.residues())
         names = [{_backbone_name(residue, atom): atom.index for atom in residue.atoms()} for residue in residues]
         for i in range(len(residues)):
-            if kind != "omega" and "CB" not in names[i] and "HA2" not in names[i]:
+            if kind != "omega" and not {"CB", "CB1", "HA2"} & names[i].keys():  # CB1: of two, as in AIB
                 continue  # a cap: its N-C bond is no backbone torsion
             around = [names[i + step] if 0 <= i + step < len(names) else {} for _, step in _TORSION_ATOMS[kind]]
             row = [at.get(atom) for at, (atom, _) in zip(around, _TORSION_ATOMS[kind])]

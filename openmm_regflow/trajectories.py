@@ -19,7 +19,7 @@ from openmm_regflow.errors import CorruptFileError, InputError, first_line
 from openmm_regflow.units import thermal_energy
 
 _HDF5 = (".h5", ".hdf5")
-_ROUNDED = (".xtc", ".tng", ".gro")
+_ROUNDED = (".xtc", ".tng", ".gro", ".pdb", ".gz", ".xyz", ".mdcrd", ".crd")
 #: A bond has this much energy [kT] in one of exp(100) frames.
 _IMPOSSIBLE = 100.0
 #: As far as a stiff bond gets with that: frames of unconstrained dynamics may serve a constrained System.
@@ -55,13 +55,13 @@ def load_trajectory(path: Path | str, topology: app.Topology, *, stride: int = 1
         CorruptFileError: truncated or damaged file, or positions that are not finite.
     """
     path = Path(path)
-    if stride < 1:
+    if stride < 1 or stride != int(stride):
         raise InputError(f"stride is {stride}; take every frame (1), or every so-many-th")
     if not path.is_file():
         raise InputError(f"no trajectory at {path}; check the path")
     if path.suffix.lower() in _ROUNDED:
         raise InputError(
-            f"{path} rounds positions to 1e-3 nm, which moves energies by many kT; give HDF5, DCD or NetCDF"
+            f"{path} is of a format that rounds positions, which moves energies by kT; give HDF5, DCD or NetCDF"
         )
     if path.suffix.lower() in _HDF5:
         frames = _read_hdf5(path, topology)[::stride]
@@ -107,6 +107,8 @@ def _read_other(path: Path, topology: app.Topology, stride: int) -> np.ndarray:
             f"{path} does not have the {topology.getNumAtoms()} atoms of the system; give data of this molecule"
         ) from error
     except Exception as error:  # mdtraj's readers raise a dozen unrelated types on damaged files
+        if "no loader" in str(error):  # suffixes in capitals, too
+            raise InputError(f"{path} has no suffix of a trajectory; name it .h5, .dcd or .nc as what it is") from error
         if (path.parent / "trajectory.h5").is_file() and path.suffix.lower() == ".nc":
             remedy = "if it is the storage of a sampler, give the trajectory.h5 beside it"
         else:

@@ -151,17 +151,17 @@ def test_outside_the_chart_is_nan():
     assert torch.isfinite(x[[0, 2]]).all() and torch.isnan(x[1]).all()
 
 
-def test_an_atom_of_a_rotor_that_passes_the_first_one_is_outside():
-    """Up to there features come back; beyond, the atom would be taken for one that deviates the other way."""
+def test_rotors_with_a_gap_of_half_a_turn_are_outside():
+    """Up to there features come back, whichever atom is called the first; beyond, the mean of the rotor would jump."""
     mol = load_system("alanine-dipeptide")
     x = torch.as_tensor(mol.reference("train")[:500]).double()
     coordinates = InternalMap.fit(build_zmatrix(*topology_tables(mol.topology)), x)
     _, second, _ = coordinates._rotor_raw[0][0]
     column = int(coordinates.unorder[second])
     mean = float(coordinates.origin[column])
-    for deviation, inside in ((0.95, True), (1.05, False), (-0.45, True), (-0.55, False)):
+    for deviation, inside in ((0.45, True), (0.55, False), (-0.45, True), (-0.55, False)):
         delta = torch.zeros(coordinates.n_stiff, dtype=torch.float64)
-        delta[column] = -deviation * mean  # 1: at the first atom; -0.5: half a turn from it
+        delta[column] = -deviation * mean  # 0.5: half a turn from the third; -0.5: from the first
         y = torch.zeros(1, coordinates.dim, dtype=torch.float64)
         y[0, : coordinates.n_stiff] = coordinates.unwhitening @ delta
         positions, _ = coordinates.to_positions(y)

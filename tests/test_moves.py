@@ -536,10 +536,13 @@ def test_moves_draw_apart(flow_path, tmp_path):
     np.random.seed(0)
     unseeded = [FlowMove(make_proposal(flow_path)) for _ in range(2)]
     assert not torch.equal(*(drawn(move) for move in unseeded))
-    make_flow(seed=0, temperature=TEMPERATURE, system="another").save(tmp_path / "other.safetensors")
+    make_flow(seed=1).save(tmp_path / "other.safetensors")
     files = (flow_path, tmp_path / "other.safetensors")
     first, second, again = (FlowMove(make_proposal(path), seed=3) for path in (*files, flow_path))
     assert not torch.equal(drawn(first), drawn(second))
+    unsaved = [FlowProposal(make_flow(seed), TorchPotential(MOLECULE.system), TEMPERATURE) for seed in (0, 1)]
+    states = [FlowMove(proposal, seed=3)._shared.generator.get_state() for proposal in unsaved]
+    assert not torch.equal(*states)
     torch.testing.assert_close(drawn(first), drawn(again, 6)[3:])
 
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from openmm_regflow import metrics
 from openmm_regflow import reweighting as rw
 from openmm_regflow.errors import InputError, InsufficientDataError
 
@@ -327,13 +328,37 @@ def test_a_chain_that_mixes_is_reliable_and_one_that_sticks_is_not(rate):
 
 
 def test_a_short_chain_is_not_reliable():
-    accepted = np.tile([True, False], 50)
-    assert rw.chain_verdict(accepted).startswith("reliable")
+    accepted = np.tile([True, False], 500)
+    assert rw.chain_verdict(accepted).startswith("reliable") and "about 500 independent" in rw.chain_verdict(accepted)
+    assert rw.chain_verdict(accepted[:100]).startswith("use with care")
+    # held for 20 steps every time: 50 states of 1,000 steps
+    words = rw.chain_verdict(np.arange(1000) % 20 == 0)
+    assert words.startswith("use with care") and "about 50 independent" in words
     words = rw.chain_verdict(accepted[:20])
     assert words.startswith("use with care") and "only 20 steps" in words
     words = rw.chain_verdict([True, False, False, True, False] * 2)  # two rejections in a row are no stuck chain
     assert words.startswith("use with care") and "only 10 steps" in words
     assert rw.chain_verdict([True, *[False] * 9]).startswith("do not trust")
+
+
+@pytest.mark.parametrize("outlier", [3.0, 5.0])
+def test_an_ess_that_one_weight_makes_has_the_error_of_that(outlier):
+    """Whether a weight that occurs once in n samples is among them decides: a fitted tail alone did not see it."""
+    n, rng, found, quoted = 3000, np.random.default_rng(1), [], []
+    for _ in range(300):
+        log_w = 0.2 * rng.standard_normal(n)
+        log_w[: rng.poisson(1.0)] = outlier
+        found.append(rw.effective_sample_size(log_w))
+        quoted.append(rw.effective_sample_size_error(log_w, n_resamples=300, generator=rng))
+    there = np.array(quoted)[np.array(found) < 0.95 * max(found)]  # those that have seen it
+    assert np.median(there) == pytest.approx(np.std(found), rel=0.35)
+    assert rw.effective_sample_size_error(np.append(np.zeros(n - 1), outlier)) > 0.05
+
+
+def test_angles_and_estimates_of_many():
+    with pytest.raises(InputError, match="2 of 4 angles"):
+        metrics.free_energy_profile([0.1, np.nan, np.inf, 0.2])
+    assert "n = 5" in str(rw.expectation(np.random.default_rng(0).random((5, 2)), np.zeros(5)))
 
 
 def test_the_verdict_of_few_weights_says_how_few():

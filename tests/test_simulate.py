@@ -546,6 +546,26 @@ def test_errors_of_mbar_know_that_free_energies_of_the_ladder_are_estimates():
     assert abs(ratios[0] - 1) < tolerance < abs(ratios[1] - 1)
 
 
+@pytest.mark.parametrize("n_ladders", [12, 32])
+def test_ladders_that_never_cross_are_one_sample_each(n_ladders):
+    """The error is that of counting ladders; blocks of half a ladder, as they were, make it too small by root two."""
+    rng, n_repeats, share = np.random.default_rng(3), 300, 0.4
+    values, errors, halves = [], [], []
+    for _ in range(n_repeats):
+        inside = [np.full((40, 1), rng.random() < share) for _ in range(n_ladders)]
+        if not 0 < sum(s[0, 0] for s in inside) < n_ladders:
+            continue
+        estimate = analysis._basin_estimate(inside, [np.ones((40, 1))] * n_ladders)
+        values.append(estimate.value)
+        errors.append(estimate.error)
+        halves.append(estimate.error / 2**0.5)
+    scatter = np.std(values, ddof=1)
+    # beyond scatter itself: the delta method at 12 ladders, whose logarithm is skewed
+    tolerance = 4 / (2 * n_repeats) ** 0.5
+    assert abs(np.sqrt(np.mean(np.square(errors))) / scatter - 1) < tolerance
+    assert abs(np.sqrt(np.mean(np.square(halves))) / scatter - 1) > tolerance
+
+
 def test_bias_is_removed_again():
     """Draws under the bias give the unbiased answer; without telling the analysis, they must not."""
     amplitudes = np.array([[3.0, 0.5], [2.0, -1.0]])

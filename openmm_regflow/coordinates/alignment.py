@@ -1,7 +1,7 @@
 """Distances between conformations after the best rotation, and relabelling of identical atoms.
 
-Rotating a conformation, or exchanging hydrogens on one tetrahedral centre, changes neither its energy nor its place in
-the target; it shortens the way from a latent to it. Planar groups that look alike are left as they are: improper
+Rotating a conformation, or exchanging atoms that the force field cannot tell apart, changes neither its energy nor its
+place in the target; it shortens the way from a latent to it. Ends of planar groups are left as they are: improper
 torsions depend on the order of their atoms and tell the two oxygens of a carboxylate apart (by up to 1 kT).
 """
 
@@ -19,7 +19,9 @@ CHUNK = 256
 
 
 def identical_atoms(topology: Any) -> list[list[int]]:
-    """Groups of hydrogens on one centre with four neighbours, as in a methyl group.
+    """Groups of atoms of one element whose only neighbour is the same atom, e.g. the hydrogens of a methyl group.
+
+    None of three that a planar centre may have (carboxylates, amides).
 
     Args:
         topology: an ``openmm.app.Topology``, or anything with its atoms() and bonds().
@@ -30,11 +32,11 @@ def identical_atoms(topology: Any) -> list[list[int]]:
         i, j = bond[0].index, bond[1].index
         neighbours[i].add(j)
         neighbours[j].add(i)
-    groups: dict[int, list[int]] = {}
+    groups: dict[tuple[int, str], list[int]] = {}
     for atom in atoms:
         centres = neighbours[atom.index]
-        if symbol(atom) == "H" and len(centres) == 1 and len(neighbours[min(centres)]) == 4:
-            groups.setdefault(min(centres), []).append(atom.index)
+        if len(centres) == 1 and len(neighbours[min(centres)]) != 3:
+            groups.setdefault((min(centres), symbol(atom)), []).append(atom.index)
     return [group for group in groups.values() if len(group) > 1]
 
 

@@ -5,6 +5,7 @@ configurations side by side in the last, contiguous axis. Gathers and sums then 
 vectorises over the lanes without looking at the indices. A vector is a tuple of three such arrays.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -55,6 +56,23 @@ def check_positions(x: Any, n_atoms: int) -> Tensor:
     if tensor.ndim != 3 or tuple(tensor.shape[1:]) != (n_atoms, 3):
         raise InputError(f"positions have shape {tuple(tensor.shape)}; this System needs (n, {n_atoms}, 3) in nm")
     return tensor if tensor.is_floating_point() else tensor.to(torch.float64)
+
+
+def parameter_value(name: str, value: Any) -> float:
+    """A global parameter as a number, a Quantity in OpenMM's units (nm, ps, dalton, kJ/mol).
+
+    Raises:
+        InputError: no finite number.
+    """
+    if unit.is_quantity(value):
+        value = value.value_in_unit_system(unit.md_unit_system)
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"parameter {name!r} is given as {value!r}; give a number") from error
+    if not math.isfinite(number):
+        raise InputError(f"parameter {name!r} is given as {number}; give a finite number")
+    return number
 
 
 def force_label(force: openmm.Force) -> str:

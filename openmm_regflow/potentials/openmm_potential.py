@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from torch import Tensor
 from openmm_regflow.device import openmm_properties
 from openmm_regflow.device.choice import GPU_PLATFORMS
 from openmm_regflow.errors import InputError
-from openmm_regflow.potentials.base import LARGEST_COORDINATE, check_positions
+from openmm_regflow.potentials.base import LARGEST_COORDINATE, check_positions, parameter_value
 
 _PROBE_SECONDS = 0.05
 _CHUNKS_PER_WORKER = 4
@@ -233,15 +234,15 @@ class OpenMMPotential:
             "properties": dict(self._properties), "groups": groups,
         }  # fmt: skip
 
-    def set_parameter(self, name: str, value: float) -> None:
+    def set_parameter(self, name: str, value: Any) -> None:
         """Set a global parameter of the Contexts.
 
         Raises:
-            InputError: no force of this System has a parameter of that name.
+            InputError: no force of this System has a parameter of that name, or no finite value.
         """
         if name not in self.parameters:
             raise InputError(f"no global parameter {name!r}; this System has {sorted(self.parameters)}")
-        self.parameters[name] = float(value)
+        self.parameters[name] = parameter_value(name, value)
 
     def __call__(self, x: Any) -> Tensor:
         """Potential energies ``(n,)`` [kJ/mol], float64 on the CPU; +inf where not finite.
@@ -418,9 +419,12 @@ def check_groups(groups: Iterable[int]) -> frozenset[int]:
     """Force groups as a set.
 
     Raises:
-        InputError: a group outside 0 to 31.
+        InputError: no collection of whole numbers, or a group outside 0 to 31.
     """
-    chosen = frozenset(groups)
+    given = list(groups) if isinstance(groups, Iterable) else [groups]
+    if not isinstance(groups, Iterable) or not all(isinstance(g, Integral) for g in given):
+        raise InputError(f"groups is {groups!r}; give the numbers of force groups, such as [0, 1]")
+    chosen = frozenset(map(int, given))
     if wrong := sorted(g for g in chosen if not 0 <= g <= 31):
         raise InputError(f"force group {wrong[0]} is outside 0 to 31")
     return chosen

@@ -16,6 +16,7 @@ from openmm_regflow.potentials.base import (
     Vector,
     check_positions,
     force_label,
+    parameter_value,
 )
 from openmm_regflow.potentials.bonded import (
     AngleTerm,
@@ -126,15 +127,15 @@ class TorchPotential:
         self._compiled = compile
         self._set_functions(len(pairs))
 
-    def set_parameter(self, name: str, value: float) -> None:
+    def set_parameter(self, name: str, value: Any) -> None:
         """Set a global parameter (as `Context.setParameter` does); compiled code stays valid.
 
         Raises:
-            InputError: no force of this System has a parameter of that name.
+            InputError: no force of this System has a parameter of that name, or no finite value.
         """
         if name not in self.parameters:
             raise InputError(f"no global parameter {name!r}; this System has {sorted(self.parameters)}")
-        self.parameters[name] = float(value)
+        self.parameters[name] = parameter_value(name, value)
         self._refresh()
 
     def _set_functions(self, n_pairs: int) -> None:

@@ -235,7 +235,8 @@ def _check_targets(config: RunConfig) -> None:
             raise InputError('objective = "mle" is the likelihood phase alone; leave likelihood.enabled at true')
         if pairs.folder or regression.held_out:
             raise InputError('objective = "mle" has no pairs; leave pairs.folder and regression.held_out out')
-    if pairs.log_det != "none" and not regression.log_det and pairs.source in ("reflow", "stream"):
+    taught = pairs.source in ("reflow", "stream") and not pairs.folder
+    if pairs.log_det != "none" and not regression.log_det and taught and config.objective == "regflow":
         raise InputError(
             f'pairs.log_det = "{pairs.log_det}" takes time and is used by nothing; set regression.log_det, its weight'
         )

@@ -68,13 +68,18 @@ def flattening_bias(
         phi: samples of the torsion [rad], of any shape.
         temperature: at which they were drawn [K].
         weights: of the samples, of the shape of ``phi``; equal for None.
-        order: of the series, at most 6 (OpenMM's limit for a periodic torsion).
+        order: of the series.
         depth: largest free energy that is flattened [kT].
         n_bins: of the profile.
 
     Returns:
         Amplitudes for :func:`torsion_bias`, `(order, 2)`.
+
+    Raises:
+        InsufficientDataError: no samples.
     """
+    if not np.size(phi):
+        raise InsufficientDataError("there are no samples of the torsion to flatten; give some")
     population, edges = np.histogram(phi, bins=n_bins, range=(-np.pi, np.pi), weights=weights)
     profile = np.minimum(-np.log(np.maximum(population, 1e-300) / population.max()), depth)
     centres, n = 0.5 * (edges[1:] + edges[:-1]), np.arange(1, order + 1)
@@ -162,7 +167,8 @@ def _basin_estimate(
     The influence of iteration i on the logarithm is ``b_i / W_inside - a_i / W_outside`` with the weights b_i and a_i
     that the iteration adds to both sums, and what it does to both through the free energies of the ladder. Its sums
     over long blocks are about independent, so the sum of their squares is the variance (Flyvbjerg & Petersen 1989).
-    Sums of one run need not vanish: differences between runs count.
+    Sums of one run need not vanish: differences between runs count. Where runs are a dozen or more, each is one block;
+    of few, blocks have to be longer than the slowest mode, which no error sees that is as long as the runs.
 
     Args:
         inside: per run, whether a sample is in the basin, `(n_iterations, n_replicas)`.
@@ -179,11 +185,11 @@ def _basin_estimate(
         shares = [w * np.where(s, 1 / total_b, -1 / total_a) for w, s in zip(weights, inside)]
         influence = [direct + more for direct, more in zip(influence, _through_ladder(ladder, shares))]
     n = sum(len(x) for x in b)
-    blocks: list[float] = []
-    for each in influence:
-        n_blocks = max(2, round(_N_BLOCKS * len(each) / n))
-        blocks += [part.sum() for part in np.array_split(each, n_blocks)]
-    variance = np.square(blocks).sum() * len(blocks) / (len(blocks) - 1)
+    # Halves of a run know of each other: where runs are many, each is one block.
+    own = [max(2, round(_N_BLOCKS * len(each) / n)) for each in influence] if len(influence) < _N_BLOCKS // 2 else None
+    parts = influence if own is None else [p for each, k in zip(influence, own) for p in np.array_split(each, k)]
+    sums = np.array([part.sum() for part in parts])
+    variance = np.square(sums).sum() * len(sums) / (len(sums) - 1)
     return Estimate(float(np.log(total_a / total_b)), float(np.sqrt(variance)), n)
 
 

@@ -75,7 +75,7 @@ class BatchedSettings(Settings):
     steps_per_iteration: int = Field(default=500, ge=1)
     timestep: float = Field(default=0.003, gt=0, allow_inf_nan=False)
     collision_rate: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    hydrogen_mass: float | None = Field(default=4.0, gt=0)
+    hydrogen_mass: float | None = Field(default=4.0, gt=0, allow_inf_nan=False)
     scramble_steps: int = Field(default=20_000, ge=0)
     compile: bool = True
     device: str = "cpu"

@@ -1,5 +1,6 @@
 """Frames at the target temperature, written as float32 HDF5 in mdtraj's format, and a system's reference folder."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,8 @@ def export_reference(
         raise InputError(f"{molecule.name}: a run is given twice; splits have to be independent")
     for path in paths:
         _check_system(molecule, path)
+    if len({json.dumps(_how(path), sort_keys=True) for path in paths}) < len(paths):
+        raise InputError(f"{molecule.name}: two runs have all settings in common, seed included: they are one run")
     by_folder = {split: [load_runs(path, burn_in) for path in of_split] for split, of_split in outputs.items()}
     runs = {split: [run for of_folder in of_split for run in of_folder] for split, of_split in by_folder.items()}
     record: dict[str, Any] = {"system": molecule.name, "temperature": molecule.temperature, "burn_in": burn_in}
@@ -162,9 +165,19 @@ def _made(output: Path, runs: list[TemperingRun]) -> dict[str, Any]:
     return {"used_iterations": len(runs[0].states), **engine, **made}
 
 
+def _how(output: Path) -> dict[str, Any]:
+    """What decides a run, up to its length."""
+    record = read_record(output / RECORD)
+    settings = {k: v for k, v in record["settings"].items() if k != "n_iterations"}
+    return {"engine": record.get("engine"), "temperatures": record["temperatures"], "settings": settings}
+
+
 def _check_system(molecule: MolecularSystem, output: Path) -> None:
-    """Refuses the run of another System."""
-    stored = read_record(output / RECORD)["fingerprint"]
+    """Refuses the run of another System, or at another temperature."""
+    record = read_record(output / RECORD)
+    stored, lowest = record["fingerprint"], record["temperatures"][0]
+    if abs(lowest - molecule.temperature) > 1e-6 * molecule.temperature:
+        raise InputError(f"{output} is a run at {lowest:g} K, and {molecule.name} is at {molecule.temperature:g} K")
     lines = compare_fingerprints(fingerprint(molecule.system, like=stored), stored)
     if lines:
         raise InputError(f"{output} is a run of another System ({'; '.join(lines)}); give one of {molecule.name}")

@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from openmm_regflow.constraints import fixed_bonds
 from openmm_regflow.device import openmm_properties
-from openmm_regflow.errors import CorruptFileError, InputError, InsufficientDataError, complaints
+from openmm_regflow.errors import CorruptFileError, InputError, InsufficientDataError, complaints, first_line
 from openmm_regflow.files import read_json, write_json
 from openmm_regflow.fingerprints import compare_fingerprints, fingerprint
 from openmm_regflow.ladders import temperature_ladder
@@ -108,7 +108,7 @@ class TemperingSettings(Settings):
     steps_per_iteration: int = Field(default=500, ge=1)
     timestep: float = Field(default=0.002, gt=0, allow_inf_nan=False)
     collision_rate: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    hydrogen_mass: float | None = Field(default=4.0, gt=0)
+    hydrogen_mass: float | None = Field(default=4.0, gt=0, allow_inf_nan=False)
     scramble_steps: int = Field(default=20_000, ge=0)
     checkpoint_interval: int = Field(default=1, ge=1)
     platform: str | None = "Reference"
@@ -315,6 +315,11 @@ def _start(molecule: MolecularSystem, storage: Path, settings: TemperingSettings
     """A new sampler with every replica at its own starting point."""
     from openmmtools import mcmc, multistate, states
 
+    if molecule.system.usesPeriodicBoundaryConditions():
+        raise InputError(
+            f"{molecule.name} has a periodic box, and these runs are of molecules without one; use openmmtools, "
+            "and learn from the part that the flow is to move"
+        )
     system = with_hydrogen_mass(molecule.system, settings.hydrogen_mass)
     ladder = temperature_ladder(molecule.temperature, settings.max_temperature, settings.n_replicas)
     starts = [
@@ -347,7 +352,10 @@ def _starting_points(
     """Positions [nm] and velocities [nm/ps] for each replica, parted by dynamics at the highest temperature."""
     integrator = _integrator(settings.max_temperature, settings, stream=2**31)
     chosen = () if settings.platform is None else _platform(settings.platform)
-    context = openmm.Context(system, integrator, *chosen)
+    try:
+        context = openmm.Context(system, integrator, *chosen)
+    except openmm.OpenMMException as error:
+        raise InputError(f"OpenMM makes no Context of {molecule.name}: {first_line(error)}") from error
     context.setPositions(molecule.positions)
     openmm.LocalEnergyMinimizer.minimize(context, 10.0)
     points = []
@@ -445,8 +453,11 @@ class TemperingRun:
         """The run without its first ``burn_in`` iterations.
 
         Raises:
+            InputError: a negative number.
             InsufficientDataError: fewer than two iterations would remain.
         """
+        if burn_in < 0:
+            raise InputError(f"burn_in is {burn_in}; give how many iterations to leave out, 0 or more")
         if len(self.states) - burn_in < 2:
             raise InsufficientDataError(
                 f"{len(self.states)} iterations less {burn_in} of burn-in leave fewer than two; run longer"
@@ -513,7 +524,10 @@ def load_run(output: str | Path) -> TemperingRun:
     import netCDF4
 
     storage = Path(output) / STORAGE
-    temperatures = np.array(read_record(Path(output) / RECORD)["temperatures"])
+    record = read_record(Path(output) / RECORD)
+    if "temperatures" not in record:
+        raise InputError(f"{output} is the folder of another command than simulate; give that of a simulation")
+    temperatures = np.array(record["temperatures"])
     if not storage.is_file():
         raise InputError(f"no run at {storage}; start one with `openmm-regflow simulate`")
     try:
