@@ -302,6 +302,23 @@ def test_methyl_rotors_with_fixed_bonds():
     assert (coordinates.to_features(relabelled)[0] - y).abs().max() < 1e-8
 
 
+@pytest.mark.parametrize("lengths", [(0.105, 0.109, 0.113), (0.109, 0.109, None)])
+def test_hydrogens_at_unlike_lengths_are_not_interchanged(lengths):
+    """A turn of their labels would put two thirds of the samples off their constraints."""
+    mol = hydrogen_bonded()
+    x = torch.as_tensor(mol.reference("train")[:2000]).double()
+    free = flows.coordinates_for(mol.topology, x + 0.002 * torch.randn(x.shape, generator=generator(), dtype=x.dtype))
+    hydrogens = free.rotors[0].atoms
+    centre = next(row[1] for row in free.zmatrix.rows if row[0] == hydrogens[0])
+    fixed = [(centre, h, length) for h, length in zip(hydrogens, lengths) if length]
+    data = x + 0.002 * torch.randn(x.shape, generator=generator(), dtype=x.dtype)
+    coordinates = flows.coordinates_for(mol.topology, data, fixed=fixed)
+    assert len(coordinates.rotors) == len(free.rotors) - 1
+    samples, _ = flows.spline(coordinates, n_layers=2, hidden=8).sample(200, generator())
+    for i, j, length in fixed:
+        assert ((samples[:, i] - samples[:, j]).norm(dim=1) - length).abs().max() < 1e-6
+
+
 def test_bad_fixed_bonds_are_refused():
     data = RODS.sample(200, generator())
     with pytest.raises(InputError, match="no bond of the Z-matrix"):

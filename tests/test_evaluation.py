@@ -264,6 +264,19 @@ def butanes(angles):
     return x
 
 
+def test_a_basin_that_its_weights_take_away_is_named():
+    """Samples beside a basin, whose weights are next to nothing: drawn, and yet missing."""
+    rng = np.random.default_rng(2)
+    wells = rng.choice([60, 180, -60], 3000, p=[0.1, 0.5, 0.4]) + 10 * rng.standard_normal(3000)
+    x, zeros = butanes(wells), np.zeros(3000)
+    log_q = np.where(np.abs(wells - 60) < 60, 12.0, 0.0)
+    result = evaluation.evaluate(x, log_q, zeros, x, zeros, torsions=[[0, 1, 2, 3]], n_resamples=5, generator=0)
+    assert len(result.missing) == 1
+    assert result.verdict.startswith("do not trust: the samples, as they are weighted, lack")
+    mild = evaluation.evaluate(x, log_q / 12, zeros, x, zeros, torsions=[[0, 1, 2, 3]], n_resamples=5, generator=0)
+    assert mild.missing == () and mild.verdict.startswith("reliable")
+
+
 @pytest.mark.parametrize("lost", [60, 180, -60])
 def test_a_missing_rotamer_is_named(lost):
     """Of any torsion that is given, each of the three; without one the verdict says that nothing was compared."""

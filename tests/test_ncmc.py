@@ -16,7 +16,7 @@ from test_sampling import SIGMAS, generator
 
 from openmm_regflow import flows
 from openmm_regflow.device import openmm_properties
-from openmm_regflow.errors import CorruptFileError, IncompatibleFlowError, InputError
+from openmm_regflow.errors import CorruptFileError, IncompatibleFlowError, InputError, UnsupportedForceError
 from openmm_regflow.moves import NCMCFlowMove
 from openmm_regflow.moves.ncmc import frozen_system
 from openmm_regflow.potentials import OpenMMPotential
@@ -454,3 +454,21 @@ def test_weights_of_different_surroundings_are_not_compared(exact):
     move = make_move()
     after_one_move(move, exact[:50])
     assert math.isnan(move.statistics["effective_sample_size"]) and math.isfinite(move.statistics["mean_log_weight"])
+
+
+def test_virtual_sites_are_refused(exact):
+    """Four-point water: the integrator takes forces before it has moved the sites."""
+    system = copy.deepcopy(BATH.system)
+    site = system.addParticle(0.0)
+    system.setVirtualSite(site, openmm.TwoParticleAverageSite(4, 5, 0.5, 0.5))
+    for force in system.getForces():
+        if isinstance(force, openmm.NonbondedForce):
+            force.addParticle(0.0, 1.0, 0.0)
+    proposal = SubsetProposal(make_proposal().flow, OpenMMPotential(system, "Reference"), TEMPERATURE, BATH.subset)
+    move = NCMCFlowMove(proposal, 4, steps_per_drive=1, timestep=0.001, seed=1)
+    x = np.concatenate([exact[0].numpy(), exact[0, 4:6].mean(0, keepdim=True).numpy()])
+    here = states.ThermodynamicState(system, TEMPERATURE * unit.kelvin)
+    with pytest.raises(UnsupportedForceError, match="1 virtual sites"):
+        move.apply(here, states.SamplerState(x * unit.nanometer))
+    with pytest.raises(InputError, match="collision_rate"):
+        NCMCFlowMove(make_proposal(), 4, steps_per_drive=1, collision_rate=-1.0)

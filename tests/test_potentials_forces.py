@@ -390,6 +390,9 @@ def test_unknown_parameter_is_named():
     for potential in (TorchPotential(everything()), OpenMMPotential(everything())):
         with pytest.raises(InputError, match=r"'nope'.*\['g', 'lam'\]"):
             potential.set_parameter("nope", 1.0)
+        for wrong in (float("nan"), "a", None):
+            with pytest.raises(InputError, match="number"):
+                potential.set_parameter(next(iter(potential.parameters)), wrong)
 
 
 def singular_geometries():

@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 import tomlkit
 import torch
 from analytic_molecules import TEMPERATURE, Well
+from pydantic import ValidationError
 
 from openmm_regflow import flows, products, recipes, reweighting, teachers
 from openmm_regflow.errors import CorruptFileError, IncompatibleFlowError, InputError
@@ -144,12 +146,53 @@ def test_choices_for_atoms_need_cartesian_coordinates(data, changes):
         ({"pairs": {"source": "ot", "log_det": "exact"}}, r"pairs\.log_det"),
         ({"pairs": {"source": "hierarchical", "log_det": "hutchinson"}}, "towards zero"),
         ({"likelihood": {"path": 0.5, "noise": 0.1}}, "moves frames"),
+        ({"pairs": {"log_det": "exact"}}, "used by nothing"),
+        ({"pairs": {"source": "ot"}, "teacher": {"couple": True}}, "need none"),
+        ({"objective": "mle", "likelihood": {"enabled": False}}, "likelihood phase alone"),
+        ({"objective": "mle", "pairs": {"folder": "pairs"}}, "has no pairs"),
+        ({"regression": {"held_out": 0.001}, "pairs": {"n": 500}}, "is none"),
     ],
 )
 def test_settings_without_effect_are_refused(changes, words):
     with pytest.raises(InputError, match=words):
         recipes.check_config(config(**changes))
     recipes.check_config(config(pairs={"source": "ot"}, regression={"log_det": 1e-3}))  # the paper's own regulariser
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"flow": {"name": "res_nvp", "n_bins": 4}}, "n_bins"),
+        ({"flow": {"torsion_layers": 1}}, "half of the torsions"),
+        ({"flow": {"n_layers": 1}}, "greater than or equal to 2"),
+        ({"flow": {"torsion_layers": 0, "torsion_hidden": 8}}, "torsion_hidden"),
+        ({"flow": {"line_bins": 1}}, "changes nothing"),
+        ({"refinement": {"anchors": 0, "anchor_moves": 1}}, "anchor_moves"),
+        ({"refinement": {"tail_after": 0.5}}, "tail_after"),
+    ],
+)
+def test_sections_whose_settings_do_nothing_are_refused(changes, words):
+    with pytest.raises(ValidationError, match=words):
+        recipes.RunConfig.model_validate(changes)
+
+
+def test_a_few_frames_with_other_labels_are_left_out(data):
+    """One of them would outweigh the others in every validation; half of them are another numbering."""
+    topology, x, held_out = data
+    rotor = flows.coordinates_for(topology, x).rotors[0].atoms
+    settings = config(objective="mle")
+    plain = recipes.fit(topology, x, held_out, settings).histories["likelihood"].validation
+    swapped = torch.as_tensor(held_out).clone()
+    for some, words in ((5, "5 of"), (len(swapped), "numbered the other way round")):
+        swapped[:some] = torch.as_tensor(held_out)[:some]
+        swapped[:some, list(rotor[:2])] = swapped[:some, [rotor[1], rotor[0]]]
+        if some > 5:
+            with pytest.raises(InputError, match=words):
+                recipes.fit(topology, x, swapped, settings)
+            continue
+        with pytest.warns(RuntimeWarning, match=words):
+            found = recipes.fit(topology, x, swapped, settings).histories["likelihood"].validation
+        assert np.abs(np.array(found) - np.array(plain)).max() < 2.0  # with them it was off by hundreds
 
 
 def test_alignment_needs_exact_transport(data):

@@ -817,6 +817,62 @@ def test_forces_that_were_changed_in_the_context_are_seen():
     assert not mixed._same_energy
 
 
+def test_forces_that_were_changed_where_they_do_not_act_are_seen():
+    """A flat-bottomed restraint, tightened while the torsion is in its flat part: the energy there says nothing."""
+    molecule = Chain(4)
+    flat = openmm.CustomTorsionForce("k*max(0, -cos(theta))^2")
+    flat.addPerTorsionParameter("k")
+    flat.addTorsion(0, 1, 2, 3, [0.0])
+    molecule.system.addForce(flat)
+    simulation = make_simulation(molecule)
+    x = molecule.sample(2000, generator())
+    simulation.context.setPositions(x[int(dihedral(x).cos().argmax())].numpy())
+    potential = OpenMMPotential(copy.deepcopy(simulation.system), "Reference")
+    mixed = FlowSimulation(simulation, FlowProposal(internal_proposal().flow, potential, TEMPERATURE), seed=2)
+    mixed.begin()
+    assert mixed._same_energy
+    force = next(f for f in simulation.system.getForces() if isinstance(f, openmm.CustomTorsionForce))
+    force.setTorsionParameters(0, 0, 1, 2, 3, [50.0])
+    force.updateParametersInContext(simulation.context)
+    assert mixed._agrees()  # which was all that was asked
+    mixed.begin()
+    assert not mixed._same_energy
+
+
+def test_flows_with_one_seed_draw_apart():
+    """Two FlowSimulations on one Simulation: a proposal that the state already depends on has another target."""
+    flows_of = [copy.deepcopy(internal_proposal().flow) for _ in range(2)]
+    with torch.no_grad():
+        next(flows_of[1].bijection.parameters()).add_(0.1)
+    simulation, potential = make_simulation(Chain(4)), internal_proposal().potential
+    states = []
+    for flow in (*flows_of, flows_of[0]):
+        mixed = FlowSimulation(simulation, FlowProposal(flow, potential, TEMPERATURE), seed=2)
+        mixed.begin()
+        states.append(mixed.step.generator.get_state())
+    assert not torch.equal(states[0], states[1]) and torch.equal(states[0], states[2])
+
+
+def test_steps_that_share_a_pool_heed_its_parameters():
+    """Each of two steps at a value of its own: energies of the other's would decide."""
+    molecule = Chain(4)
+    tilt = openmm.CustomTorsionForce("lam*20*(1+cos(theta))")
+    tilt.addGlobalParameter("lam", 0.0)
+    tilt.addTorsion(0, 1, 2, 3, [])
+    molecule.system.addForce(tilt)
+    potential = OpenMMPotential(molecule.system, "Reference")
+    proposal = FlowProposal(internal_proposal().flow, potential, TEMPERATURE)
+    pool = ProposalPool(proposal, 50, generator(1))
+    steps = [FlowStep(proposal, 4, generator=generator(2), pool=pool) for _ in range(2)]
+    x = molecule.sample(1, generator())[0].numpy()
+    for _ in range(2):
+        for value, step in enumerate(steps):
+            potential.set_parameter("lam", float(value))
+            step(x)
+            left = pool._batch.rows(slice(pool._next, None))
+            torch.testing.assert_close(left.u, proposal.reduced_potential(left.positions))
+
+
 def test_a_seed_is_that_of_one_stretch_of_dynamics():
     """A run that goes on from a checkpoint proposes anew; the same stretch proposes the same."""
     drawn = []

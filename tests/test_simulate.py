@@ -1,6 +1,8 @@
 """Parallel tempering on real openmmtools samplers, its export, and its analysis against exact answers."""
 
+import copy
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -72,6 +74,7 @@ def short_run(dipeptide, tmp_path_factory):
         ({"n_replica": 3}, "n_replica.*known keys"),
         ({"timestep": 0.0}, "timestep"),
         ({"max_temperature": float("nan")}, "max_temperature"),
+        ({"hydrogen_mass": float("inf")}, "hydrogen_mass"),
         ({"n_replicas": 1}, "n_replicas"),
         ({"seed": -1}, "seed"),
         ({"platform": "Refrence"}, "Refrence.*Reference"),
@@ -381,6 +384,32 @@ def test_export_reference_refuses(short_run, dipeptide, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_export_reference_refuses_other_temperatures_and_copies(short_run, dipeptide, tmp_path):
+    """Frames of 300 K as those of 450 K; and one run as training and test frames, copied or made twice."""
+    with pytest.raises(InputError, match="a run at 300 K, and alanine-dipeptide is at 450 K"):
+        export_reference(load_system("alanine-dipeptide", temperature=450.0), {"train": [short_run]}, folder=tmp_path)
+    shutil.copytree(short_run, tmp_path / "again")
+    with pytest.raises(InputError, match="they are one run"):
+        export_reference(dipeptide, {"train": [short_run], "test": [tmp_path / "again"]}, folder=tmp_path)
+    with pytest.raises(InputError, match="burn_in is -1"):
+        simulate.load_runs(short_run, -1)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "run.json").write_text('{"command": "train"}')
+    with pytest.raises(InputError, match="another command"):
+        simulate.load_run(tmp_path / "other")
+
+
+def test_boxes_are_refused_before_anything_is_simulated(dipeptide, tmp_path):
+    boxed = replace(dipeptide, system=copy.deepcopy(dipeptide.system))
+    for force in boxed.system.getForces():
+        if hasattr(force, "getNonbondedMethod"):
+            force.setNonbondedMethod(2)  # CutoffPeriodic
+    boxed.system.setDefaultPeriodicBoxVectors(*(np.eye(3) * 4.0))
+    assert boxed.system.usesPeriodicBoundaryConditions()
+    with pytest.raises(InputError, match="periodic box"):
+        parallel_tempering(boxed, tmp_path / "run", TemperingSettings.create(**SHORT))
+
+
 def test_frames_of_the_wrong_chirality_are_dropped_and_counted(short_run, dipeptide, tmp_path):
     run = load_run(short_run)
     mirrored = TemperingRun(run.positions * [-1, 1, 1], run.states, run.energies, run.temperatures, run.acceptance)
@@ -582,6 +611,8 @@ def test_bias_is_removed_again():
 
 
 def test_flattening_bias_flattens():
+    with pytest.raises(InsufficientDataError, match="no samples"):
+        flattening_bias(np.zeros(0), 300.0)
     run = torsion_run(20_000, 1)
     phi = metrics.dihedrals(run.positions.reshape(-1, 4, 3), QUADRUPLE[None])
     bias = flattening_bias(phi, float(run.temperatures[0]), mbar_weights([run])[0].reshape(phi.shape))

@@ -550,6 +550,11 @@ def test_what_a_serialised_system_cannot_heed_is_refused(dipeptide, tmp_path, id
     assert whole.system.getNumParticles() == 22
 
 
+def test_a_cutoff_that_does_nothing_is_refused():
+    with pytest.raises(InputError, match="nonbonded_cutoff: does nothing"):
+        load_system("alanine-dipeptide", nonbonded_cutoff=0.4)
+
+
 def test_equal_forces_are_counted(dipeptide):
     """A restraint that is there twice pulls twice."""
 

@@ -114,6 +114,23 @@ def test_a_run_that_stopped_early_is_over(tmp_path):
     assert longer.seconds >= 0.6 > before.seconds
 
 
+def test_stops_of_the_clock_are_no_validations_of_the_schedule(tmp_path):
+    """Patience of four at a flat validation, every 20 steps: it ends at one step however often the clock stopped it."""
+    ends = {}
+    for budgets in ([None], [0.037, 0.06, None]):
+        clock = iter(k / 1000 for k in range(10**6))  # a millisecond a look
+        path = tmp_path / f"{len(budgets)}.safetensors"
+        for seconds in budgets:
+            changes = {"steps": 10_000, "patience": 4, "validate_every": 20, "seconds": seconds}
+            config, module = CONFIG.model_copy(update=changes), network()
+            history = train(
+                module, loss, Batches(problem(), 32), config, validation=lambda m: 1.0, checkpoint=path,
+                clock=lambda clock=clock: next(clock),
+            )  # fmt: skip
+        ends[len(budgets)] = (history.stopped, history.step[-1])
+    assert ends[1] == ends[3] and ends[1][0] == "patience"
+
+
 def test_a_validation_that_is_not_a_number_says_nothing():
     values = iter([math.nan, 3.0, 1.0, 2.0, 2.0, 2.0, *[2.0] * 100])
     _, history = run(CONFIG.model_copy(update={"patience": 4}), validation=lambda m: next(values))

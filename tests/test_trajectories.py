@@ -128,8 +128,13 @@ def test_formats_of_full_precision(dipeptide, frames, tmp_path, name):
 
 def test_rounded_positions_are_refused(dipeptide, frames, tmp_path):
     mdtraj.Trajectory(frames, mdtraj.Topology.from_openmm(dipeptide.topology)).save(str(tmp_path / "a.xtc"))
-    with pytest.raises(InputError, match="rounds positions"):
-        dipeptide.load_trajectory(tmp_path / "a.xtc")
+    for name in ("a.xtc", "a.pdb", "a.xyz"):
+        mdtraj.Trajectory(frames, mdtraj.Topology.from_openmm(dipeptide.topology)).save(str(tmp_path / name))
+        with pytest.raises(InputError, match="rounds positions"):
+            dipeptide.load_trajectory(tmp_path / name)
+    (tmp_path / "a.xtc").rename(tmp_path / "a.DCD")
+    with pytest.raises(InputError, match=r"stride is 2\.5"):
+        dipeptide.load_trajectory(tmp_path / "a.DCD", stride=2.5)
 
 
 # --- frames that cannot be the molecule ---
