@@ -117,6 +117,21 @@ def test_kernel_test_sees_a_kernel_that_is_wrong(monkeypatch):
     assert kernel_test(proposal, molecule(), 4000).passed is False
 
 
+def test_what_the_flow_moved_is_what_it_accepted(monkeypatch):
+    """Of a Cartesian flow steps redraw the frame of every configuration, whether anything is accepted or not."""
+    target = Chain(3, bond_width=0.04, angle_width=0.5)
+    proposal = FlowProposal(cartesian_gaussian(target), TorchPotential(target.system), TEMPERATURE)
+    assert " 0 % moved" not in kernel_test(proposal, molecule(target), 2000).result
+    original = check_kernel.run_chain
+
+    def idle(*arguments, **options):
+        chain = original(*arguments, **options)
+        return replace(chain, accepted=torch.zeros_like(chain.accepted))
+
+    monkeypatch.setattr(check_kernel, "run_chain", idle)
+    assert " 0 % moved" in kernel_test(proposal, molecule(target), 2000).result
+
+
 def test_a_wrong_volume_element_is_seen(monkeypatch):
     """Consistent in both directions, so only the Jacobian can tell."""
     flow = spline()

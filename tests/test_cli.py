@@ -403,6 +403,14 @@ DEVICE_COMMANDS = {
 }  # fmt: skip
 
 
+def test_a_report_does_not_replace_what_the_command_reads(flow_file, tmp_path, capsys):
+    before = flow_file.read_bytes()
+    for target, words in ((flow_file, "what the command reads"), (tmp_path, "is a folder")):
+        code, _, err = run(capsys, "check", "alanine-dipeptide", flow_file, "-n", 60, "-o", target)
+        assert code == 2 and words in " ".join(err.split())
+    assert flow_file.read_bytes() == before
+
+
 def outcome(request, capsys, name, folder, *device):
     """Exit code and result of a command of the table: what it printed, arrays, or the JSON that it wrote."""
     arguments, written = DEVICE_COMMANDS[name]

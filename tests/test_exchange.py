@@ -88,6 +88,11 @@ def test_bad_ladders(arguments, message):
         temperature_ladder(*arguments)
     with pytest.raises(InputError, match="between 0 and 1"):
         temperature_ladder(300, 400, n_atoms=5, acceptance=1.5)
+    for capacity in (-5.0, math.nan, math.inf):
+        with pytest.raises(InputError, match="heat_capacity"):
+            temperature_ladder(300, 400, heat_capacity=capacity)
+    with pytest.raises(InputError, match="whole number"):
+        temperature_ladder(300, 400, 2.5)
 
 
 def dynamics():
@@ -134,6 +139,13 @@ def test_flow_in_every_state_and_another_sampler(flow_path, tmp_path):
         learned_replica_exchange(MOLECULE.system, [300, 350], {5: make_move(flow_path)}, np.zeros((4, 3)), "x.nc")
     with pytest.raises(InputError, match="one per state"):
         learned_replica_exchange(MOLECULE.system, [300, 350], {}, np.zeros((3, 4, 3)), "x.nc")
+    for temperatures, moves, shape, words in (
+        ([], {}, (4, 3), "no temperatures"),
+        ([300, 350], {}, (5, 3), "5 atoms"),
+        ([300, 350], {0.5: None}, (4, 3), r"0\.5"),
+    ):
+        with pytest.raises(InputError, match=words):
+            learned_replica_exchange(MOLECULE.system, temperatures, moves, np.zeros(shape), "x.nc")
     forget()
 
 

@@ -214,6 +214,13 @@ def test_bad_input(tmp_path):
         paper.load_config({"seconds": ["60", "0"]}, [])
     with pytest.raises(InputError, match="ablations"):
         paper.load_config({"ablations": ["pears"]}, [])
+    for lines, words in (
+        (["hidden=20"], "heads"),
+        (["teacher_kind=transformer", "teacher_hidden=30"], "teacher_hidden"),
+        (["pair_numbers=[100]"], "batch of 256"),
+    ):
+        with pytest.raises(InputError, match=words):
+            paper.load_config({"ablations": ["pairs"]}, lines)
     with pytest.raises(InputError, match="alanine-dipeptide"):
         run_table(tmp_path / "x", tiny(systems=("unobtainium",)))
     assert not (tmp_path / "x").exists()

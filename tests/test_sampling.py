@@ -608,6 +608,8 @@ def test_flow_steps_between_a_flow_and_a_context_on_the_gpu(own_energy):
 def test_alternate_and_reporter(tmp_path):
     simulation = make_simulation(CASES["internal"].target)
     mixed = FlowSimulation(simulation, internal_proposal(), seed=2)
+    with pytest.raises(InputError, match="interval is 0"):
+        FlowReporter(tmp_path / "flow.csv", 0, mixed)
     reporter = FlowReporter(tmp_path / "flow.csv", 10, mixed)
     simulation.reporters.append(reporter)
     simulation.step(10)  # no flow step yet, and no line

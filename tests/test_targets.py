@@ -79,6 +79,11 @@ def test_transport_refuses():
     bad[2, 1] = math.nan
     with pytest.raises(InputError, match="NaN"):
         optimal_transport_pairs(bad, cloud(5, 1), CIRCULAR)
+    for solve in (optimal_transport_pairs, hierarchical_transport_pairs):
+        with pytest.raises(InputError, match="no points"):
+            solve(cloud(0, 0), cloud(0, 1), CIRCULAR)
+    with pytest.raises(InputError, match="at most 2048 branches"):
+        hierarchical_transport_pairs(cloud(5000, 0), cloud(5000, 1), CIRCULAR, branches=3000)
 
 
 def test_minibatch_coupling_shortens_the_way():
