@@ -24,7 +24,7 @@ from openmm_regflow.units import GAS_CONSTANT, positions_nm, temperature_kelvin
 ReducedPotential = Callable[[Tensor], Tensor]
 Orientation = Literal["random", "aligned"]
 #: Energies of states that a step remembers to have tested, the last ones: those of a replica exchange.
-MOST_TESTED = 256
+MOST_TESTED = 64
 
 
 @dataclass
@@ -75,17 +75,23 @@ def run_chain(
         The chains after every ``thin`` steps.
 
     Raises:
-        InputError: numbers below one, ``thin`` above ``n_steps``, or a proposal for a subset of atoms.
+        InputError: numbers below one, ``thin`` above ``n_steps``, positions that are not finite, or a proposal for a
+            subset of atoms.
     """
     if n_proposals < 1 or n_steps < 1 or thin < 1:
         raise InputError(f"n_proposals={n_proposals}, n_steps={n_steps}, thin={thin}; each must be at least 1")
+    if thin > n_steps:
+        raise InputError(f"thin={thin} keeps none of {n_steps} steps; choose a smaller one")
     if proposal.atom_subset is not None:
         raise InputError(
             "run_chain covers whole molecules; the moves of a subset depend on its surroundings: use FlowStep, "
             "FlowMove or FlowSimulation"
         )
+    start = proposal.as_tensor(positions).double()
+    if not bool(torch.isfinite(start).all()):
+        raise InputError("a starting configuration holds NaN or infinite positions; no chain leads away from there")
     pool = ProposalPool(proposal, pool_size, generator)
-    state = proposal.evaluate(proposal.redraw_frame(proposal.as_tensor(positions).double(), generator))
+    state = proposal.evaluate(proposal.redraw_frame(start, generator))
     redraw = proposal.frame == "free" and not proposal.flow.rotation_invariant
     statistics, kept, accepted = FlowStatistics(), [], []
     for step in range(1, n_steps + 1):
@@ -102,8 +108,6 @@ def run_chain(
         accepted.append(info.accepted)
         if step % thin == 0:
             kept.append(state)
-    if not kept:
-        raise InputError(f"thin={thin} keeps none of {n_steps} steps; choose a smaller one")
     positions, _, u = (torch.stack(parts) for parts in zip(*kept))
     return ChainResult(positions, u, torch.stack(accepted), statistics)
 
