@@ -588,3 +588,14 @@ def test_one_force_field_may_be_a_string():
     structure = systems.systems_folder() / "alanine-dipeptide" / "structure.pdb"
     one = load_system(structure, force_field="amber14-all.xml", temperature=300)
     assert one.fingerprint == load_system(structure, force_field=["amber14-all.xml"], temperature=300).fingerprint
+
+
+def test_residues_with_two_methyls_on_their_alpha_carbon_have_a_backbone():
+    """AIB names them CB1 and CB2; a cap has neither."""
+    topology = app.Topology()
+    chain = topology.addChain()
+    for name, side in (("ACE", None), ("ALA", "CB"), ("AIB", "CB1"), ("ALA", "CB")):
+        residue = topology.addResidue(name, chain)
+        for atom in ("N", "CA", "C", *filter(None, [side])) if side else ("CH3", "C"):
+            topology.addAtom(atom, app.element.carbon, residue)
+    assert len(systems.backbone_torsions(topology, "phi")) == 3 and len(systems.backbone_torsions(topology, "psi")) == 2
