@@ -157,7 +157,7 @@ def figures(case, x, conditional=False):
     return z, min(p_values), min(sizes)
 
 
-LENGTHS = {1: 1500, 4: 700, 64: 300}
+LENGTHS = {1: 3000, 4: 700, 64: 300}
 
 
 @pytest.mark.parametrize("n_proposals", list(LENGTHS))

@@ -94,7 +94,7 @@ def test_one_row_of_each_method_end_to_end(capsys, tmp_path):
         main(command)
     assert all(p.stat().st_mtime_ns == t for p, t in before.items())
     with pytest.raises(IncompatibleFlowError, match="hidden"):
-        run_table(tmp_path / "t", tiny(hidden=12))
+        run_table(tmp_path / "t", tiny(hidden=16))
     path = tmp_path / "t" / "alanine-dipeptide-spline-mle-1s-seed0.json"
     assert records[path.stem]["target"]["temperature"] == 300.0
     path.write_text(json.dumps(records[path.stem] | {"target": {"system": "another", "temperature": 600.0}}))
