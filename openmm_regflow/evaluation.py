@@ -6,7 +6,7 @@ same samples after importance sampling, which is what a user of the flow gets.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -224,8 +224,10 @@ def evaluate(
         **_basin_figures(x, x_ref, log_w_n, phi),
         "clip_bias": _clip_bias(u_n, log_w_n),
     }
-    undrawn = missing_basins(x, x_ref, phi, psi, torsions)
-    lacking = undrawn or missing_basins(x, x_ref, phi, psi, torsions, log_weights=log_w_n)
+    basins = list(_basins(x, x_ref, phi, psi, torsions))  # seconds of many samples: once for both
+    undrawn = _lacking(basins)
+    w_n = reweighting.normalised_weights(log_w_n)[np.isfinite(x).all(axis=(1, 2))]
+    lacking = undrawn or _lacking(basins, weights=w_n)
     verdict = reweighting.verdict(log_w_n)
     if not any(len(rows) for rows in (phi, psi, torsions)):
         verdict += "; no torsions were compared with the reference's, so a missing basin would not be seen"
@@ -262,7 +264,7 @@ def rotatable_torsions(topology: Any, but: Any = ()) -> np.ndarray:
 
 
 def missing_basins(
-    x: Any, x_ref: Any, phi: Any, psi: Any, torsions: Any = (), factor: float = 10.0, log_weights: Any = None
+    x: Any, x_ref: Any, phi: Any, psi: Any, torsions: Any = (), factor: float = 10.0
 ) -> tuple[str, ...]:
     """Parts of the circle of single torsions that hold ``factor`` times less of the samples than of the reference.
 
@@ -271,8 +273,7 @@ def missing_basins(
 
     Weights cannot make up for a basin in which there are no samples, nor tell that it is missing. A basin counts if the
     reference has a hundred frames in it and its share would give ten samples or more: fewer than a tenth of these then
-    have a probability below 1e-3 by chance. With weights it is what is left of it that counts, and effective samples:
-    a basin that was drawn, but not as the target has it there.
+    have a probability below 1e-3 by chance.
 
     Args:
         x: `(n, n_atoms, 3)` [nm]; NaN rows are left out.
@@ -281,36 +282,49 @@ def missing_basins(
         psi: `(k', 4)` atom indices.
         torsions: `(k'', 4)` atom indices of others, named by their atoms, which are counted from 0.
         factor: how much too few.
-        log_weights: `(n,)` of the samples; None for equal ones.
 
     Returns:
         of each its name, such as phi2, where the residues with a phi or psi are counted from 1, and what is there.
     """
+    return _lacking(_basins(x, x_ref, phi, psi, torsions), factor)
+
+
+def _basins(
+    x: Any, x_ref: Any, phi: Any, psi: Any, torsions: Any
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Name of every part of a circle, and which samples (NaN rows left out) and which frames are in it, bool."""
     alpha = {"phi": 2, "psi": 1}  # place of the alpha carbon, which says the residue
     listed = [(kind, int(row[alpha[kind]])) for kind, rows in (("phi", phi), ("psi", psi)) for row in np.asarray(rows)]
     residues = sorted({atom for _, atom in listed})
     names = [f"{kind}{residues.index(atom) + 1}" for kind, atom in listed]
     there = np.isfinite(x).all(axis=(1, 2))
-    if not there.any():
-        return ()
-    log_w = np.zeros(len(there)) if log_weights is None else to_numpy(log_weights)
-    w = reweighting.normalised_weights(log_w[there])
-    n = 1.0 / np.square(w).sum()
     others = np.asarray(torsions, dtype=np.int64).reshape(-1, 4)
-    found: list[str] = []
     for rows, words, parts in (
         (_torsion_rows(phi, psi), names, _HALVES),
         (others, ["torsion " + "-".join(map(str, row)) for row in others], _THIRDS),
     ):
         for row, name in zip(rows, words, strict=True):
-            mine, theirs = (np.degrees(metrics.dihedrals(positions, row[None])) for positions in (x, x_ref))
+            angles = [np.degrees(metrics.dihedrals(positions, row[None]))[:, 0] for positions in (x, x_ref)]
+            mine, theirs = angles[0][there], angles[1]
             for where, (low, high) in parts.items():
-                had, share = (
-                    float(weight @ ((a - low) % 360 < high - low).ravel())
-                    for a, weight in ((mine[there], w), (theirs, np.full(len(theirs), 1 / len(theirs))))
-                )
-                if share * len(theirs) >= 100 and share * n >= 10 and had * factor < share:
-                    found.append(f"{name} {where} (has {100 * had:.2g} % for {100 * share:.2g} %)")
+                yield f"{name} {where}", (mine - low) % 360 < high - low, (theirs - low) % 360 < high - low
+
+
+def _lacking(
+    basins: Iterable[tuple[str, np.ndarray, np.ndarray]], factor: float = 10.0, weights: np.ndarray | None = None
+) -> tuple[str, ...]:
+    """What `missing_basins` returns; with weights that sum to one it is their shares and effective samples that count.
+
+    A basin may be drawn, and yet not as the target has it there.
+    """
+    found: list[str] = []
+    for name, mine, theirs in basins:
+        if not len(mine):
+            return ()
+        had = mine.mean() if weights is None else weights @ mine
+        share, n = theirs.mean(), len(mine) if weights is None else 1.0 / np.square(weights).sum()
+        if share * len(theirs) >= 100 and share * n >= 10 and had * factor < share:
+            found.append(f"{name} (has {100 * had:.2g} % for {100 * share:.2g} %)")
     return tuple(found)
 
 

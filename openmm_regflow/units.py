@@ -44,12 +44,26 @@ def to_float(value: Any, kind: str) -> float:
         if not value.unit.is_compatible(_UNITS[kind]):
             raise InputError(f"{value} is not a {kind}; give a Quantity of {kind} or a number in {_UNITS[kind]}")
         value = value.value_in_unit(_UNITS[kind])
+    return finite_number(value, kind, str(_UNITS[kind]))
+
+
+def finite_number(value: Any, what: str, units: str) -> float:
+    """A number that is finite.
+
+    Args:
+        value: anything that may be one.
+        what: it is, in words.
+        units: that it is given in, in words.
+
+    Raises:
+        InputError: it is none.
+    """
     try:
         number = float(value)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{value!r} is not a number; {kind} is given in {_UNITS[kind]}") from error
+        raise InputError(f"{value!r} is not a number; {what} is given in {units}") from error
     if not np.isfinite(number):
-        raise InputError(f"{kind} is {number}; a finite number in {_UNITS[kind]} is needed")
+        raise InputError(f"{what} is {number}; a finite number in {units} is needed")
     return number
 
 

@@ -6,7 +6,7 @@ factor ``8 pi^2 V`` of the rigid motion is left out, so absolute free energies l
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -338,8 +338,7 @@ class InternalMap(CoordinateMap):
             raw = raw.clone()
             raw[:, self.fixed_columns] = self.fixed_lengths.to(raw.dtype)
         log_volume = self._log_volume(raw)
-        for gaps in self._gaps(raw):  # no latent leads there
-            log_volume = torch.where((gaps > 0).all(1) & (gaps < math.pi).all(1), log_volume, torch.inf)
+        log_volume = torch.where(self._go_round(raw), log_volume, torch.inf)  # no latent leads elsewhere
         delta = self._deviation(raw[:, self.order], self.origin.to(raw.dtype))
         stiff = delta[:, : self.n_stiff] @ self.unwhitening.T.to(raw.dtype)
         soft = wrap(delta[:, self.n_stiff :] * self.multiplicity[self.n_stiff :].to(raw.dtype))
@@ -365,20 +364,21 @@ class InternalMap(CoordinateMap):
         n_bonds, n_lengths = len(self.zmatrix.rows) + 2, 2 * len(self.zmatrix.rows) + 3
         bonds, angles = raw[:, :n_bonds], raw[:, n_bonds:n_lengths]
         fine = (bonds > 0).all(1) & (angles > 0).all(1) & (angles < math.pi).all(1)
-        for gaps in self._gaps(raw):
-            fine = fine & ((gaps > 0) & (gaps < math.pi)).all(1)
-        return fine & (delta[:, self.n_lengths : self.n_stiff].abs() < math.pi).all(1)
+        return fine & self._go_round(raw) & (delta[:, self.n_lengths : self.n_stiff].abs() < math.pi).all(1)
 
-    def _gaps(self, raw: Tensor) -> Iterator[Tensor]:
-        """Angles `(n, 3)` between neighbours in every rotor, positive where they are as in the frames of the fit.
+    def _go_round(self, raw: Tensor) -> Tensor:
+        """Whether all rotors go round as in the frames of the fit `(n,)`, less than half a turn from atom to atom.
 
-        Below pi all of them: past its side a sibling would count as deviating the other way, and the rotor's mean would
-        jump, whichever atom the labels call the first.
+        Past its side a sibling would count as deviating the other way, and the rotor's mean would jump, whichever atom
+        the labels call the first.
         """
+        fine = torch.ones(len(raw), dtype=torch.bool, device=raw.device)
         for k in range(len(self.rotors)):
             columns = getattr(self, f"rotor_siblings_{k}")
             siblings = raw[:, columns] * _side(self.origin[self.unorder[columns]]).to(raw.dtype)
-            yield torch.cat([siblings, 2.0 * math.pi - siblings.sum(1, keepdim=True)], dim=1)
+            gaps = torch.cat([siblings, 2.0 * math.pi - siblings.sum(1, keepdim=True)], dim=1)
+            fine = fine & ((gaps > 0) & (gaps < math.pi)).all(1)
+        return fine
 
     def _log_volume(self, raw: Tensor) -> Tensor:
         n_bonds, n_lengths = len(self.zmatrix.rows) + 2, 2 * len(self.zmatrix.rows) + 3
@@ -406,10 +406,7 @@ class InternalMap(CoordinateMap):
 
     def covers(self, x: Tensor) -> Tensor:
         """Whether rotors go round as in the frames of the fit `(n,)`; others have no place in these coordinates."""
-        fine = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        for gaps in self._gaps(self.raw(x.double())):
-            fine &= (gaps > 0).all(1) & (gaps < math.pi).all(1)
-        return fine
+        return self._go_round(self.raw(x.double()))
 
     def between(self, x: Tensor, y: Tensor, share: Tensor) -> Tensor:
         """Conformations on the way from one to another, straight in bonds, angles and torsions.

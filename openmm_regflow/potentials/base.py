@@ -5,7 +5,6 @@ configurations side by side in the last, contiguous axis. Gathers and sums then 
 vectorises over the lanes without looking at the indices. A vector is a tuple of three such arrays.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +15,7 @@ from openmm import unit
 from torch import Tensor
 
 from openmm_regflow.errors import InputError, UnsupportedForceError
+from openmm_regflow.units import finite_number
 
 #: Positions beyond this [nm] have energy +inf, on every platform alike.
 LARGEST_COORDINATE = 1e9
@@ -66,13 +66,7 @@ def parameter_value(name: str, value: Any) -> float:
     """
     if unit.is_quantity(value):
         value = value.value_in_unit_system(unit.md_unit_system)
-    try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"parameter {name!r} is given as {value!r}; give a number") from error
-    if not math.isfinite(number):
-        raise InputError(f"parameter {name!r} is given as {number}; give a finite number")
-    return number
+    return finite_number(value, f"parameter {name!r}", "OpenMM's units")
 
 
 def force_label(force: openmm.Force) -> str:

@@ -72,8 +72,9 @@ def fit(
     _check_physics(config, reduced_potential, mover)
     check_data(x_train, x_validation, config, watch)
     coordinates = flows.coordinates_for(topology, x_train, config.coordinates, fixed, held)
-    if not bool(coordinates.covers(x_train).all()):
-        x_train = _covered(coordinates, x_train, "training")
+    covered = _covered(coordinates, x_train, "training")
+    if len(covered) < len(x_train):
+        x_train = covered
         coordinates = flows.coordinates_for(topology, x_train, config.coordinates, fixed, held)
     x_validation = _covered(coordinates, x_validation, "validation")
     flow = stages.new_student(coordinates, x_train, config.flow, metadata).to(device).fuse(config.compile)

@@ -185,11 +185,12 @@ def _basin_estimate(
         shares = [w * np.where(s, 1 / total_b, -1 / total_a) for w, s in zip(weights, inside)]
         influence = [direct + more for direct, more in zip(influence, _through_ladder(ladder, shares))]
     n = sum(len(x) for x in b)
-    # Halves of a run know of each other: where runs are many, each is one block.
-    own = [max(2, round(_N_BLOCKS * len(each) / n)) for each in influence] if len(influence) < _N_BLOCKS // 2 else None
-    parts = influence if own is None else [p for each, k in zip(influence, own) for p in np.array_split(each, k)]
-    sums = np.array([part.sum() for part in parts])
-    variance = np.square(sums).sum() * len(sums) / (len(sums) - 1)
+    many = len(influence) >= _N_BLOCKS // 2  # then each is a block: halves of a run know of each other
+    blocks: list[float] = []
+    for each in influence:
+        n_blocks = 1 if many else max(2, round(_N_BLOCKS * len(each) / n))
+        blocks += [part.sum() for part in np.array_split(each, n_blocks)]
+    variance = np.square(blocks).sum() * len(blocks) / (len(blocks) - 1)
     return Estimate(float(np.log(total_a / total_b)), float(np.sqrt(variance)), n)
 
 
